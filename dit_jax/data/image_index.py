@@ -1,0 +1,149 @@
+"""Which files of a folder are readable images, and their sizes: found once, kept in a file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32, Int64
+from PIL import Image, UnidentifiedImageError
+
+from dit_jax.data.images import DECODE_ERRORS, FORMATS
+
+logger = logging.getLogger(__name__)
+
+VERIFY_MODES = ("fast", "full")
+
+# Part of the index file's key: raise it when the check itself changes.
+_VERSION = 1
+_LARGE = 20_000
+
+
+@dataclass(frozen=True)
+class ImageIndex:
+    """The result of checking a list of files.
+
+    Attributes:
+        sizes: (width, height) in pixels, (0, 0) for unreadable files.
+        byte_counts: The files' sizes.
+        reasons: Why a file is unreadable, by its position in the list.
+    """
+
+    sizes: Int32[np.ndarray, "n 2"]
+    byte_counts: Int64[np.ndarray, " n"]
+    reasons: dict[int, str]
+
+
+def validate_verify(verify: str) -> None:
+    """Raise a ValueError unless `verify` is a known mode."""
+    if verify not in VERIFY_MODES:
+        raise ValueError(f"verify must be one of {list(VERIFY_MODES)}, not {verify!r}")
+
+
+def check_images(
+    root: Path, files: Sequence[str], verify: str, index_cache: str | None = None
+) -> ImageIndex:
+    """Check every file, or recall the last check of the very same files.
+
+    Args:
+        root: The folder.
+        files: Paths relative to it.
+        verify: "fast" (headers and ends) or "full" (decode).
+        index_cache: Path of the index file; default `root`/.dit_jax_index.npz, if writable.
+    """
+    stats = [os.stat(root / name) for name in files]
+    byte_counts = np.array([stat.st_size for stat in stats], np.int64)
+    times = np.array([stat.st_mtime_ns for stat in stats], np.int64)
+    key = _key(files, byte_counts, times, verify)
+    cache = Path(index_cache).expanduser() if index_cache else root / ".dit_jax_index.npz"
+    recalled = _recall(cache, key)
+    if recalled is not None:
+        return ImageIndex(recalled[0], byte_counts, recalled[1])
+
+    if len(files) > _LARGE:
+        logger.info("checking the %d images in %s, once", len(files), root)
+    workers = min(32, 2 * (os.cpu_count() or 1))
+    with ThreadPoolExecutor(workers) as pool:
+        results = list(pool.map(lambda name: _check(root / name, verify), files))
+    sizes = np.array([size for size, _ in results], np.int32).reshape(len(files), 2)
+    reasons = {i: reason for i, (_, reason) in enumerate(results) if reason}
+    _keep(cache, key, sizes, reasons, required=index_cache is not None)
+    return ImageIndex(sizes, byte_counts, reasons)
+
+
+def _check(path: Path, verify: str) -> tuple[tuple[int, int], str]:
+    """Return (size, "") or ((0, 0), what is wrong)."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            size = image.size
+            # Decoding is what costs; a file with a proper end is taken to be whole.
+            if verify == "full" or not _has_proper_end(path, image.format):
+                image.load()
+    except DECODE_ERRORS as error:
+        if isinstance(error, UnidentifiedImageError):
+            return (0, 0), f"not an image in one of the formats {', '.join(FORMATS)}"
+        return (0, 0), str(error) or type(error).__name__
+    return size, ""
+
+
+def _has_proper_end(path: Path, image_format: str) -> bool:
+    """Tell whether a file ends as its format demands, so that it was not cut short."""
+    byte_count = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(12)
+        file.seek(max(0, byte_count - 64))
+        tail = file.read()
+    if image_format == "PNG":
+        return tail[-12:-4] == b"\0\0\0\0IEND"
+    if image_format == "WEBP":
+        return int.from_bytes(head[4:8], "little") + 8 <= byte_count
+    return tail.rstrip(b"\0\r\n").endswith(b"\xff\xd9")
+
+
+def _key(files: Sequence[str], byte_counts: np.ndarray, times: np.ndarray, verify: str) -> str:
+    digest = hashlib.sha256(f"{_VERSION} {verify}".encode())
+    digest.update("\0".join(files).encode(errors="surrogateescape"))
+    digest.update(byte_counts.tobytes() + times.tobytes())
+    return digest.hexdigest()
+
+
+def _recall(cache: Path, key: str) -> tuple[np.ndarray, dict[int, str]] | None:
+    try:
+        with np.load(cache, allow_pickle=False) as content:
+            if str(content["key"]) != key:
+                return None
+            reasons = json.loads(str(content["reasons"]))
+            return content["sizes"], {int(i): reason for i, reason in reasons.items()}
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # a damaged or foreign file only costs a new check
+        logger.warning("ignoring the unreadable index file %s: %s", cache, error)
+        return None
+
+
+def _keep(
+    cache: Path, key: str, sizes: np.ndarray, reasons: dict[int, str], *, required: bool
+) -> None:
+    # Several processes may do this at once: each writes its own file and renames it into place.
+    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, key=np.array(key), sizes=sizes, reasons=np.array(json.dumps(reasons)))
+        os.replace(temporary, cache)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if required:
+            raise OSError(
+                f"cannot write the index file index_cache={str(cache)!r}: {error}. Give a path "
+                f"in an existing, writable folder."
+            ) from error
+        logger.info("not keeping an index of %s: %s", cache.parent, error)

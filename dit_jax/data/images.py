@@ -1,0 +1,103 @@
+"""Decoding image files to pixels, with the crop and resize of ADM."""
+
+from __future__ import annotations
+
+import io
+import os
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+RESIZES = ("none", "adm")
+
+# What PIL may try when opening a file, whatever its extension.
+FORMATS = ("JPEG", "PNG", "WEBP")
+Image.init()  # registers WebP, which PIL otherwise loads late
+# What PIL raises for a file it cannot read; decompression bombs (images of more pixels than PIL's
+# limit) are refused like corrupt files.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+def decode_image(
+    file: str | os.PathLike | bytes,
+    *,
+    channels: int,
+    resize: str = "none",
+    image_size: int | None = None,
+) -> UInt8[np.ndarray, "h w c"]:
+    """Read one JPEG, PNG or WebP image.
+
+    Args:
+        file: A path, or the file's content.
+        channels: 3 for RGB, 1 for grey (luma of ITU-R 601 where the file is coloured). Palettes
+            are looked up, CMYK is converted, 16-bit grey keeps its upper 8 bits, transparent
+            pixels are laid over white. EXIF orientation is not applied, as in ADM.
+        resize: "adm" for `adm_center_crop` to `image_size`, "none" to leave the size alone.
+        image_size: Side of the result in pixels, for "adm".
+
+    Returns:
+        Pixels 0..255.
+
+    Raises:
+        OSError, SyntaxError, ValueError, EOFError, DecompressionBombError: The file is not a
+            readable image (`DECODE_ERRORS`).
+    """
+    opened = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
+    with opened as image:
+        image.load()
+        image = _to_mode(image, channels)
+    if resize == "adm":
+        image = adm_center_crop(image, image_size)
+    pixels = np.asarray(image)
+    return pixels[..., None] if channels == 1 else pixels
+
+
+def adm_center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Scale the shorter side to `size` pixels, then cut the central square.
+
+    The scaling of ADM (Dhariwal & Nichol 2021, guided-diffusion `image_datasets.py`), which DiT
+    and its published figures use: halve with a box filter while the shorter side is at least
+    twice the target, then resize bicubically.
+
+    Args:
+        image: An image of any size, in a mode PIL can resample ("L", "RGB").
+        size: Side of the result in pixels.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def validate_resize(resize: str, image_size: int | None, channels: int) -> None:
+    """Check the options that sources of images have in common.
+
+    Raises:
+        ValueError: `resize` is unknown or lacks its `image_size`, or `channels` is not 1 or 3.
+    """
+    if resize not in RESIZES:
+        raise ValueError(f"resize must be one of {list(RESIZES)}, not {resize!r}")
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 (grey) or 3 (RGB), not {channels!r}")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size must be a positive number of pixels, not {image_size!r}")
+    if resize == "adm" and image_size is None:
+        raise ValueError("resize='adm' needs image_size, the side of the images in pixels")
+
+
+def _to_mode(image: Image.Image, channels: int) -> Image.Image:
+    """Convert to 8-bit grey or RGB."""
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode.startswith("I"):
+        # PIL clips 16-bit grey to 255 instead of scaling it.
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert("RGB")
+    return image if image.mode == mode else image.convert(mode)

@@ -1,0 +1,149 @@
+"""One .npz file a split, holding the concatenated bytes of small images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, Int32, Integer, UInt8
+
+from dit_jax.data.images import DECODE_ERRORS, decode_image, validate_resize
+from dit_jax.data.source import DatasetInfo, Example, Source, fingerprint, validate_labels
+
+_KEYS = ("jpeg", "offsets", "labels")
+
+
+def open_jpeg_npz(
+    split: str, *, path: str, channels: int = 3, keep_decoded: bool = True
+) -> JpegNpz:
+    """Open a .npz file of JPEG images.
+
+    The file holds, for n images of one size: `jpeg`, uint8, the images' files one after the
+    other; `offsets`, n + 1 integers: image i is jpeg[offsets[i]:offsets[i + 1]]; `labels`, n
+    integers; optionally `class_names`, one string a class (without it, the number of classes is
+    the highest label plus one).
+
+    Args:
+        split: Replaces "{split}" in `path`.
+        path: For example "data/cifar10_jpeg_{split}.npz".
+        channels: 3 (RGB) or 1 (grey).
+        keep_decoded: Images are decoded when first read; keep them (n * h * w * c bytes of memory
+            when all were read), so that later epochs cost no decoding.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: "{split}" is missing, or the file's content contradicts itself.
+    """
+    validate_resize("none", None, channels)
+    if "{split}" not in path:
+        raise ValueError(
+            f"path {path!r} names one file for every split: write {{split}} where the split's "
+            f"name stands, as in 'data/cifar10_jpeg_{{split}}.npz'"
+        )
+    file = Path(path.replace("{split}", split)).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file} for split {split!r} (path={path!r})")
+    with np.load(file, allow_pickle=False) as content:
+        missing = [key for key in _KEYS if key not in content]
+        if missing:
+            raise ValueError(
+                f"{file} lacks the arrays {missing}; it has {sorted(content)}. Expected "
+                f"{list(_KEYS)}, and optionally class_names."
+            )
+        jpeg, offsets, labels = (content[key] for key in _KEYS)
+        class_names = tuple(map(str, content["class_names"])) if "class_names" in content else ()
+    _validate_offsets(file, jpeg, offsets, labels)
+    return JpegNpz(file, split, jpeg, offsets, labels, class_names, channels, keep_decoded)
+
+
+class JpegNpz(Source):
+    """See `open_jpeg_npz`."""
+
+    def __init__(
+        self,
+        file: Path,
+        split: str,
+        jpeg: UInt8[np.ndarray, " bytes"],
+        offsets: Integer[np.ndarray, " n_and_1"],
+        labels: Integer[np.ndarray, " n"],
+        class_names: tuple[str, ...],
+        channels: int,
+        keep_decoded: bool,
+    ):
+        self._file, self._jpeg, self._offsets = file, jpeg, offsets
+        self._labels, self._channels = labels.astype(np.int32), channels
+        num_classes = len(class_names) or int(labels.max()) + 1
+        validate_labels(self._labels, num_classes, self.describe)
+        self._keep, self._decoded = keep_decoded, None
+        shape = self._decode(0).shape
+        self.info = DatasetInfo(
+            name=f"jpeg_npz/{file.stem}",
+            split=split,
+            image_shape=shape,
+            num_classes=num_classes,
+            num_examples=len(labels),
+            class_names=class_names,
+            fingerprint=fingerprint("jpeg_npz", len(jpeg), offsets, self._labels, shape),
+        )
+
+    def __getstate__(self) -> dict:
+        """Leave the decoded images behind: a worker decodes its own."""
+        return {**self.__dict__, "_decoded": None}
+
+    def __getitem__(self, index: int) -> Example:
+        """Return example `index`."""
+        return {"image": self._decode(index), "label": int(self._labels[index])}
+
+    def describe(self, index: int) -> str:
+        """Name an example by file and position."""
+        return f"image {index} of {self._file}"
+
+    def _gather(
+        self, indices: Int[np.ndarray, " b"]
+    ) -> tuple[UInt8[np.ndarray, "b h w c"], Int32[np.ndarray, " b"]]:
+        if not self._keep:
+            return super()._gather(indices)
+        if self._decoded is None:
+            shape = (len(self), *self.info.image_shape)
+            # Zero pages take no memory until an image is written to them.
+            self._decoded = np.zeros(shape, np.uint8), np.zeros(len(self), bool)
+        images, known = self._decoded
+        for index in indices[~known[indices]]:
+            images[index] = self._decode(int(index))
+            known[index] = True  # last: other threads read images only where this is set
+        return images[indices], self._labels[indices]
+
+    def _decode(self, index: int) -> UInt8[np.ndarray, "h w c"]:
+        data = self._jpeg[self._offsets[index] : self._offsets[index + 1]].tobytes()
+        try:
+            pixels = decode_image(data, channels=self._channels)
+        except DECODE_ERRORS as error:
+            raise ValueError(f"{self.describe(index)} cannot be decoded: {error}") from error
+        if index and pixels.shape != self.info.image_shape:
+            raise ValueError(
+                f"images of one .npz must have one size: {self.describe(index)} is "
+                f"{pixels.shape[1]}x{pixels.shape[0]}, image 0 is "
+                f"{self.info.image_shape[1]}x{self.info.image_shape[0]} (width x height)"
+            )
+        return pixels
+
+
+def _validate_offsets(
+    file: Path, jpeg: np.ndarray, offsets: np.ndarray, labels: np.ndarray
+) -> None:
+    if labels.ndim != 1 or len(labels) == 0 or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"{file}: labels must be a non-empty vector of integers, not {labels.dtype}"
+            f"{list(labels.shape)}"
+        )
+    if offsets.shape != (len(labels) + 1,) or offsets.dtype.kind not in "iu":
+        raise ValueError(
+            f"{file}: {len(labels)} labels need {len(labels) + 1} integer offsets, found "
+            f"{offsets.dtype}{list(offsets.shape)}"
+        )
+    ordered = offsets[0] == 0 and bool(np.all(offsets[:-1] < offsets[1:]))
+    if jpeg.dtype != np.uint8 or not ordered or offsets[-1] != len(jpeg):
+        raise ValueError(
+            f"{file}: offsets must rise from 0 to the number of bytes in jpeg ({len(jpeg)}, "
+            f"{jpeg.dtype}); they go from {offsets[0]} to {offsets[-1]}"
+        )

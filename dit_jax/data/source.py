@@ -1,0 +1,215 @@
+"""What a data source is: random access to labelled images, or to their latents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Int, Int32, Integer, Shaped, UInt8, UInt64
+
+from dit_jax.data.transforms import flip_where, random_bit
+
+if TYPE_CHECKING:
+    from dit_jax.data.latents import LatentsHeader
+
+Example = dict[str, Any]
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What is known about a source before its first example is read.
+
+    Attributes:
+        name: The source's name, as given to `open_source` (with the data set's own name if any).
+        split: The split that was opened, "train" or "test".
+        image_shape: (height, width, channels) of every image, or of every latent.
+        num_classes: Labels lie in 0..num_classes-1. 0 means unlabelled: every label is then 0,
+            which is also the index of the null class of a model with no classes.
+        num_examples: Number of examples.
+        class_names: One name a label; () if the data have none.
+        fingerprint: A hash of what the source delivers, cheap to compute (file names and sizes,
+            headers), so that a resumed run notices that its data changed.
+        latents: The header of a set of pre-extracted latents, None for images.
+    """
+
+    name: str
+    split: str
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    num_examples: int
+    class_names: tuple[str, ...]
+    fingerprint: str
+    latents: LatentsHeader | None = None
+
+
+class Source(ABC):
+    """Random access to examples.
+
+    Read by several threads at once. Cheap to pickle: each loader worker receives a copy.
+    """
+
+    info: DatasetInfo
+    # Whether a batch takes so long to read that several should be read at once.
+    slow_to_read: bool = False
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return self.info.num_examples
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Example:
+        """Return example `index`, always the same and never augmented.
+
+        Returns:
+            {"image": uint8 [h, w, c] or float32 latents [h, w, c], "label": int}.
+        """
+
+    def describe(self, index: int) -> str:
+        """Name example `index` for an error message (a file's path where there is one)."""
+        return f"example {index} of {self.info.name}/{self.info.split}"
+
+    def require_horizontal_flip(self) -> None:  # noqa: B027 - pixels can always be mirrored
+        """Raise a ValueError if this source cannot deliver mirrored examples."""
+
+    def batch(
+        self,
+        indices: Int[np.ndarray, " b"],
+        *,
+        draws: UInt64[np.ndarray, " b"] | None = None,
+        horizontal_flip: bool = False,
+    ) -> Batch:
+        """Read several examples, augmented.
+
+        Args:
+            indices: Which examples.
+            draws: One random 64-bit word an example, the only source of randomness: equal words
+                give equal examples. None reads without any randomness, as `__getitem__` does.
+            horizontal_flip: Mirror each example with probability 1/2 (needs `draws`).
+
+        Returns:
+            {"image": uint8 or float32 [b, h, w, c], "label": int32 [b]}.
+        """
+        image, label = self._gather(indices)
+        if horizontal_flip and draws is not None:
+            image = flip_where(random_bit(draws), image)
+        return {"image": image, "label": label}
+
+    def _gather(
+        self, indices: Int[np.ndarray, " b"]
+    ) -> tuple[Shaped[np.ndarray, "b h w c"], Int32[np.ndarray, " b"]]:
+        """Read the plain examples one by one; sources that know a faster way override this."""
+        examples = [self[int(index)] for index in indices]
+        dtype = np.uint8 if self.info.latents is None else np.float32
+        image = np.empty((len(examples), *self.info.image_shape), dtype)
+        for row, example in enumerate(examples):
+            image[row] = example["image"]
+        label = np.array([example["label"] for example in examples], np.int32)
+        return image, label
+
+
+class ArraySource(Source):
+    """Images held in memory, batched by one indexing operation.
+
+    Attributes:
+        info: See `DatasetInfo`. Without `num_classes`, there are as many as class names.
+    """
+
+    def __init__(
+        self,
+        images: UInt8[np.ndarray, "n h w c"],
+        labels: Integer[np.ndarray, " n"],
+        *,
+        name: str,
+        split: str,
+        class_names: Sequence[str] = (),
+        num_classes: int | None = None,
+    ):
+        num_classes = len(class_names) if num_classes is None else num_classes
+        self.info = DatasetInfo(
+            name=name,
+            split=split,
+            image_shape=tuple(images.shape[1:]),
+            num_classes=num_classes,
+            num_examples=len(images),
+            class_names=tuple(class_names),
+            fingerprint=fingerprint(name, split, num_classes, images, labels),
+        )
+        validate_labels(labels, num_classes, self.describe)
+        self._images = images
+        self._labels = labels.astype(np.int32)
+
+    def __getitem__(self, index: int) -> Example:
+        """Return example `index`."""
+        return {"image": self._images[index], "label": int(self._labels[index])}
+
+    def _gather(self, indices):
+        return self._images[indices], self._labels[indices]
+
+
+def to_arrays(
+    source: Source, limit: int | None = None
+) -> tuple[Shaped[np.ndarray, "n h w c"], Int32[np.ndarray, " n"]]:
+    """Read the first `limit` examples (default: all) of a source into memory, unaugmented.
+
+    Returns:
+        (uint8 images or float32 latents [n, h, w, c], int32 labels [n]), in the source's order.
+    """
+    count = len(source) if limit is None else min(limit, len(source))
+    batch = source.batch(np.arange(count))
+    return batch["image"], batch["label"]
+
+
+def validate_labels(
+    labels: Integer[np.ndarray, " n"],
+    num_classes: int,
+    describe: Callable[[int], str],
+    indices: Int[np.ndarray, " n"] | None = None,
+) -> None:
+    """Check that every label has a row in a model's label table.
+
+    Args:
+        labels: Class indices.
+        num_classes: Number of classes; 0 for unlabelled data, whose labels must all be 0.
+        describe: Names an example, by its index in the source, for the message.
+        indices: The labels' indices in the source; default 0, 1, 2, ...
+
+    Raises:
+        ValueError: A label is out of range; names the first such example.
+    """
+    if labels.size == 0:
+        return
+    highest = max(num_classes - 1, 0)
+    if labels.min() >= 0 and labels.max() <= highest:
+        return
+    wrong = np.flatnonzero((labels < 0) | (labels > highest))
+    row = int(wrong[0])
+    index = row if indices is None else int(indices[row])
+    expected = f"0..{num_classes - 1}" if num_classes else "0 (the data are unlabelled)"
+    others = f" ({wrong.size - 1} more like it)" if wrong.size > 1 else ""
+    raise ValueError(
+        f"label out of range: {describe(index)} has label {int(labels[row])}{others}, but with "
+        f"num_classes={num_classes} labels must be in {expected}. Correct the label, or open the "
+        f"source with the right number of classes."
+    )
+
+
+def fingerprint(*parts: Any) -> str:
+    """Hash arrays and JSON-able values into 16 hexadecimal digits.
+
+    Equal values give equal hashes on every machine.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype.str}{part.shape}".encode())
+            digest.update(np.ascontiguousarray(part).tobytes())
+        else:
+            digest.update(json.dumps(part, sort_keys=True).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()[:16]

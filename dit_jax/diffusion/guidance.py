@@ -1,0 +1,95 @@
+"""Classifier-free guidance on raw network outputs (Ho & Salimans 2022)."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+RawFunction = Callable[[Array, Array, Any, Any], tuple[Array, Any]]
+"""``raw(x, t, conditions, carry) -> (raw output, carry)``, t the process's time, a scalar or one
+per example."""
+
+
+def guided(
+    raw: RawFunction,
+    null_conditions: Any,
+    scale: float | Float[Array, "..."],
+    *,
+    interval: tuple[float | Float[Array, ""], float | Float[Array, ""]] | None = None,
+    channels: Literal["all", "first3"] = "all",
+) -> RawFunction:
+    """Wraps a network so that it answers with ``unconditional + scale (conditional -
+    unconditional)``.
+
+    Both are evaluated in one batch of twice the size: the conditional examples first, then the
+    unconditional ones. Channels that are not guided, among them those of a learned variance, are
+    the conditional ones. As raw outputs are linear in x0 and eps, guiding them is guiding either.
+
+    Args:
+        raw: The network. Conditions are a pytree of arrays whose first axis is the batch.
+        null_conditions: Conditions that stand for "no condition", of the same structure and shapes
+            as the conditions.
+        scale: 1 is no guidance. A scalar or one per example; may be traced.
+        interval: (low, high) in the process's time, ends included: guide only there (Kynkäänniemi
+            et al. 2024); values may be traced. Outside, the conditional output is returned. With a
+            scalar t and no carry, the unconditional half is then not evaluated at all. With a carry
+            it always is, as a carry of both halves must be kept up to date.
+        channels: 'all' guides every channel of the prediction; 'first3' only the first three, as
+            the original DiT does (for its four-channel latents), the fourth staying conditional.
+
+    Returns:
+        A function like raw. A carry is that of the doubled batch.
+
+    Raises:
+        ValueError: If channels is neither 'all' nor 'first3', or a scale or interval is malformed.
+    """
+    if channels not in ("all", "first3"):
+        raise ValueError(f"Unknown guidance channels {channels!r}: expected 'all' or 'first3'.")
+    if interval is not None and len(interval) != 2:
+        raise ValueError(
+            f"A guidance interval is (low, high) in the process's time, got {interval!r}."
+        )
+
+    def double(x: Array, t: Array, conditions: Any, carry: Any, scale: Array) -> tuple[Array, Any]:
+        doubled = jax.tree.map(
+            lambda c, n: jnp.concatenate([c, jnp.asarray(n, c.dtype)]), conditions, null_conditions
+        )
+        times = t if t.ndim == 0 else jnp.concatenate([t, t])
+        output, carry = raw(jnp.concatenate([x, x]), times, doubled, carry)
+        return _combine(
+            output, scale, x.shape[-1] if channels == "all" else min(3, x.shape[-1])
+        ), carry
+
+    def evaluate(x: Array, t: Array, conditions: Any, carry: Any = None) -> tuple[Array, Any]:
+        t, strength = jnp.asarray(t, jnp.float32), jnp.asarray(scale, jnp.float32)
+        if strength.ndim > 1 or (strength.ndim == 1 and strength.shape != x.shape[:1]):
+            raise ValueError(
+                f"The guidance scale is a scalar or one per example, shape {x.shape[:1]}; got "
+                f"shape {strength.shape}."
+            )
+        if interval is None:
+            return double(x, t, conditions, carry, strength)
+        inside = (t >= interval[0]) & (t <= interval[1])
+        if t.ndim == 0 and not jax.tree.leaves(carry):
+            return jax.lax.cond(
+                inside,
+                lambda: double(x, t, conditions, carry, strength),
+                lambda: raw(x, t, conditions, carry),
+            )
+        return double(x, t, conditions, carry, jnp.where(inside, strength, 1.0))
+
+    return evaluate
+
+
+def _combine(output: Array, scale: Array, guided_channels: int) -> Array:
+    conditional, unconditional = jnp.split(output, 2)
+    scale = scale.reshape(scale.shape + (1,) * (output.ndim - scale.ndim)) if scale.ndim else scale
+    head, null = conditional[..., :guided_channels], unconditional[..., :guided_channels]
+    # In float32 whatever the network's dtype: a large scale amplifies the rounding of the
+    # difference.
+    mixed = null.astype(jnp.float32) + scale * (head.astype(jnp.float32) - null.astype(jnp.float32))
+    return jnp.concatenate(
+        [mixed.astype(output.dtype), conditional[..., guided_channels:]], axis=-1
+    )

@@ -1,0 +1,344 @@
+"""The diffusion processes: DDPM's chain, rectified flow, and EDM.
+
+What they share, and the conversions between kinds of prediction, is in conversions.py.
+"""
+
+import dataclasses
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from dit_jax.diffusion.conversions import (
+    KINDS,
+    SMALLEST_ALPHA,
+    Kind,
+    Prediction,
+    Process,
+    Row,
+    expand,
+)
+
+__all__ = ["DDPM", "EDM", "KINDS", "Kind", "Prediction", "Process", "RectifiedFlow", "expand"]
+
+# EDM's c_noise must be finite for sigma = 0; far below any sigma in use.
+_SMALLEST_SIGMA = 1e-8
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+class DDPMTables(NamedTuple):
+    """What the discrete chain q(x_t | x_{t-1}) is made of, one float64 entry per index 0..T-1
+    (DDPM, eqs. 4, 6, 7)."""
+
+    betas: np.ndarray
+    alphas_cumprod: np.ndarray
+    log_sigma_ratio: np.ndarray
+    posterior_variance: np.ndarray
+    posterior_log_variance: (
+        np.ndarray
+    )  # index 0, whose variance is 0, holds that of index 1 (Improved DDPM)
+    posterior_mean_x0: np.ndarray
+    posterior_mean_x: np.ndarray
+
+
+@functools.lru_cache(maxsize=32)
+def _ddpm_tables(num_timesteps: int, beta_start: float, beta_end: float) -> DDPMTables:
+    betas = np.linspace(beta_start, beta_end, num_timesteps, dtype=np.float64)
+    alphas_cumprod = np.cumprod(1.0 - betas)
+    previous = np.append(1.0, alphas_cumprod[:-1])
+    variance = betas * (1.0 - previous) / (1.0 - alphas_cumprod)
+    return DDPMTables(
+        betas=betas,
+        alphas_cumprod=alphas_cumprod,
+        log_sigma_ratio=0.5 * (np.log1p(-alphas_cumprod) - np.log(alphas_cumprod)),
+        posterior_variance=variance,
+        posterior_log_variance=np.log(np.append(variance[1], variance[1:])),
+        posterior_mean_x0=betas * np.sqrt(previous) / (1.0 - alphas_cumprod),
+        posterior_mean_x=(1.0 - previous) * np.sqrt(1.0 - betas) / (1.0 - alphas_cumprod),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DDPM(Process):
+    """The variance-preserving chain of DDPM with linear betas (Ho et al. 2020), alpha^2 + sigma^2 =
+    1.
+
+    Time is the index 0..T-1 of the chain; -1 is clean data. Between indices log(sigma / alpha) is
+    interpolated linearly (between -1 and 0, where it is unbounded, sigma / alpha itself is), so
+    solvers may also stop in between. The network is given the index. velocity = alpha eps - sigma
+    x0 (Salimans & Ho 2022).
+
+    Attributes:
+        num_timesteps: T.
+        beta_start: First beta.
+        beta_end: Last beta. The defaults are those of T = 1000; Improved DDPM scales both by 1000 /
+            T for other T.
+        prediction: What the network predicts.
+        learned_variance: Whether the last half of its output is a learned-range variance (Improved
+            DDPM).
+    """
+
+    num_timesteps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 2e-2
+    prediction: Literal["eps", "x0", "velocity"] = "eps"
+    learned_variance: bool = False
+
+    def __post_init__(self):
+        _require(
+            self.num_timesteps >= 2, f"DDPM needs num_timesteps >= 2, got {self.num_timesteps}."
+        )
+        _require(
+            0 < self.beta_start <= self.beta_end < 1,
+            f"DDPM needs 0 < beta_start <= beta_end < 1, got {self.beta_start} and "
+            f"{self.beta_end}.",
+        )
+        _require(
+            self.prediction in ("eps", "x0", "velocity"),
+            f"Unknown DDPM prediction {self.prediction!r}: expected 'eps', 'x0' or 'velocity'.",
+        )
+
+    @property
+    def tables(self) -> DDPMTables:
+        """The chain's constants, float64, computed once."""
+        return _ddpm_tables(self.num_timesteps, self.beta_start, self.beta_end)
+
+    @property
+    def clean_time(self) -> float:
+        """-1, one before the first index."""
+        return -1.0
+
+    @property
+    def noise_time(self) -> float:
+        """T - 1, the last index."""
+        return float(self.num_timesteps - 1)
+
+    @property
+    def prior_scale(self) -> float:
+        """1."""
+        return 1.0
+
+    def alpha(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """sqrt(alpha-bar)."""
+        return jax.lax.rsqrt(1.0 + self.sigma_ratio(t) ** 2)
+
+    def sigma(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """sqrt(1 - alpha-bar)."""
+        ratio = self.sigma_ratio(t)
+        return ratio * jax.lax.rsqrt(1.0 + ratio**2)
+
+    def sigma_ratio(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """sigma / alpha, by interpolation of its logarithm between indices."""
+        table = jnp.asarray(self.tables.log_sigma_ratio, jnp.float32)
+        t = jnp.clip(jnp.asarray(t, jnp.float32), self.clean_time, self.noise_time)
+        index = jnp.clip(jnp.floor(t), 0, self.num_timesteps - 2)
+        low, high = table[index.astype(jnp.int32)], table[index.astype(jnp.int32) + 1]
+        # Summed this way round an integer t reads its table entry exactly.
+        fraction = jnp.maximum(t - index, 0.0)
+        ratio = jnp.exp((1.0 - fraction) * low + fraction * high)
+        return jnp.where(t < 0, (1.0 + t) * jnp.exp(table[0]), ratio)
+
+    def time_from_sigma_ratio(self, ratio: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """Real-valued index of a sigma / alpha."""
+        table = jnp.asarray(self.tables.log_sigma_ratio, jnp.float32)
+        ratio = jnp.asarray(ratio, jnp.float32)
+        smallest = jnp.exp(table[0])
+        indices = jnp.arange(self.num_timesteps, dtype=jnp.float32)
+        between = jnp.interp(jnp.log(jnp.maximum(ratio, smallest)), table, indices)
+        return jnp.where(ratio < smallest, ratio / smallest - 1.0, between)
+
+    def velocity_row(self, t: Float[Array, "*s"]) -> Row:
+        """(-sigma, alpha)."""
+        return -self.sigma(t), self.alpha(t)
+
+    def raw_row(self, t: Float[Array, "*s"]) -> Row:
+        """Row of the configured prediction."""
+        return self.row(self.prediction, t)
+
+    def network_inputs(
+        self, x: Float[Array, "b *shape"], t: Float[Array, "..."]
+    ) -> tuple[Float[Array, "b *shape"], Float[Array, " b"]]:
+        """x unchanged, and the index: the network of a respaced chain still sees indices of the
+        full one."""
+        return x, self._network_time(t, x)
+
+
+@dataclasses.dataclass(frozen=True)
+class RectifiedFlow(Process):
+    """Straight lines from data to noise, ``x = (1 - t) x0 + t eps`` (Liu et al. 2022; Lipman et al.
+    2022).
+
+    Time runs from 0 (data) to 1 (pure noise); velocity = dx/dt = eps - x0.
+
+    Attributes:
+        network_convention: What the network was or is to be trained with: 'sit' sees 1 - t and
+            outputs x0 - eps (Ma et al. 2024); 'flux' sees t and outputs eps - x0 (Flux, SD3).
+        time_scale: Multiplies the time that the network sees: 1 for SiT, 1000 for Flux.
+    """
+
+    network_convention: Literal["sit", "flux"] = "sit"
+    time_scale: float = 1.0
+
+    def __post_init__(self):
+        _require(
+            self.network_convention in ("sit", "flux"),
+            f"Unknown network_convention {self.network_convention!r}: expected 'sit' (the network "
+            "sees 1 - t and outputs "
+            "x0 - eps) or 'flux' (it sees t and outputs eps - x0).",
+        )
+        _require(self.time_scale > 0, f"RectifiedFlow needs time_scale > 0, got {self.time_scale}.")
+
+    @property
+    def clean_time(self) -> float:
+        """0."""
+        return 0.0
+
+    @property
+    def noise_time(self) -> float:
+        """1."""
+        return 1.0
+
+    @property
+    def prior_scale(self) -> float:
+        """1."""
+        return 1.0
+
+    def alpha(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """1 - t."""
+        return 1.0 - jnp.asarray(t, jnp.float32)
+
+    def sigma(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """t."""
+        return jnp.asarray(t, jnp.float32)
+
+    def sigma_ratio(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """t / (1 - t), 1e12 for pure noise."""
+        return self.sigma(t) / jnp.maximum(self.alpha(t), SMALLEST_ALPHA)
+
+    def time_from_sigma_ratio(self, ratio: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """ratio / (1 + ratio)."""
+        ratio = jnp.asarray(ratio, jnp.float32)
+        return ratio / (1.0 + ratio)
+
+    def velocity_row(self, t: Float[Array, "*s"]) -> Row:
+        """(-1, 1)."""
+        one = jnp.ones_like(t)
+        return -one, one
+
+    def raw_row(self, t: Float[Array, "*s"]) -> Row:
+        """(1, -1) for 'sit', (-1, 1) for 'flux'."""
+        p, q = self.velocity_row(t)
+        return (-p, -q) if self.network_convention == "sit" else (p, q)
+
+    def network_inputs(
+        self, x: Float[Array, "b *shape"], t: Float[Array, "..."]
+    ) -> tuple[Float[Array, "b *shape"], Float[Array, " b"]]:
+        """x unchanged, and the time in the network's convention and scale."""
+        t = self._network_time(t, x)
+        return x, self.time_scale * (1.0 - t if self.network_convention == "sit" else t)
+
+    def ode_coordinates(
+        self, t: Float[Array, "*s"]
+    ) -> tuple[Float[Array, "*s"], Float[Array, "*s"]]:
+        """(1, t): x itself, whose path is straight in t."""
+        t = jnp.asarray(t, jnp.float32)
+        return jnp.ones_like(t), t
+
+    def ode_derivative(self, prediction: Prediction) -> Float[Array, "b *shape"]:
+        """The velocity eps - x0."""
+        return prediction.eps - prediction.x0
+
+
+@dataclasses.dataclass(frozen=True)
+class EDM(Process):
+    """Noise added to unscaled data, ``x = x0 + sigma eps``, and preconditioning around any network
+    (Karras et al. 2022).
+
+    Time is sigma itself; velocity = dx/dsigma = eps. The network F outputs what makes ``x0 = c_skip
+    x + c_out F(c_in x, c_noise)``.
+
+    Attributes:
+        sigma_data: Standard deviation of the data (0.5 for pixels in [-1, 1]).
+        sigma_min: Smallest noise of the sampling schedule.
+        sigma_max: Largest noise, at which sampling starts.
+    """
+
+    sigma_data: float = 0.5
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+
+    def __post_init__(self):
+        _require(self.sigma_data > 0, f"EDM needs sigma_data > 0, got {self.sigma_data}.")
+        _require(
+            0 < self.sigma_min < self.sigma_max,
+            f"EDM needs 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}.",
+        )
+
+    @property
+    def clean_time(self) -> float:
+        """0."""
+        return 0.0
+
+    @property
+    def noise_time(self) -> float:
+        """sigma_max."""
+        return float(self.sigma_max)
+
+    @property
+    def prior_scale(self) -> float:
+        """sigma_max."""
+        return float(self.sigma_max)
+
+    def alpha(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """1."""
+        return jnp.ones_like(t, jnp.float32)
+
+    def sigma(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """t."""
+        return jnp.asarray(t, jnp.float32)
+
+    def sigma_ratio(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """t."""
+        return jnp.asarray(t, jnp.float32)
+
+    def time_from_sigma_ratio(self, ratio: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """The ratio itself, also beyond sigma_max."""
+        return jnp.asarray(ratio, jnp.float32)
+
+    def c_skip(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """sigma_data^2 / (sigma^2 + sigma_data^2) (Table 1)."""
+        return self.sigma_data**2 / (self.sigma(t) ** 2 + self.sigma_data**2)
+
+    def c_out(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """sigma sigma_data / sqrt(sigma^2 + sigma_data^2)."""
+        return self.sigma(t) * self.sigma_data * self.c_in(t)
+
+    def c_in(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """1 / sqrt(sigma^2 + sigma_data^2)."""
+        return jax.lax.rsqrt(self.sigma(t) ** 2 + self.sigma_data**2)
+
+    def c_noise(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """log(sigma) / 4."""
+        return 0.25 * jnp.log(jnp.maximum(self.sigma(t), _SMALLEST_SIGMA))
+
+    def velocity_row(self, t: Float[Array, "*s"]) -> Row:
+        """(0, 1)."""
+        return self.row("eps", t)
+
+    def raw_row(self, t: Float[Array, "*s"]) -> Row:
+        """(x0 - c_skip x) / c_out as a row: (sigma / sigma_data, -sigma_data) c_in, finite also for
+        sigma = 0."""
+        return self.sigma(t) / self.sigma_data * self.c_in(t), -self.sigma_data * self.c_in(t)
+
+    def network_inputs(
+        self, x: Float[Array, "b *shape"], t: Float[Array, "..."]
+    ) -> tuple[Float[Array, "b *shape"], Float[Array, " b"]]:
+        """(c_in x, c_noise)."""
+        return expand(self.c_in(t), x) * x, self.c_noise(self._network_time(t, x))

@@ -1,0 +1,112 @@
+"""Sampling: one compiled scan of a solver over a schedule.
+
+``sample`` is pure and jittable: times, key, x and whatever the denoiser closes over are its inputs,
+so other values of them (another schedule of as many steps, guidance scale, labels, seed) use the
+program compiled before. The solver and the process are static.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from dit_jax.diffusion.process import Process
+from dit_jax.diffusion.schedules import SPACINGS, schedule
+from dit_jax.diffusion.solvers import SOLVERS, Denoise, Solver, Step
+
+__all__ = ["SOLVERS", "SPACINGS", "Denoise", "Solver", "make_solver", "sample", "schedule"]
+
+
+def make_solver(name: str, **options: Any) -> Solver:
+    """Builds a solver from its name ('ddpm', 'ddim', 'euler', 'heun', 'dpmpp_2m') and its options.
+
+    Raises:
+        ValueError: If there is no such solver, or it has no such option.
+    """
+    if name not in SOLVERS:
+        raise ValueError(f"Unknown solver {name!r}: expected one of {', '.join(SOLVERS)}.")
+    solver = SOLVERS[name]
+    fields = [field.name for field in dataclasses.fields(solver)]
+    unknown = sorted(set(options) - set(fields))
+    if unknown:
+        raise ValueError(
+            f"Solver {name!r} has no option {', '.join(unknown)}: its options are "
+            f"{', '.join(fields)}."
+        )
+    return solver(**options)
+
+
+def sample(
+    solver: Solver,
+    process: Process,
+    denoise: Denoise,
+    x: Float[Array, "b *shape"],
+    times: Float[Array | np.ndarray, " steps_plus_1"],
+    key: PRNGKeyArray,
+    carry: Any = None,
+) -> tuple[Float[Array, "b *shape"], Any]:
+    """Follows a schedule from noise to data.
+
+    Args:
+        solver: How to take one step.
+        process: The process that x belongs to.
+        denoise: ``denoise(x, t, carry) -> (Prediction, carry)``, t a scalar of the process's time.
+        x: The state at times[0]: ``process.sample_prior(key, shape)`` to start from noise. State is
+            kept in float32.
+        times: Decreasing in noise, of ``schedule``. They need not end with clean data: the result
+            then is x at the last time.
+        key: Randomness of stochastic solvers: the noise of step i (from 0) is ``normal(fold_in(key,
+            i), x.shape)``.
+        carry: Anything that denoise passes on from one evaluation to the next.
+
+    Returns:
+        x at the last time, and the carry after the last evaluation.
+
+    Raises:
+        ValueError: If times are not one sequence of at least two, or (where their values are known)
+            do not decrease in noise; if the solver cannot sample this process.
+    """
+    _check_times(process, times)
+    count = times.shape[0] - 1
+    times = jnp.asarray(times, jnp.float32)
+    x = jnp.asarray(x, jnp.float32)
+
+    def body(state: tuple, inputs: tuple) -> tuple[tuple, None]:
+        x, solver_state, carry = state
+        index, t, s = inputs
+        step = Step(t, s, _fold_in(key, index), count)
+        return solver.step(process, denoise, x, step, solver_state, carry), None
+
+    inputs = (jnp.arange(count), times[:-1], times[1:])
+    (x, _, carry), _ = jax.lax.scan(body, (x, solver.init(process, x), carry), inputs)
+    return x, carry
+
+
+def _fold_in(key: PRNGKeyArray, index: Array) -> PRNGKeyArray:
+    if key.ndim == 0:
+        return jax.random.fold_in(key, index)
+    return jax.vmap(lambda one: jax.random.fold_in(one, index))(key)
+
+
+def _check_times(process: Process, times: Array) -> None:
+    if times.ndim != 1 or times.shape[0] < 2:
+        raise ValueError(
+            "Sampling needs a sequence of at least two times, as schedule() returns; got shape "
+            f"{times.shape}."
+        )
+    if isinstance(times, jax.core.Tracer):
+        return
+    # Every process's own time grows with its noise.
+    values = np.asarray(times)
+    if not (np.diff(values) < 0).all():
+        raise ValueError(
+            f"Sampling needs times that decrease, from noise to data; got {values.tolist()}."
+        )
+    if values[-1] < process.clean_time:
+        raise ValueError(
+            f"{type(process).__name__}'s clean time is {process.clean_time}; the times end with "
+            f"{values[-1]}."
+        )

@@ -1,0 +1,142 @@
+"""Sampling schedules: at which times a solver stops. Computed on the host; the times are inputs of
+the compiled sampler."""
+
+import itertools
+import math
+
+import numpy as np
+
+from dit_jax.diffusion.process import DDPM, EDM, Process, RectifiedFlow
+
+SPACINGS: dict[type[Process], tuple[str, ...]] = {
+    DDPM: ("iddpm", "ddim", "leading", "trailing", "linspace", "karras"),
+    RectifiedFlow: ("uniform",),
+    EDM: ("karras",),
+}
+
+
+def schedule(
+    process: Process,
+    steps: int,
+    spacing: str | None = None,
+    *,
+    shift: float = 1.0,
+    rho: float = 7.0,
+    offset: int = 0,
+) -> np.ndarray:
+    """The times that a solver of so many steps visits, from most noise to clean data.
+
+    Spacings of DDPM (the first is the default; all but karras give whole indices, then -1):
+        iddpm: evenly from 0 to T - 1, both included, rounded as Improved DDPM and DiT do ("250" of
+            1000).
+        ddim: 0, k, 2k, ... for a whole k; only for numbers of steps that some k gives.
+        leading: 0, k, 2k, ... with k = T // steps, plus `offset` (diffusers' default; Stable
+            Diffusion uses offset 1).
+        trailing: T - 1 and down by T / steps, rounded.
+        linspace: evenly from 0 to T - 1, rounded to even.
+        karras: as for EDM, between the sigma / alpha of indices 0 and T - 1; real-valued indices.
+    Spacing of RectifiedFlow:
+        uniform: evenly from 1 to 0, then shifted to t' = shift t / (1 + (shift - 1) t) (SD3, eq.
+            23).
+    Spacing of EDM:
+        karras: sigma^(1 / rho) evenly from sigma_max to sigma_min, then 0 (EDM, eq. 5).
+
+    Args:
+        process: The process whose times these are.
+        steps: Number of solver steps.
+        spacing: One of the above; None is the process's first.
+        shift: RectifiedFlow only; above 1 spends more steps on noise.
+        rho: karras only.
+        offset: leading only.
+
+    Returns:
+        float32 [steps + 1], the last entry the process's clean time.
+
+    Raises:
+        ValueError: If the steps do not fit the process, or the spacing is not one of its spacings.
+    """
+    allowed = SPACINGS[type(process)]
+    spacing = allowed[0] if spacing is None else spacing
+    if spacing not in allowed:
+        raise ValueError(
+            f"{type(process).__name__} has no spacing {spacing!r}: expected one of "
+            f"{', '.join(allowed)}."
+        )
+    if steps < 1:
+        raise ValueError(f"A schedule needs at least one step, got steps={steps}.")
+    for name, value, default, used in (
+        ("shift", shift, 1.0, spacing == "uniform"),
+        ("rho", rho, 7.0, spacing == "karras"),
+        ("offset", offset, 0, spacing == "leading"),
+    ):
+        if value != default and not used:
+            raise ValueError(
+                f"{name}={value} has no meaning for {type(process).__name__}'s spacing {spacing!r}."
+            )
+    if shift <= 0 or rho <= 0:
+        raise ValueError(
+            f"A schedule needs shift > 0 and rho > 0, got shift={shift} and rho={rho}."
+        )
+
+    if spacing == "uniform":
+        t = np.linspace(1.0, 0.0, steps + 1)[:-1]
+        times = shift * t / (1.0 + (shift - 1.0) * t)
+    elif isinstance(process, EDM):
+        times = _karras(process.sigma_min, process.sigma_max, steps, rho)
+    elif spacing == "karras":
+        log_ratio = process.tables.log_sigma_ratio
+        ratios = _karras(math.exp(log_ratio[0]), math.exp(log_ratio[-1]), steps, rho)
+        times = np.interp(np.log(ratios), log_ratio, np.arange(process.num_timesteps))
+    else:
+        times = _ddpm_indices(process.num_timesteps, steps, spacing, offset)[::-1]
+    return np.append(times, process.clean_time).astype(np.float32)
+
+
+def _karras(smallest: float, largest: float, steps: int, rho: float) -> np.ndarray:
+    fraction = np.linspace(0.0, 1.0, steps) if steps > 1 else np.zeros(1)
+    low, high = smallest ** (1 / rho), largest ** (1 / rho)
+    return (high + fraction * (low - high)) ** rho
+
+
+def _ddpm_indices(total: int, steps: int, spacing: str, offset: int) -> np.ndarray:
+    """Ascending indices of the full chain that a respaced one keeps."""
+    if steps > total:
+        raise ValueError(
+            f"DDPM was built with {total} timesteps, and a schedule cannot visit {steps} of them: "
+            f"use steps <= {total}."
+        )
+    if spacing in ("iddpm", "linspace") and steps == 1:
+        raise ValueError(
+            f"Spacing {spacing!r} with one step would visit only index 0, where there is no noise: "
+            "use 'trailing'."
+        )
+    if spacing == "iddpm":
+        stride = (total - 1) / (steps - 1)
+        # Accumulated, not multiplied, so that ties round as in the original.
+        return np.array(
+            [
+                round(position)
+                for position in itertools.accumulate([stride] * (steps - 1), initial=0.0)
+            ]
+        )
+    if spacing == "ddim":
+        counts = {len(range(0, total, stride)): stride for stride in range(total, 0, -1)}
+        if steps not in counts:
+            nearest = sorted(sorted(counts, key=lambda count: abs(count - steps))[:2])
+            raise ValueError(
+                f"Spacing 'ddim' has no whole stride that visits {steps} of {total} timesteps: the "
+                "nearest that fit are "
+                f"{' and '.join(map(str, nearest))} steps; or use another spacing."
+            )
+        return np.arange(0, total, counts[steps])
+    if spacing == "leading":
+        indices = np.arange(steps) * (total // steps) + offset
+        if offset < 0 or indices[-1] >= total:
+            raise ValueError(
+                f"offset={offset} moves indices out of 0..{total - 1} for {steps} steps: use a "
+                "smaller offset."
+            )
+        return indices
+    if spacing == "trailing":
+        return np.round(np.arange(total, 0, -total / steps))[:steps][::-1] - 1
+    return np.round(np.linspace(0, total - 1, steps))

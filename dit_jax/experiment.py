@@ -1,0 +1,212 @@
+"""From a configuration to the objects it names: network, process, method, sampler, data."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_collections
+
+from dit_jax import data as data_lib
+from dit_jax.config import ConfigError, resolve
+from dit_jax.denoiser import Denoiser
+from dit_jax.diffusion import LOSS_WEIGHTS, PROCESSES, TIME_DISTRIBUTIONS
+from dit_jax.diffusion.process import Process
+from dit_jax.diffusion.samplers import make_solver, schedule
+from dit_jax.models import DiTConfig, Network
+from dit_jax.sampling import Sampler
+from dit_jax.training import ema, optimizer
+from dit_jax.training.denoising import Denoising
+from dit_jax.training.method import Method
+
+
+def resolve_config(config: Mapping) -> ml_collections.ConfigDict:
+    """`config.resolve`, then builds everything that needs no data, so that mistakes stop here.
+
+    Raises:
+        ConfigError: a value no object accepts, or a combination that cannot work.
+    """
+    config = resolve(config)
+    try:
+        build_method(config)
+        build_sampling(config)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
+    return config
+
+
+def _choose(choices: dict[str, Any], name: str, key: str) -> Any:
+    if name not in choices:
+        raise ConfigError(f"config.{key}={name!r}: expected one of {', '.join(choices)}")
+    return choices[name]
+
+
+def build_network(config: ml_collections.ConfigDict) -> Network:
+    """The network of `config.model`."""
+    fields = config.model.to_dict()
+    _choose({"dit": DiTConfig}, fields.pop("name"), "model.name")
+    return Network(DiTConfig(**fields))
+
+
+def build_process(config: ml_collections.ConfigDict) -> Process:
+    """The noising process of `config.process`."""
+    process = _choose(PROCESSES, config.process.name, "process.name")
+    options = config.process[config.process.name].to_dict()
+    if config.process.name == "ddpm":
+        options["learned_variance"] = config.model.learn_sigma
+    return process(**options)
+
+
+def build_denoiser(config: ml_collections.ConfigDict) -> Denoiser:
+    """Network and process."""
+    return Denoiser(build_network(config), build_process(config))
+
+
+def build_optimizer(config: ml_collections.ConfigDict):
+    """The optimizer of `config.optimizer` with its schedule."""
+    c = config.optimizer
+    rate = optimizer.learning_rate_schedule(
+        c.learning_rate,
+        schedule=c.schedule,
+        warmup_steps=c.warmup_steps,
+        num_steps=config.training.num_steps,
+        final_learning_rate=c.final_learning_rate,
+    )
+    _choose({"adamw": 1, "lion": 1}, c.name, "optimizer.name")
+    return optimizer.create_optimizer(
+        c.name,
+        rate,
+        weight_decay=c.weight_decay,
+        gradient_clip_norm=c.gradient_clip_norm,
+        **c[c.name].to_dict(),
+    )
+
+
+def build_denoising(config: ml_collections.ConfigDict) -> Denoising:
+    """The Method 'denoising'."""
+    denoiser = build_denoiser(config)
+    times = config.timesteps
+    distribution = _choose(TIME_DISTRIBUTIONS, times.name, "timesteps.name")
+    options = times[times.name].to_dict() if times.name in times else {}
+    if "tau" in options:
+        options["tau"] = options["tau"] or None
+    weighting = config.loss.weighting
+    weight = _choose(LOSS_WEIGHTS, weighting, "loss.weighting")
+    return Denoising(
+        denoiser=denoiser,
+        timesteps=distribution(denoiser.process, **options),
+        weighting=weight(**(config.loss[weighting].to_dict() if weighting in config.loss else {})),
+        optimizer=build_optimizer(config),
+        averages=tuple(ema.averages(config.ema.decays, config.ema.power_stds)),
+        label_dropout=config.method.label_dropout,
+        num_microbatches=config.training.num_microbatches,
+        vlb_weight=config.loss.vlb_weight,
+    )
+
+
+METHODS = {"denoising": build_denoising}
+
+
+def build_method(config: ml_collections.ConfigDict, methods: dict[str, Any] = METHODS) -> Method:
+    """The Method of `config.method.name` among `methods` (name -> builder from a config)."""
+    return _choose(methods, config.method.name, "method.name")(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingPlan:
+    """A sampler with everything bound but parameters, keys and labels.
+
+    Attributes:
+      sampler: the compiled program's static part.
+      times: the solver's times.
+      guidance_scale: 1 for none.
+      guidance_interval: in process time, or None for always.
+    """
+
+    sampler: Sampler
+    times: Any
+    guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations an image, the guidance's second one not counted."""
+        return self.sampler.solver.evaluations(len(self.times) - 1)
+
+    def bind(self, params: Any):
+        """A function (keys, labels) -> images."""
+        return lambda keys, labels: self.sampler(
+            params, keys, labels, self.times, self.guidance_scale, self.guidance_interval
+        )
+
+
+def build_sampling(config: ml_collections.ConfigDict) -> SamplingPlan:
+    """The sampler of `config.sampling`.
+
+    Raises:
+      ConfigError: options that do not fit the process or each other.
+    """
+    c, denoiser = config.sampling, build_denoiser(config)
+    options = c[c.solver].to_dict() if c.solver in c else {}
+    try:
+        solver = make_solver(c.solver, **options)
+        times = schedule(
+            denoiser.process, c.steps, c.spacing or None, shift=c.shift, rho=c.rho
+        )
+        solver.init(denoiser.process, jax.numpy.zeros((1, *denoiser.network.sample_shape)))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"config.sampling: {error}") from error
+    interval = tuple(c.guidance_interval)
+    if len(interval) not in (0, 2):
+        raise ConfigError(
+            f"config.sampling.guidance_interval={interval}: expected (low, high) or ()"
+        )
+    if c.guidance_channels not in ("all", "first3"):
+        raise ConfigError(
+            f"config.sampling.guidance_channels={c.guidance_channels!r}: expected 'all' or 'first3'"
+        )
+    if c.guidance_scale == 1.0 and (interval or c.guidance_channels != "all"):
+        raise ConfigError(
+            "config.sampling.guidance_interval and guidance_channels would do nothing with "
+            "config.sampling.guidance_scale=1.0"
+        )
+    if c.guidance_scale != 1.0 and not config.model.num_classes:
+        raise ConfigError(
+            f"config.sampling.guidance_scale={c.guidance_scale} needs a class-conditional model; "
+            "config.model.num_classes is 0"
+        )
+    sampler = Sampler(denoiser, solver, c.guidance_channels)
+    return SamplingPlan(sampler, times, c.guidance_scale, interval or None)
+
+
+def open_data(config: ml_collections.ConfigDict, split: str):
+    """The source of `config.data`, checked against `config.model`.
+
+    Raises:
+      ConfigError: images or classes are not what the model takes, with the values to set.
+    """
+    name, model = config.data.name, config.model
+    options = config.data[name].to_dict() if name in config.data else {}
+    options = {key: value for key, value in options.items() if value != ""}
+    if name in ("image_folder", "tfds"):
+        options.update(image_size=model.image_size, channels=model.in_channels)
+    elif name == "jpeg_npz":
+        options.update(channels=model.in_channels)
+    source = data_lib.open_source(name, split, **options)
+    info = source.info
+    wanted = (model.image_size, model.image_size, model.in_channels)
+    if tuple(info.image_shape) != wanted:
+        height, _, channels = info.image_shape
+        raise ConfigError(
+            f"{name} delivers images of {tuple(info.image_shape)}, the model takes {wanted}: set "
+            f"config.model.image_size={height} and config.model.in_channels={channels}"
+        )
+    if info.num_classes != model.num_classes and model.num_classes:
+        raise ConfigError(
+            f"{name} has {info.num_classes} classes, the model {model.num_classes}: set "
+            f"config.model.num_classes={info.num_classes}"
+        )
+    return source
+

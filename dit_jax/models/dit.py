@@ -1,0 +1,276 @@
+"""The diffusion transformer (DiT) with adaLN-zero conditioning.
+
+Peebles and Xie, "Scalable Diffusion Models with Transformers" (arXiv 2212.09748). SiT
+(arXiv 2401.08740) is the same network trained as a rectified flow, its variance channels unused.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dit_jax.models import attention as attention_lib
+from dit_jax.models import layers, stack
+
+# The paper's table 1: (depth, hidden size, heads).
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Shape and execution of a DiT.
+
+    Attributes:
+      image_size: height and width of the input (an int for both): 32 for 256-pixel images encoded
+        by the VAE, 64 for 512, or pixels when trained on pixels.
+      in_channels: channels of the input.
+      patch_size: side of a patch; divides the image size.
+      hidden_size: width, a multiple of `num_heads` and of 4.
+      depth: number of blocks.
+      num_heads: attention heads.
+      mlp_ratio: hidden width of the MLP over `hidden_size`.
+      num_classes: classes, without the null class; 0 for an unconditional network.
+      learn_sigma: whether a second half of output channels interpolates the variance.
+      time_frequency_spacing: 'original' or 'diffusers', see `layers.timestep_frequencies`.
+      layer_loop: 'scan', 'unroll' or 'auto' (by backend).
+      remat: 'none', 'block' or 'dots' (`stack.rematerialised`).
+      attention: kernel of the local attention, see `attention.resolve_implementation`.
+      dtype: of the matrix products, 'float32', 'bfloat16', 'float16', or 'auto': bfloat16 on
+        accelerators and float32 on CPUs.
+    """
+
+    image_size: int | tuple[int, int] = 32
+    in_channels: int = 4
+    patch_size: int = 2
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    learn_sigma: bool = True
+    time_frequency_spacing: str = "original"
+    layer_loop: str = "auto"
+    remat: str = "none"
+    attention: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self):
+        for name in ("in_channels", "patch_size", "hidden_size", "depth", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)}: expected at least 1")
+        if self.num_classes < 0:
+            raise ValueError(f"model.num_classes={self.num_classes}: expected 0 or more")
+        if any(side < 1 or side % self.patch_size for side in self.input_size):
+            raise ValueError(
+                f"model.image_size={self.image_size} is not divisible by model.patch_size="
+                f"{self.patch_size}: choose a patch size that divides both sides"
+            )
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise ValueError(
+                f"model.hidden_size={self.hidden_size} must be a multiple of model.num_heads="
+                f"{self.num_heads} and of 4 (sine-cosine positions)"
+            )
+        if self.time_frequency_spacing not in layers.TIME_FREQUENCY_SPACINGS:
+            raise ValueError(
+                f"model.time_frequency_spacing={self.time_frequency_spacing!r}: expected one of "
+                f"{layers.TIME_FREQUENCY_SPACINGS}"
+            )
+        stack.resolve_layer_loop(self.layer_loop)
+        stack.rematerialised(lambda: None, self.remat)
+        dtype = resolve_dtype(self.dtype)
+        attention_lib.resolve_implementation(self.attention, dtype, self.head_dim)
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) of the input."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        return tuple(side // self.patch_size for side in self.input_size)
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output: twice the input's when the variance is learned."""
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @classmethod
+    def from_name(cls, name: str, **overrides: Any) -> "DiTConfig":
+        """The paper's model called `name`, for instance 'DiT-XL/2'."""
+        return cls(**{**named_size(name), **overrides})
+
+
+def named_size(name: str) -> dict[str, int]:
+    """Depth, width, heads and patch size of 'DiT-{S,B,L,XL}/{2,4,8}'."""
+    size, _, patch_size = name.removeprefix("DiT-").partition("/")
+    if not name.startswith("DiT-") or size not in SIZES or patch_size not in ("2", "4", "8"):
+        raise ValueError(f"unknown model {name!r}: expected DiT-{{S,B,L,XL}}/{{2,4,8}}")
+    depth, hidden_size, num_heads = SIZES[size]
+    return {
+        "depth": depth,
+        "hidden_size": hidden_size,
+        "num_heads": num_heads,
+        "patch_size": int(patch_size),
+    }
+
+
+def resolve_dtype(dtype: str, backend: str | None = None) -> jnp.dtype:
+    """'auto' is bfloat16 on accelerators and float32 on CPUs."""
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={dtype!r}: expected 'auto', 'float32', 'bfloat16' or 'float16'")
+    if dtype == "auto":
+        dtype = "float32" if (backend or jax.default_backend()) == "cpu" else "bfloat16"
+    return jnp.dtype(dtype)
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head self-attention with one fused projection to queries, keys and values."""
+
+    def __init__(self, dim: int, num_heads: int, *, rngs: nnx.Rngs, dtype: Any):
+        self.num_heads = num_heads
+        self.qkv = layers.Linear(dim, 3 * dim, rngs=rngs, dtype=dtype)
+        self.proj = layers.Linear(dim, dim, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "b l d"], attention: attention_lib.Attention, state: Any):
+        """Returns the projected attention output and the layer's attention state."""
+        b, length, dim = x.shape
+        qkv = self.qkv(x).reshape(b, length, 3, self.num_heads, dim // self.num_heads)
+        out, state = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], state)
+        return self.proj(out.reshape(b, length, dim)), state
+
+
+class DiTBlock(nnx.Module):
+    """Attention and MLP, each modulated and gated by the condition (DiT, figure 3)."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: Any):
+        dim = config.hidden_size
+        self.attn = SelfAttention(dim, config.num_heads, rngs=rngs, dtype=dtype)
+        self.mlp = layers.Mlp(dim, int(dim * config.mlp_ratio), rngs=rngs, dtype=dtype)
+        self.adaLN_modulation = layers.Linear(
+            dim, 6 * dim, rngs=rngs, kernel_init=nnx.initializers.zeros_init(), dtype=dtype
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        condition: Float[Array, "b d"],
+        attention: attention_lib.Attention,
+        state: Any = None,
+    ):
+        """`condition` has passed SiLU already. Returns the tokens and the attention state."""
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(
+            self.adaLN_modulation(condition), 6, axis=-1
+        )
+        h = layers.modulate(layers.layer_norm(x), shift_msa, scale_msa)
+        h, state = self.attn(h, attention, state)
+        x = x + gate_msa[:, None] * h
+        h = layers.modulate(layers.layer_norm(x), shift_mlp, scale_mlp)
+        return x + gate_mlp[:, None] * self.mlp(h), state
+
+
+class FinalLayer(nnx.Module):
+    """Modulated normalisation and the projection back to patches of pixels."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: Any):
+        dim, zeros = config.hidden_size, nnx.initializers.zeros_init()
+        patch_dim = config.patch_size**2 * config.out_channels
+        self.adaLN_modulation = layers.Linear(
+            dim, 2 * dim, rngs=rngs, kernel_init=zeros, dtype=dtype
+        )
+        # Always float32: the network's output feeds the solver, and the layer costs next to nothing.
+        self.linear = layers.Linear(dim, patch_dim, rngs=rngs, kernel_init=zeros)
+
+    def __call__(self, x: Float[Array, "b l d"], condition: Float[Array, "b d"]):
+        """Returns float32 patches [b, l, patch_size^2 * out_channels]."""
+        shift, scale = jnp.split(self.adaLN_modulation(condition), 2, axis=-1)
+        return self.linear(layers.modulate(layers.layer_norm(x), shift, scale))
+
+
+class DiT(nnx.Module):
+    """A transformer on patches: (noisy image or latent, time, class) -> raw prediction."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        dtype, dim = resolve_dtype(config.dtype), config.hidden_size
+        patch_dim = config.patch_size**2 * config.in_channels
+        self.config = config
+        self.x_embedder = layers.Linear(patch_dim, dim, rngs=rngs, dtype=dtype)
+        self.t_embedder = layers.TimestepEmbedder(
+            dim, rngs=rngs, spacing=config.time_frequency_spacing
+        )
+        if config.num_classes:
+            self.y_embedder = layers.LabelEmbedder(config.num_classes, dim, rngs=rngs)
+        self.blocks = stack.create_stack(
+            lambda rngs: DiTBlock(config, rngs=rngs, dtype=dtype), config.depth, rngs
+        )
+        self.final_layer = FinalLayer(config, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        t: Float[Array, " b"],
+        conditions: dict[str, Array],
+        *,
+        attention: attention_lib.Attention | None = None,
+        attention_state: Any = None,
+    ):
+        """Predicts from the noisy input.
+
+        Args:
+          x: the (preconditioned) noisy input.
+          t: network time; the process defines it (index for DDPM, [0, 1] for SiT, c_noise for EDM).
+          conditions: {'label': int32 [b]}, `num_classes` standing for none; {} if unconditional.
+          attention: a strategy for the attention seam; by default local attention.
+          attention_state: the strategy's state, leaves with a leading layer axis.
+
+        Returns:
+          float32 [b, h, w, out_channels]; with `attention_state`, also the new state.
+        """
+        config = self.config
+        attention = attention or attention_lib.LocalAttention(config.attention)
+        dtype = resolve_dtype(config.dtype)
+        tokens = self.x_embedder(layers.patchify(x, config.patch_size))
+        positions = layers.sincos_position_embedding(config.hidden_size, config.grid)
+        tokens = tokens + positions[None].astype(dtype)
+        condition = self.t_embedder(t)
+        if config.num_classes:
+            condition = condition + self.y_embedder(conditions["label"])
+        condition = jax.nn.silu(condition).astype(dtype)
+
+        tokens, new_state = stack.run_stack(
+            self.blocks,
+            lambda block, tokens, state, condition: block(tokens, condition, attention, state),
+            tokens,
+            condition,
+            state=attention_state,
+            depth=config.depth,
+            layer_loop=config.layer_loop,
+            remat=config.remat,
+        )
+        patches = self.final_layer(tokens, condition)
+        out = layers.unpatchify(patches, config.patch_size, config.grid)
+        return out if attention_state is None else (out, new_state)
+
+
+def flops_per_example(config: DiTConfig) -> float:
+    """Floating-point operations of one forward pass of one example, a multiply-add being two.
+
+    2 x (length x weights seen by every token + weights of the conditioning path) + attention's
+    4 x length^2 x width a block. The backward pass costs twice as much.
+    """
+    length, dim = config.grid[0] * config.grid[1], config.hidden_size
+    patch = config.patch_size**2
+    token_weights = config.depth * dim * dim * (4 + 2 * config.mlp_ratio)
+    token_weights += patch * (config.in_channels + config.out_channels) * dim
+    condition_weights = dim * dim * (6 * config.depth + 2 + 1) + 256 * dim
+    attention = 4 * config.depth * length**2 * dim
+    return 2 * (length * token_weights + condition_weights) + attention

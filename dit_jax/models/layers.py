@@ -1,0 +1,158 @@
+"""Layers shared by the networks: linear maps, embeddings, normalisation, patches.
+
+Parameters are float32; `dtype` is what the matrix products are computed in. Normalisation and time
+embeddings stay in float32.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+TIME_FREQUENCY_SPACINGS = ("original", "diffusers")
+
+
+class Linear(nnx.Module):
+    """y = x W + b over the last axis.
+
+    Leading axes are flattened to one before the product: XLA's CPU backend computes the backward
+    pass of weight and bias markedly faster that way, and no other backend minds.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rngs: nnx.Rngs,
+        kernel_init: nnx.Initializer | None = None,
+        dtype: Any = jnp.float32,
+    ):
+        kernel_init = kernel_init or nnx.initializers.xavier_uniform()
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features)))
+        self.bias = nnx.Param(jnp.zeros(out_features))
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
+        """Applies the map in `self.dtype`."""
+        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+        y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel + bias
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def layer_norm(x: Float[Array, "*batch d"], epsilon: float = 1e-6) -> Float[Array, "*batch d"]:
+    """Normalisation over the last axis without learned scale or shift, in float32."""
+    dtype, x = x.dtype, x.astype(jnp.float32)
+    x = x - x.mean(axis=-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + epsilon)
+    return x.astype(dtype)
+
+
+def modulate(
+    x: Float[Array, "b l d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]
+) -> Float[Array, "b l d"]:
+    """adaLN's affine map, x (1 + scale) + shift, the same for every token of an example."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def timestep_frequencies(
+    t: Float[Array, " b"], dim: int, *, spacing: str = "original", max_period: float = 10_000.0
+) -> Float[Array, "b dim"]:
+    """Sinusoidal features [cos(w_i t), sin(w_i t)] of a real-valued time.
+
+    With h = dim / 2, w_i = max_period^(-i / h) in the original DiT and max_period^(-i / (h - 1)) in
+    diffusers' DiT: two different functions of t that no transform of weights reconciles, so a
+    checkpoint's origin decides (`spacing`).
+    """
+    half = dim // 2
+    last = {"original": half, "diffusers": half - 1}[spacing]
+    frequencies = np.exp(-math.log(max_period) * np.arange(half) / last).astype(np.float32)
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimestepEmbedder(nnx.Module):
+    """Sinusoidal features of time through a two-layer MLP with SiLU (DiT, section 3.2)."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        rngs: nnx.Rngs,
+        frequency_dim: int = 256,
+        spacing: str = "original",
+        dtype: Any = jnp.float32,
+    ):
+        normal = nnx.initializers.normal(0.02)
+        self.frequency_dim, self.spacing = frequency_dim, spacing
+        self.fc1 = Linear(frequency_dim, hidden_size, rngs=rngs, kernel_init=normal, dtype=dtype)
+        self.fc2 = Linear(hidden_size, hidden_size, rngs=rngs, kernel_init=normal, dtype=dtype)
+
+    def __call__(self, t: Float[Array, " b"]) -> Float[Array, "b d"]:
+        """Embeds the network time."""
+        features = timestep_frequencies(t, self.frequency_dim, spacing=self.spacing)
+        return self.fc2(jax.nn.silu(self.fc1(features)))
+
+
+class LabelEmbedder(nnx.Module):
+    """One vector a class and a last one, index `num_classes`, for "no class" (guidance)."""
+
+    def __init__(self, num_classes: int, hidden_size: int, *, rngs: nnx.Rngs):
+        normal = nnx.initializers.normal(0.02)
+        self.embedding = nnx.Param(normal(rngs.params(), (num_classes + 1, hidden_size)))
+
+    def __call__(self, label: Int[Array, " b"]) -> Float[Array, "b d"]:
+        """Looks the labels up."""
+        return self.embedding[...][label]
+
+
+class Mlp(nnx.Module):
+    """Two linear maps with a tanh-approximated GELU between them."""
+
+    def __init__(self, dim: int, hidden_dim: int, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        self.fc1 = Linear(dim, hidden_dim, rngs=rngs, dtype=dtype)
+        self.fc2 = Linear(hidden_dim, dim, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        """Applies the MLP to every token."""
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))
+
+
+def sincos_position_embedding(dim: int, grid: Sequence[int]) -> np.ndarray:
+    """Fixed 2-D sine-cosine positions of a (rows, columns) grid, float32 [rows * columns, dim].
+
+    The first half of the channels encodes the column and the second half the row, each as
+    [sin, cos] over dim / 4 frequencies, in the order of MAE and DiT.
+    """
+    rows, columns = grid
+    omega = 1.0 / 10_000 ** (np.arange(dim // 4, dtype=np.float64) / (dim // 4))
+
+    def encode(position):
+        angles = position.reshape(-1, 1) * omega
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    row, column = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+    return np.concatenate([encode(column), encode(row)], axis=1).astype(np.float32)
+
+
+def patchify(x: Float[Array, "b h w c"], patch_size: int) -> Float[Array, "b l d"]:
+    """Cuts an image into row-major patches, each flattened as (row, column, channel)."""
+    b, h, w, c = x.shape
+    p = patch_size
+    x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, (h // p) * (w // p), p * p * c)
+
+
+def unpatchify(
+    x: Float[Array, "b l d"], patch_size: int, grid: Sequence[int]
+) -> Float[Array, "b h w c"]:
+    """The inverse of `patchify` for a (rows, columns) grid of patches."""
+    b, _, d = x.shape
+    (rows, columns), p = grid, patch_size
+    x = x.reshape(b, rows, columns, p, p, d // (p * p)).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, rows * p, columns * p, d // (p * p))

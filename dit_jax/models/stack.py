@@ -1,0 +1,105 @@
+"""Repeated blocks: one definition, stored stacked, run as a scan or an unrolled loop.
+
+Parameters of the `depth` blocks share one tree whose leaves have a leading layer axis. A scan
+compiles one block whatever the depth (accelerators, big models); the unrolled loop lets CPU XLA
+schedule across blocks and is markedly faster there. Rematerialisation is a policy around the block.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+LAYER_LOOPS = ("auto", "scan", "unroll")
+REMAT_POLICIES = ("none", "block", "dots")
+
+
+def resolve_layer_loop(layer_loop: str, backend: str | None = None) -> str:
+    """'auto' is 'unroll' on CPUs and 'scan' elsewhere."""
+    if layer_loop not in LAYER_LOOPS:
+        raise ValueError(f"layer_loop={layer_loop!r}: expected one of {LAYER_LOOPS}")
+    if layer_loop != "auto":
+        return layer_loop
+    return "unroll" if (backend or jax.default_backend()) == "cpu" else "scan"
+
+
+def rematerialised(function: Callable, remat: str) -> Callable:
+    """Wraps a block so that its backward pass recomputes what the policy does not save.
+
+    'none' saves everything, 'block' only the block's inputs, 'dots' the results of matrix products
+    with weights (everything elementwise, and attention scores, are recomputed).
+    """
+    if remat == "none":
+        return function
+    policy = {
+        "block": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
+    if remat not in policy:
+        raise ValueError(f"remat={remat!r}: expected one of {REMAT_POLICIES}")
+    return jax.checkpoint(function, policy=policy[remat], prevent_cse=False)
+
+
+def create_stack(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs):
+    """`depth` blocks, each initialised from its own key, as one module with stacked leaves."""
+
+    @nnx.split_rngs(splits=depth)
+    @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
+    def create(rngs):
+        return make_block(rngs)
+
+    return create(rngs)
+
+
+def _unstack(tree: Any, depth: int) -> list[Any]:
+    """Splits the leading axis; the gradient is one concatenation, not `depth` padded sums."""
+    leaves, treedef = jax.tree.flatten(tree)
+    split = [jax.lax.split(leaf, (1,) * depth, axis=0) for leaf in leaves]
+    return [treedef.unflatten([parts[i][0] for parts in split]) for i in range(depth)]
+
+
+def run_stack(
+    blocks: nnx.Module,
+    call: Callable[..., tuple[Any, Any]],
+    x: Any,
+    *args: Any,
+    state: Any = None,
+    depth: int,
+    layer_loop: str = "auto",
+    remat: str = "none",
+) -> tuple[Any, Any]:
+    """Runs `x, state_l = call(block_l, x, state_l, *args)` through the layers in order.
+
+    Args:
+      blocks: the stacked module of `create_stack`.
+      call: applies one block.
+      x: the activations carried from layer to layer.
+      *args: inputs every layer shares (conditioning).
+      state: per-layer state with a leading layer axis, or None.
+      depth: number of layers.
+      layer_loop: 'scan', 'unroll' or 'auto'.
+      remat: 'none', 'block' or 'dots'.
+
+    Returns:
+      The last activations and the new stacked state (None if none was given).
+    """
+    graph, parameters = nnx.split(blocks)
+
+    @functools.partial(rematerialised, remat=remat)
+    def layer(x, parameters, state, args):
+        return call(nnx.merge(graph, parameters), x, state, *args)
+
+    if resolve_layer_loop(layer_loop) == "scan":
+        return jax.lax.scan(lambda x, layer_in: layer(x, *layer_in, args), x, (parameters, state))
+    states = []
+    unstacked_states = [None] * depth if state is None else _unstack(state, depth)
+    for layer_parameters, layer_state in zip(
+        _unstack(parameters, depth), unstacked_states, strict=True
+    ):
+        x, layer_state = layer(x, layer_parameters, layer_state, args)
+        states.append(layer_state)
+    if state is None:
+        return x, None
+    return x, jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *states)

@@ -1,0 +1,152 @@
+"""Sampling: one compiled program from noise to images, and batches of it.
+
+Labels, times, guidance scale, guidance interval and keys are inputs of the program. What is
+compiled in is the solver, the number of steps, and whether there is guidance at all.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from dit_jax.denoiser import Denoiser
+from dit_jax.diffusion import guidance as guidance_lib
+from dit_jax.diffusion import samplers
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """A solver applied to a denoiser.
+
+    Attributes:
+      denoiser: network and process.
+      solver: one of `diffusion.samplers`.
+      guided_channels: 'all', or 'first3' as the original DiT samples.
+    """
+
+    denoiser: Denoiser
+    solver: samplers.Solver
+    guided_channels: str = "all"
+
+    def __call__(
+        self,
+        params: Any,
+        keys: Key[Array, " b"],
+        labels: Int[Array, " b"] | None,
+        times: Float[Array, " n"],
+        guidance_scale: float | Float[Array, ""] | Float[Array, " b"] = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+    ) -> Float[Array, "b h w c"]:
+        """Samples one batch.
+
+        Args:
+          params: the network's parameters.
+          keys: one key an image; an image depends on its own key alone, not on its batch.
+          labels: classes, or None for an unconditional network.
+          times: the solver's times, from noise to clean (`samplers.schedule`).
+          guidance_scale: 1 for no guidance, which costs half as much. A number or one an image.
+          guidance_interval: (low, high) in process time outside which there is no guidance.
+
+        Returns:
+          float32 images or latents.
+
+        Raises:
+          ValueError: guidance asked of an unconditional network; a label out of range.
+        """
+        num_classes = self.denoiser.network.num_classes
+        guided = not (np.isscalar(guidance_scale) and float(guidance_scale) == 1.0)
+        if guided and not num_classes:
+            raise ValueError("guidance_scale needs a class-conditional network; use 1.0")
+        if labels is not None:
+            labels = np.asarray(labels)
+            outside = labels[(labels < 0) | (labels > num_classes)]
+            if outside.size:
+                raise ValueError(
+                    f"label {outside.flat[0]} is out of range: the network knows 0 to "
+                    f"{num_classes - 1}, and {num_classes} for no class"
+                )
+        return _sample(
+            self,
+            guided,
+            params,
+            keys,
+            {} if labels is None or not num_classes else {"label": jnp.asarray(labels)},
+            jnp.asarray(times, jnp.float32),
+            jnp.asarray(guidance_scale, jnp.float32),
+            guidance_interval and jnp.asarray(guidance_interval, jnp.float32),
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sample(sampler, guided, params, keys, conditions, times, scale, interval):
+    denoiser, process = sampler.denoiser, sampler.denoiser.process
+
+    def raw(x, t, conditions, carry):
+        t = jnp.broadcast_to(t, x.shape[:1])
+        return denoiser.raw(params, x, t, conditions), carry
+
+    evaluate = raw
+    if guided:
+        evaluate = guidance_lib.guided(
+            raw,
+            denoiser.network.null_conditions(conditions),
+            scale,
+            interval=None if interval is None else (interval[0], interval[1]),
+            channels=sampler.guided_channels,
+        )
+
+    def denoise(x, t, carry):
+        out, carry = evaluate(x, t, conditions, carry)
+        return process.interpret(out, x, t), carry
+
+    shape = denoiser.network.sample_shape
+    prior_keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
+    solver_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+    noise = jax.vmap(lambda key: jax.random.normal(key, shape))(prior_keys)
+    x = noise * process.prior_scale
+    return samplers.sample(sampler.solver, process, denoise, x, times, solver_keys)[0]
+
+
+def image_keys(seed: int, indices: Int[np.ndarray, " b"]) -> Key[Array, " b"]:
+    """The keys of images number `indices` under `seed`: image i depends on seed and i only."""
+    root = jax.random.key(seed)
+    return jax.vmap(lambda i: jax.random.fold_in(root, i))(jnp.asarray(indices, jnp.uint32))
+
+
+def generate(
+    sample: Callable[[Key[Array, " b"], np.ndarray], Array],
+    labels: Int[np.ndarray, " n"],
+    *,
+    seed: int,
+    batch_size: int,
+    start: int = 0,
+    progress: Callable[[int, float], None] | None = None,
+) -> Iterator[np.ndarray]:
+    """Yields images number `start` to n - 1 in batches that fit the memory.
+
+    Every call of `sample` sees the full batch size, the last one filled up, so that one program
+    serves them all.
+
+    Args:
+      sample: (keys, labels) -> images, for instance a `Sampler` with its other arguments bound.
+      labels: class of every image, n in all.
+      seed: together with an image's number it determines the image.
+      batch_size: images a call.
+      start: number of the first image wanted (resuming).
+      progress: called with (images done, seconds) after every batch.
+    """
+    began = time.perf_counter()
+    for first in range(start, len(labels), batch_size):
+        indices = np.arange(first, first + batch_size)
+        kept = min(batch_size, len(labels) - first)
+        chosen = labels[np.minimum(indices, len(labels) - 1)]
+        images = np.asarray(sample(image_keys(seed, indices), chosen))[:kept]
+        if progress:
+            progress(first + kept, time.perf_counter() - began)
+        yield images

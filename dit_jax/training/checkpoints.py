@@ -1,0 +1,223 @@
+"""Checkpoints: everything a run needs to go on bit for bit, written while training continues.
+
+A checkpoint is one orbax step directory holding the Method's state, the data iterator's state and a
+fingerprint of the arrays. orbax writes it under a temporary name and renames it when complete, so
+an interrupted write leaves the older checkpoints as they were; the fingerprint finds what a
+damaged disk or a partial copy changed later.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+
+class CheckpointError(RuntimeError):
+    """No checkpoint could be read or written."""
+
+
+class MismatchError(CheckpointError):
+    """A whole checkpoint, of another architecture or method."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a checkpoint holds.
+
+    Attributes:
+      step: updates made when it was written.
+      state: the Method's state.
+      data: the data iterator's state, a JSON-able dict.
+    """
+
+    step: int
+    state: Any
+    data: dict
+
+
+@jax.jit
+def _bit_sums(tree: Any) -> jax.Array:
+    def bit_sum(leaf):
+        bits = leaf.astype(jnp.uint32) if leaf.dtype == jnp.bool_ else leaf
+        if bits.dtype.itemsize != 4:
+            bits = jax.lax.bitcast_convert_type(
+                bits, {1: jnp.uint8, 2: jnp.uint16, 8: jnp.uint32}[bits.dtype.itemsize]
+            )
+        else:
+            bits = jax.lax.bitcast_convert_type(bits, jnp.uint32)
+        return bits.astype(jnp.uint32).sum(dtype=jnp.uint32)
+
+    return jnp.stack([bit_sum(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def fingerprint(tree: Any) -> list[int]:
+    """Per leaf the sum of its bit patterns modulo 2^32: exact and independent of the sharding."""
+    return [int(s) for s in np.asarray(_bit_sums(tree))]
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    """Leaves by paths such as 'state/params/blocks/mlp/fc1/kernel', however nodes are typed."""
+
+    def name(entry) -> str:
+        for attribute in ("name", "key", "idx"):
+            if hasattr(entry, attribute):
+                return str(getattr(entry, attribute))
+        raise TypeError(f"unknown path entry {entry!r}")
+
+    return {
+        "/".join(map(name, path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest last.
+
+    Args:
+      directory: where they are or will be; created when the first one is written.
+      keep_last: how many recent ones to keep.
+      keep_every: also keep those whose step is a multiple of this; 0 for none.
+    """
+
+    def __init__(self, directory: Path, *, keep_last: int = 2, keep_every: int = 0):
+        self.directory = Path(directory).absolute()
+        if keep_last < 1:
+            raise ValueError(f"training.keep_last={keep_last}: expected at least 1")
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep_last,
+                keep_period=keep_every or None,
+                create=True,
+                enable_async_checkpointing=True,
+            ),
+            # Named here, so that another process can read what is in a checkpoint before it does.
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def path(self, step: int) -> Path:
+        """Directory of the checkpoint of `step`."""
+        return self.directory / str(step)
+
+    def save(self, step: int, state: Any, data: dict) -> None:
+        """Starts writing; returns once the arrays are copied off the device."""
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=ocp.args.JsonSave(data),
+                meta=ocp.args.JsonSave({"fingerprint": fingerprint(state)}),
+            ),
+        )
+
+    def wait(self) -> None:
+        """Blocks until every started write is complete; raises what a write raised."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
+    def restore(
+        self, target: Any, step: int | None = None, *, set_aside: bool = False
+    ) -> Restored | None:
+        """The newest readable checkpoint, or that of `step`.
+
+        Args:
+          target: tree of `jax.ShapeDtypeStruct` with shardings, or of arrays, like the state saved.
+          step: a particular checkpoint; then damage is an error instead of a step back.
+          set_aside: rename damaged ones to '<step>.damaged', so that training can write that step
+            again. Otherwise nothing on disk is touched.
+
+        Returns:
+          What was saved, or None where there is no checkpoint at all. A damaged checkpoint is named
+          in a warning, and the one before it is taken.
+
+        Raises:
+          CheckpointError: checkpoints exist, but none can be read.
+        """
+        candidates = [step] if step is not None else self.steps()[::-1]
+        if step is not None and step not in self.steps():
+            raise CheckpointError(
+                f"no checkpoint of step {step} in {self.directory}; there are {self.steps()}"
+            )
+        for candidate in candidates:
+            try:
+                return self._restore(target, candidate)
+            except (MismatchError, MemoryError):
+                raise
+            except Exception as error:  # whatever orbax and tensorstore raise on damaged files
+                if "RESOURCE_EXHAUSTED" in str(error):
+                    raise
+                reason = str(error).strip().split(". See full")[0].split("\n")[0] or repr(error)
+                if step is not None:
+                    raise CheckpointError(
+                        f"checkpoint {self.path(candidate)} cannot be read: {reason}"
+                    ) from error
+                logging.warning(
+                    "checkpoint %s is damaged (%s); trying the one before it",
+                    self.path(candidate),
+                    reason,
+                )
+                if set_aside:
+                    self._set_aside(candidate)
+        if candidates:
+            raise CheckpointError(
+                f"none of the checkpoints {candidates} in {self.directory} can be read; move the "
+                "directory away to start again"
+            )
+        return None
+
+    def _set_aside(self, step: int) -> None:
+        aside = self.path(step).with_name(f"{step}.damaged")
+        if jax.process_index() == 0:
+            self.path(step).rename(aside)
+        self._manager.reload()
+
+    def _refuse_other_shapes(self, target: Any, step: int) -> None:
+        """A checkpoint of another network is not damaged: say what differs and leave it alone."""
+        saved = self._manager.item_metadata(step)["state"].tree
+        saved, wanted = _by_path(saved), _by_path(target)
+        lines = [f"  {k}: only in the checkpoint" for k in sorted(saved.keys() - wanted.keys())]
+        lines += [f"  {k}: not in the checkpoint" for k in sorted(wanted.keys() - saved.keys())]
+        lines += [
+            f"  {k}: {tuple(saved[k].shape)} in the checkpoint, {tuple(wanted[k].shape)} expected"
+            for k in sorted(saved.keys() & wanted.keys())
+            if tuple(saved[k].shape) != tuple(wanted[k].shape)
+        ]
+        if lines:
+            shown = "\n".join(lines[:20] + ([f"  ... {len(lines) - 20} more"] * (len(lines) > 20)))
+            raise MismatchError(
+                f"checkpoint {self.path(step)} belongs to another configuration:\n{shown}"
+            )
+
+    def _restore(self, target: Any, step: int) -> Restored:
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
+        self._refuse_other_shapes(abstract, step)
+        found = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract),
+                data=ocp.args.JsonRestore(),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
+        if fingerprint(found["state"]) != found["meta"]["fingerprint"]:
+            raise CheckpointError("its arrays are not the ones that were written")
+        return Restored(step=step, state=found["state"], data=found["data"])
+
+    def close(self) -> None:
+        """Waits for pending writes and releases orbax's threads."""
+        self.wait()
+        self._manager.close()

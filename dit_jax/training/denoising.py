@@ -1,0 +1,121 @@
+"""Plain denoising: the Method that trains a diffusion model from data."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Int, Key
+
+from dit_jax.denoiser import Denoiser
+from dit_jax.diffusion import losses
+from dit_jax.diffusion.timesteps import TimeDistribution
+from dit_jax.training import ema as ema_lib
+from dit_jax.training.method import Batch, Metrics, TrainState, accumulated_gradients
+
+
+def drop_labels(
+    label: Int[Array, " b"], num_classes: int, dropped: Bool[Array, " b"]
+) -> Int[Array, " b"]:
+    """Labels with the null class, index `num_classes`, where `dropped`."""
+    return jnp.where(dropped, num_classes, label)
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoising:
+    """Regression of the process's target at random times (DDPM, flow matching or EDM).
+
+    Attributes:
+      denoiser: the network and its process.
+      timesteps: training distribution of t with its own weights (`diffusion.timesteps`).
+      weighting: further loss weights (`diffusion.losses`).
+      optimizer: an optax transformation.
+      averages: EMAs to keep.
+      label_dropout: probability of replacing a label by the null class (guidance).
+      num_microbatches: gradient accumulation, the batch in so many parts.
+      vlb_weight: of the variational term where the variance is learned.
+    """
+
+    denoiser: Denoiser
+    timesteps: TimeDistribution
+    weighting: losses.LossWeight
+    optimizer: optax.GradientTransformation
+    averages: tuple[ema_lib.Average, ...] = ()
+    label_dropout: float = 0.1
+    num_microbatches: int = 1
+    vlb_weight: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"method.label_dropout={self.label_dropout}: expected 0 to 1")
+
+    @property
+    def flops_per_example(self) -> float:
+        """Forward and backward pass, the backward counted as two forwards."""
+        return 3 * self.denoiser.network.flops_per_example
+
+    def init(self, key: Key[Array, ""]) -> TrainState:
+        """Fresh parameters, their averages and the optimizer's state."""
+        params = self.denoiser.network.init(key)
+        return TrainState(
+            step=jnp.int32(0),
+            params=params,
+            ema=ema_lib.init(self.averages, params),
+            optimizer=self.optimizer.init(params),
+        )
+
+    def weights(self, state: TrainState) -> dict[str, Any]:
+        """'raw' and every average by its name."""
+        return {**state.ema, "raw": state.params}
+
+    def draw_examples(self, batch: Batch, key: Key[Array, ""]) -> dict[str, Array]:
+        """Times, noise and dropped labels of a whole batch, before it is split in any way."""
+        time_key, noise_key, label_key = jax.random.split(key, 3)
+        x0 = batch["image"]
+        n = x0.shape[0]
+        examples = {
+            "x0": x0,
+            "t": self.timesteps.sample(time_key, n),
+            "eps": jax.random.normal(noise_key, x0.shape, jnp.float32),
+        }
+        num_classes = self.denoiser.network.num_classes
+        if num_classes:
+            dropped = jax.random.bernoulli(label_key, self.label_dropout, (n,))
+            examples["label"] = drop_labels(batch["label"], num_classes, dropped)
+        return examples
+
+    def loss(self, params: Any, examples: dict[str, Array]) -> tuple[Array, Metrics]:
+        """Mean loss over examples and its parts."""
+        process = self.denoiser.process
+        x0, eps, t = examples["x0"], examples["eps"], examples["t"]
+        conditions = {"label": examples["label"]} if "label" in examples else {}
+        x_t = process.add_noise(x0, eps, t)
+        raw = self.denoiser.raw(params, x_t, t, conditions)
+        loss, parts = losses.denoising_loss(
+            process,
+            raw,
+            x0,
+            eps,
+            t,
+            x_t,
+            weights=self.weighting(process, t) * self.timesteps.weight(t),
+            vlb_weight=self.vlb_weight,
+        )
+        metrics = {name: part.mean() for name, part in {"loss": loss, **parts}.items()}
+        return metrics["loss"], metrics
+
+    def update(
+        self, state: TrainState, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[TrainState, Metrics]:
+        """One optimizer step on the mean loss of `batch`, then the averages."""
+        examples = self.draw_examples(batch, key)
+        metrics, gradients = accumulated_gradients(
+            self.loss, state.params, examples, self.num_microbatches
+        )
+        updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        step = state.step + 1
+        metrics["gradient_norm"] = optax.global_norm(gradients)
+        ema = ema_lib.update(self.averages, state.ema, params, step)
+        return TrainState(step=step, params=params, ema=ema, optimizer=optimizer), metrics

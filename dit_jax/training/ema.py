@@ -1,0 +1,87 @@
+"""Exponential moving averages of parameters: constant decays and EDM2's power functions."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+def power_function_exponent(std: float) -> float:
+    """EDM2's gamma for an average of relative width `std` (arXiv 2312.02696, equation 123 on).
+
+    The positive root of std^2 = (g + 1) / ((g + 2)^2 (g + 3)).
+
+    Raises:
+      ValueError: `std` is not in (0, 0.28), the widths the profile can have.
+    """
+    if not 0 < std < 0.28:
+        raise ValueError(
+            f"ema.power_stds: {std} is not between 0 and 0.28 (EDM2 uses 0.01 to 0.25)"
+        )
+    inverse = std**-2
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+
+
+@dataclasses.dataclass(frozen=True)
+class Average:
+    """One average, either of constant decay or of power-function profile.
+
+    Attributes:
+      decay: share of the old average kept at every update, or None.
+      power_std: relative width of EDM2's profile, or None.
+    """
+
+    decay: float | None = None
+    power_std: float | None = None
+
+    def __post_init__(self):
+        if (self.decay is None) == (self.power_std is None):
+            raise ValueError("an average has either a decay or a power_std")
+        if self.decay is not None and not 0 <= self.decay < 1:
+            raise ValueError(f"ema.decays: {self.decay} is not in [0, 1)")
+        if self.power_std is not None:
+            power_function_exponent(self.power_std)
+
+    @property
+    def name(self) -> str:
+        """The average's name in checkpoints and on command lines, as 'ema_0.9999'."""
+        return f"ema_{self.decay}" if self.decay is not None else f"ema_std{self.power_std}"
+
+    def kept(self, step: Int[Array, ""]) -> Float[Array, ""]:
+        """Share of the old average kept by the update that ends step `step` (1 for the first).
+
+        The power function forgets the initial parameters at the first step by itself; a constant
+        decay starts from them, as DiT does.
+        """
+        if self.decay is not None:
+            return jnp.float32(self.decay)
+        exponent = power_function_exponent(self.power_std) + 1
+        return (1 - 1 / step.astype(jnp.float32)) ** exponent
+
+
+def averages(decays: tuple[float, ...] = (), power_stds: tuple[float, ...] = ()) -> list[Average]:
+    """The averages a configuration asks for, constant decays first."""
+    found = [Average(decay=d) for d in decays] + [Average(power_std=s) for s in power_stds]
+    names = [average.name for average in found]
+    if len(set(names)) != len(names):
+        raise ValueError(f"ema: the same average is asked for twice: {names}")
+    return found
+
+
+def init(averages: list[Average], params) -> dict:
+    """Every average starts as a copy of the parameters."""
+    return {average.name: jax.tree.map(jnp.copy, params) for average in averages}
+
+
+def update(averages: list[Average], ema: dict, params, step: Int[Array, ""]) -> dict:
+    """The averages after the update that ended step `step` with `params`."""
+
+    def blend(kept):
+        return lambda old, new: old * kept + new * (1 - kept)
+
+    return {
+        average.name: jax.tree.map(blend(average.kept(step)), ema[average.name], params)
+        for average in averages
+    }

@@ -1,0 +1,301 @@
+"""The one training loop, for every Method.
+
+Reads top to bottom: place and restore the state, compile the update, then step, log, preview and
+save until done, interrupted or diverged. The metrics of one step are fetched after the next one has
+been dispatched, so the device never waits for the host.
+"""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from dit_jax.training import metrics as metrics_lib
+from dit_jax.training.checkpoints import Checkpoints
+from dit_jax.training.method import Method
+
+
+class Placement(Protocol):
+    """Where arrays live: the seam to the room `parallel`."""
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that share the work."""
+
+    def state_shardings(self, abstract_state: Any) -> Any:
+        """A sharding for every leaf of the state."""
+
+    def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This process's part of a batch, onto its devices."""
+
+
+class DataIterator(Protocol):
+    """An endless iterator of host batches that can say and be told where it is."""
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """The next batch."""
+
+    def get_state(self) -> dict:
+        """Where the iterator is, JSON-able."""
+
+    def set_state(self, state: dict) -> None:
+        """Goes there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopOptions:
+    """Lengths and periods of a run, in steps; a period of 0 means never.
+
+    Attributes:
+      num_steps: updates in all, those before a resume included.
+      batch_size: examples a step over all devices, for the rates.
+      log_every: period of metrics.
+      preview_every: period of `preview`.
+      checkpoint_every: period of checkpoints; the last step always has one.
+    """
+
+    num_steps: int
+    batch_size: int
+    log_every: int = 100
+    preview_every: int = 0
+    checkpoint_every: int = 5000
+
+    def __post_init__(self):
+        for name, least in (("num_steps", 1), ("batch_size", 1), ("log_every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"training.{name}={getattr(self, name)}: expected >= {least}")
+        for name in ("preview_every", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"training.{name}={getattr(self, name)}: expected 0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+      state: the Method's last state.
+      step: its step.
+      interrupted: whether a signal ended the run before `num_steps`.
+      seconds: time spent on steps by this process, without compilation, previews, checkpoints.
+      steps_per_second: mean over those seconds.
+    """
+
+    state: Any
+    step: int
+    interrupted: bool
+    seconds: float
+    steps_per_second: float
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss, gradient norm or other metric became NaN or infinite."""
+
+
+class _Interruption:
+    """Turns the first SIGINT or SIGTERM into a flag; a second one acts as usual."""
+
+    def __init__(self):
+        self.signal: int | None = None
+
+    def __enter__(self):
+        self._previous = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._handle)
+            except ValueError:  # not the main thread: signals are the caller's business
+                break
+        return self
+
+    def _handle(self, number, frame):
+        self.signal = number
+        signal.signal(number, self._previous[number])
+        print(f"{signal.Signals(number).name}: saving after this step ...", flush=True)
+
+    def __exit__(self, *exception):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def train(
+    method: Method,
+    data: DataIterator,
+    key: jax.Array,
+    options: LoopOptions,
+    *,
+    placement: Placement,
+    checkpoints: Checkpoints,
+    writers: Callable[[int], list[metrics_lib.MetricWriter]],
+    preview: Callable[[int, dict[str, Any]], None] | None = None,
+    announce: Callable[[str], None] = lambda text: print(text, flush=True),
+) -> TrainResult:
+    """Trains `method` up to `options.num_steps`, from the newest checkpoint if there is one.
+
+    Args:
+      method: the objective.
+      data: endless iterator of this process's batches.
+      key: root key; every step's key is derived from it and the step's number.
+      options: lengths and periods.
+      placement: puts states and batches on devices.
+      checkpoints: where the run is saved and continued.
+      writers: makes the metric writers, given the step the run starts at.
+      preview: called with (step, weights) every `preview_every` steps.
+      announce: prints a line for the person watching.
+
+    Raises:
+      NonFiniteError: naming the step, its batch's statistics and the last good checkpoint.
+    """
+    abstract = jax.eval_shape(method.init, key)
+    shardings = placement.state_shardings(abstract)
+    state, step = _restore_or_init(method, data, key, abstract, shardings, checkpoints, announce)
+    if step >= options.num_steps:
+        announce(f"already at step {step} of {options.num_steps}: nothing to train")
+        return TrainResult(state, step, False, 0.0, 0.0)
+
+    update = jax.jit(
+        lambda state, batch, key: method.update(state, batch, jax.random.fold_in(key, state.step)),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
+    host_batch = next(data)
+    started = time.perf_counter()
+    update = update.lower(state, placement.put_batch(host_batch), key).compile()
+    announce(f"compiled the update in {time.perf_counter() - started:.1f} s")
+
+    run = _Run(method, key, options, checkpoints, writers(step), preview, announce, placement)
+    with _Interruption() as interruption:
+        run.throughput.resume()
+        while True:
+            state, metrics = update(state, placement.put_batch(host_batch), key)
+            step += 1
+            run.stepped(step, metrics, host_batch)
+            done = step == options.num_steps
+            if run.is_pause(step) or interruption.signal or done:
+                run.pause(step, state, data, final=done or bool(interruption.signal))
+            if done or interruption.signal:
+                break
+            host_batch = next(data)
+    checkpoints.wait()
+    for writer in run.writers:
+        writer.flush()
+    seconds, rate = run.throughput.overall()
+    return TrainResult(state, step, step < options.num_steps, seconds, rate)
+
+
+def _restore_or_init(method, data, key, abstract, shardings, checkpoints, announce):
+    target = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings,
+    )
+    tree = {"state": target, "key": jax.random.key_data(key)}
+    restored = checkpoints.restore(tree, set_aside=True)
+    if restored is None:
+        return jax.jit(method.init, out_shardings=shardings)(key), 0
+    if (restored.state["key"] != jax.random.key_data(key)).any():
+        raise ValueError(
+            f"the checkpoints in {checkpoints.directory} were trained from another seed: set "
+            "config.seed to the run's own"
+        )
+    data.set_state(restored.data)
+    announce(f"continuing from step {restored.step} ({checkpoints.path(restored.step)})")
+    return restored.state["state"], restored.step
+
+
+class _Run:
+    """Bookkeeping between steps: metrics one step behind, windows, pauses."""
+
+    def __init__(self, method, key, options, checkpoints, writers, preview, announce, placement):
+        self.method, self.options, self.checkpoints = method, options, checkpoints
+        self.writers, self.preview, self.announce = writers, preview, announce
+        self.key = key
+        self.throughput = metrics_lib.Throughput(
+            options.batch_size, method.flops_per_example, placement.num_devices
+        )
+        self._pending: tuple[int, Any, Any] | None = None
+        self._window: list[dict[str, float]] = []
+
+    def stepped(self, step: int, metrics: Any, host_batch: Any) -> None:
+        """Takes the dispatched step's metrics and checks those of the step before it."""
+        self.throughput.step()
+        self._collect()
+        self._pending = (step, metrics, host_batch)
+        if step % self.options.log_every == 0 or step == self.options.num_steps:
+            self._collect()
+            self._log(step)
+
+    def is_pause(self, step: int) -> bool:
+        """Whether a preview or a checkpoint is due after `step`."""
+        periods = (self.options.preview_every, self.options.checkpoint_every)
+        return any(period and step % period == 0 for period in periods)
+
+    def pause(self, step: int, state: Any, data: DataIterator, *, final: bool) -> None:
+        """Saves and previews, with the clock stopped and every metric known to be finite."""
+        self._collect()
+        self.throughput.pause()
+        every = self.options.checkpoint_every
+        if final or (every and step % every == 0):
+            tree = {"state": state, "key": jax.random.key_data(self.key)}
+            self.checkpoints.save(step, tree, data.get_state())
+        every = self.options.preview_every
+        if self.preview and every and (step % every == 0 or step == self.options.num_steps):
+            self.preview(step, self.method.weights(state))
+        self.throughput.resume()
+
+    def _collect(self) -> None:
+        if self._pending is None:
+            return
+        step, metrics, host_batch = self._pending
+        self._pending = None
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        bad = [name for name, value in metrics.items() if not np.isfinite(value)]
+        if bad:
+            self.checkpoints.wait()
+            raise NonFiniteError(self._non_finite_message(step, bad, metrics, host_batch))
+        self._window.append(metrics)
+
+    def _non_finite_message(self, step, bad, metrics, host_batch) -> str:
+        image, label = host_batch["image"], host_batch.get("label")
+        steps = self.checkpoints.steps()
+        lines = [
+            f"{bad[0]} is {metrics[bad[0]]} at step {step}; training stopped.",
+            f"  metrics: {metrics}",
+            f"  batch: image {image.shape}, min {image.min():.4g}, max {image.max():.4g}, mean "
+            f"{image.mean():.4g}, std {image.std():.4g}, non-finite {(~np.isfinite(image)).sum()}",
+        ]
+        if label is not None:
+            lines.append(f"  labels: {label.min()} to {label.max()}")
+        good = self.checkpoints.path(steps[-1]) if steps else "none was written yet"
+        lines.append(f"  last good checkpoint: {good}")
+        lines.append(
+            "  the same command continues from it; first lower config.optimizer.learning_rate, set "
+            "config.optimizer.gradient_clip_norm=1.0 or use config.model.dtype='float32'"
+        )
+        return "\n".join(lines)
+
+    def _log(self, step: int) -> None:
+        names = self._window[0]
+        scalars = {name: float(np.mean([m[name] for m in self._window])) for name in names}
+        self._window = []
+        scalars.update(self.throughput.window())
+        for writer in self.writers:
+            writer.write_scalars(step, scalars)
+        if jax.process_index() == 0:
+            self.announce(self._line(step, scalars))
+
+    def _line(self, step: int, scalars: dict[str, float]) -> str:
+        total = self.options.num_steps
+        rate = scalars.get("steps_per_second", 0.0)
+        parts = [f"step {step:>{len(str(total))}}/{total}", f"loss {scalars['loss']:.4f}"]
+        if rate:
+            eta = metrics_lib.format_duration((total - step) / rate)
+            parts += [f"{rate:.3g} steps/s", f"{scalars['images_per_second']:.4g} images/s"]
+            parts += [f"{scalars['model_tflops_per_second']:.3g} TFLOP/s"]
+            if "mfu" in scalars:
+                parts += [f"MFU {scalars['mfu']:.1%}"]
+            parts += [f"ETA {eta}"]
+        return "  ".join(parts)

@@ -1,0 +1,97 @@
+"""What the training loop trains: a Method, two pure functions on a state.
+
+Plain denoising is one Method, each distillation objective another. The loop, the checkpoints, the
+logs and the sampler know nothing else of them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """State of a Method that trains one network.
+
+    Attributes:
+      step: updates made so far.
+      params: the network's parameters, float32.
+      ema: averages of the parameters by name (`training.ema`).
+      optimizer: optax's state.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    ema: dict[str, Any]
+    optimizer: Any
+
+
+class Method(Protocol):
+    """An objective. Both functions are pure; the loop jits them and places their arrays."""
+
+    def init(self, key: Key[Array, ""]) -> Any:
+        """The state before the first update; it has an int32 leaf `step`, here 0."""
+        ...
+
+    def update(self, state: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Any, Metrics]:
+        """One update. `metrics` are float32 scalars and include 'loss'."""
+        ...
+
+    def weights(self, state: Any) -> dict[str, Any]:
+        """Parameters one can sample with, by name; 'raw' are the ones being trained."""
+        ...
+
+    @property
+    def flops_per_example(self) -> float:
+        """Floating-point operations one update spends on one example (a multiply-add is two)."""
+        ...
+
+
+def accumulated_gradients(
+    loss: Callable[[Any, Any], tuple[Array, Metrics]],
+    params: Any,
+    examples: Any,
+    num_microbatches: int,
+) -> tuple[Metrics, Any]:
+    """Metrics and gradients of a batch's mean loss, computed in parts.
+
+    Everything random (noise, times, dropped labels) is in `examples` already, so the result is that
+    of the unsplit batch up to the order of summation.
+
+    Args:
+      loss: (params, examples) -> (mean loss, mean metrics).
+      params: differentiated.
+      examples: a tree whose leaves have the batch as leading axis.
+      num_microbatches: how many parts, one after the other; divides the batch.
+
+    Returns:
+      The mean metrics and the gradients.
+    """
+    gradient = jax.grad(loss, has_aux=True)
+    if num_microbatches == 1:
+        gradients, metrics = gradient(params, examples)
+        return metrics, gradients
+
+    # Part i takes every num_microbatches-th example: on a batch sharded over devices each part
+    # then again covers all devices evenly, without moving data.
+    def split(leaf):
+        parts = leaf.reshape(-1, num_microbatches, *leaf.shape[1:])
+        return jnp.moveaxis(parts, 1, 0)
+
+    def add(total, part):
+        gradients, metrics = gradient(params, part)
+        return jax.tree.map(jnp.add, total, (metrics, gradients)), None
+
+    parts = jax.tree.map(split, examples)
+    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda a: a[0], parts))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[1], shapes[0]))
+    total, _ = jax.lax.scan(add, zeros, parts)
+    return jax.tree.map(lambda a: a / num_microbatches, total)

@@ -1,0 +1,142 @@
+"""A run's directory: its configuration, checkpoints, metrics and pictures.
+
+Everything later commands need is in it: `config.json` (the resolved configuration), `checkpoints/`,
+`metrics.jsonl`, `tensorboard/`, `previews/`.
+"""
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+import jax
+import ml_collections
+from absl import logging
+
+from dit_jax import config as config_lib
+
+CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
+
+# Keys that change nothing about what is learned, so that a run may go on with other values.
+_FREE = ("name", "sampling.", "evaluation.", "mesh.", "data.num_workers") + tuple(
+    f"training.{key}"
+    for key in (
+        "num_steps",
+        "log_every",
+        "preview_every",
+        "preview_images",
+        "checkpoint_every",
+        "keep_last",
+        "keep_every",
+        "tensorboard",
+        "wandb",
+    )
+)
+
+
+class WorkdirError(RuntimeError):
+    """A workdir that cannot be used as asked."""
+
+
+def prepare(workdir: Path, config: ml_collections.ConfigDict, *, force: bool = False) -> None:
+    """Makes `workdir` the home of a run with `config`, or refuses before anything is trained.
+
+    Args:
+      workdir: created if missing.
+      config: resolved configuration; saved as config.json.
+      force: go on in a workdir of another configuration.
+
+    Raises:
+      WorkdirError: it cannot be written, or holds a run whose configuration differs in keys that
+        matter to what is learned; they are listed.
+    """
+    require_writable(workdir)
+    file = workdir / CONFIG_FILE
+    if file.exists() and any((workdir / CHECKPOINTS).glob("[0-9]*")):
+        changed = _essential_differences(load_config(workdir), config)
+        if changed:
+            listed = "\n".join(
+                f"  config.{key}: {old!r} there, {new!r} now"
+                for key, (old, new) in changed.items()
+            )
+            if not force:
+                raise WorkdirError(
+                    f"{workdir} holds a run of another configuration:\n{listed}\n"
+                    "Use another --workdir, the same values, or --force to continue anyway"
+                )
+            logging.warning("continuing %s with another configuration:\n%s", workdir, listed)
+    if jax.process_index() == 0:
+        temporary = file.with_suffix(".json.tmp")
+        temporary.write_text(config_lib.to_json(config))
+        temporary.replace(file)
+
+
+def _essential_differences(old, new) -> dict:
+    changed = config_lib.differences(old, new)
+    decays = new.optimizer.schedule != "constant"  # the schedule's length is then part of it
+    return {
+        key: values
+        for key, values in changed.items()
+        if not key.startswith(_FREE) or (decays and key == "training.num_steps")
+    }
+
+
+def load_config(workdir: Path) -> ml_collections.ConfigDict:
+    """The configuration of the run in `workdir`.
+
+    Raises:
+      WorkdirError: there is none.
+    """
+    file = Path(workdir) / CONFIG_FILE
+    if not file.exists():
+        raise WorkdirError(
+            f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}. "
+            "Train one with launch/train.py --workdir=..."
+        )
+    return config_lib.from_json(file.read_text())
+
+
+def require_writable(directory: Path) -> None:
+    """Creates `directory` and proves that files can be written there.
+
+    Raises:
+      WorkdirError: naming the directory and the system's reason.
+    """
+    probe = Path(directory) / f".write-test-{uuid.uuid4().hex[:8]}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"\0" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise WorkdirError(
+            f"cannot write to {directory}: {error.strerror or error}. Choose another directory or "
+            "free some space"
+        ) from error
+
+
+def require_space(directory: Path, state, keep: int) -> None:
+    """Refuses to start where the run's checkpoints will not fit.
+
+    Args:
+      directory: where checkpoints go; exists.
+      state: tree of arrays or shapes that one checkpoint holds.
+      keep: checkpoints kept at a time; one more is needed while it is written.
+
+    Raises:
+      WorkdirError: with the space needed and the space free.
+    """
+    one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    held = sum(
+        os.path.getsize(os.path.join(path, file))
+        for path, _, files in os.walk(Path(directory) / CHECKPOINTS)
+        for file in files
+    )
+    needed, free = one * (keep + 1) - held, shutil.disk_usage(directory).free
+    if needed > free:
+        gib = 1 << 30
+        raise WorkdirError(
+            f"{directory} has {free / gib:.2f} GiB free, but {keep} checkpoints and one being "
+            f"written need {needed / gib:.2f} GiB more: free some space, choose another --workdir, "
+            "or lower config.training.keep_last"
+        )

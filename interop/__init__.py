@@ -1,0 +1,1 @@
+"""PyTorch, diffusers and EDM checkpoints to this library and back."""

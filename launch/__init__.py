@@ -1,0 +1,1 @@
+"""The commands. They parse, wire rooms together and call; no mathematics here."""

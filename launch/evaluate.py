@@ -1,0 +1,132 @@
+"""Scores a trained model's samples against held-out real images.
+
+  python launch/evaluate.py --workdir=runs/digits --num_images=1000 --out=metrics.json
+
+Features and label accuracy come from a classifier trained on the training split (kept in the
+workdir), for small images. The scores go to --out as one JSON record that says how they were made.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_jax import data as data_lib
+from dit_jax import evaluation, experiment
+from launch import wiring
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    wiring.add_sampling_arguments(parser)
+    parser.add_argument("--num_images", type=int, help="samples; default: as configured")
+    parser.add_argument("--out", type=Path, help="JSON file; default: WORKDIR/metrics_STEP.json")
+    parser.add_argument("--picture", type=Path, help="PNG of samples beside real images")
+    parser.add_argument("--rounding", default="nearest", choices=evaluation.ROUNDING_RULES)
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+    return parser.parse_args(argv)
+
+
+def evaluate(
+    model: wiring.TrainedModel,
+    workdir: Path,
+    *,
+    num_images: int,
+    seed: int = 0,
+    rounding: str = "nearest",
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Samples and scores.
+
+    Returns:
+        The record, the samples, their labels, and (held-out images, their labels).
+    """
+    config = model.config
+    train = data_lib.to_arrays(experiment.open_data(config, "train"))
+    test = data_lib.to_arrays(experiment.open_data(config, "test"))
+    if train[0].dtype != np.uint8:
+        raise ValueError("the data are latents: evaluating them needs a VAE's decoder")
+    if not config.model.num_classes:
+        raise ValueError("the classifier's features need labelled data; this model has no classes")
+    classifier = evaluation.train_classifier(
+        *train,
+        config.model.num_classes,
+        seed=0,
+        test_images=test[0],
+        test_labels=test[1],
+        cache_dir=workdir / "evaluation",
+    )
+    labels = wiring.balanced_labels(num_images, config.model.num_classes)
+    samples = wiring.sample_images(
+        experiment.build_sampling(config),
+        model.params,
+        labels,
+        seed=seed,
+        placement=wiring.create_placement(config),
+        batch_size=config.sampling.batch_size,
+    )
+    record = evaluation.evaluate_samples(
+        samples,
+        labels,
+        extractor=classifier,
+        train_images=train[0],
+        train_labels=train[1],
+        test_images=test[0],
+        test_labels=test[1],
+        rounding=rounding,
+        seeds=seed,
+        provenance=wiring.provenance(model, workdir),
+    )
+    return record, samples, labels, test
+
+
+def save_picture(path: Path, samples, labels, test, *, overwrite: bool) -> None:
+    """Ten samples a class beside ten held-out images a class."""
+    classes = np.unique(labels)[:10]
+
+    columns = min(10, *(int((labels == c).sum()) for c in classes))
+    names = [str(c) for c in classes]
+    panels = []
+    for title, images, its_labels in (("samples", samples, labels), ("real (held out)", *test)):
+        images = np.concatenate([images[its_labels == c][:columns] for c in classes])
+        panels.append(evaluation.Panel(images, title, columns=columns, row_labels=names))
+    evaluation.save_panels(path, panels, overwrite=overwrite)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    args = parse_arguments(argv)
+    with wiring.readable_errors(traceback=args.traceback):
+        for path in (args.out, args.picture):
+            if path:
+                evaluation.check_destination(path, overwrite=args.overwrite)
+        model = wiring.load_model(
+            args.workdir,
+            weights=args.weights,
+            step=args.step,
+            overrides=wiring.sampling_overrides(args),
+        )
+        num_images = args.num_images or model.config.evaluation.num_images
+        record, samples, labels, test = evaluate(
+            model, args.workdir, num_images=num_images, seed=args.seed, rounding=args.rounding
+        )
+        out = args.out or args.workdir / f"metrics_{model.step}.json"
+        evaluation.save_json(out, record, overwrite=args.overwrite or args.out is None)
+        if args.picture:
+            save_picture(args.picture, samples, labels, test, overwrite=args.overwrite)
+        scores = record["scores"]
+        print(
+            f"{num_images} images of {model.weights}, step {model.step}\n"
+            f"  Fréchet distance to held-out images  {scores['frechet_distance']:.4f}"
+            f"  (real training images: {scores['frechet_distance_floor']:.4f})\n"
+            f"  label accuracy                       {scores['label_accuracy']['overall']:.2%}"
+            f"  (real held-out images: {scores['classifier_test_accuracy']:.2%})\n"
+            f"  record: {out}"
+        )
+
+
+if __name__ == "__main__":
+    main()

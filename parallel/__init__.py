@@ -1,0 +1,1 @@
+"""Many devices: meshes, placement of states and batches."""
