@@ -180,14 +180,14 @@ def resolve(config: Mapping) -> ml_collections.ConfigDict:
     """Fills a partial configuration with the defaults and refuses what could not take effect.
 
     Args:
-      config: an experiment's configuration, complete or not.
+        config: an experiment's configuration, complete or not.
 
     Returns:
-      A complete, locked configuration.
+        A complete, locked configuration.
 
     Raises:
-      ConfigError: an unknown key (with the nearest valid name), a value of another type, a key set
-        in a namespace that was not chosen.
+        ConfigError: an unknown key (with the nearest valid name), a value of another type, a key
+            set in a namespace that was not chosen.
     """
     resolved = default_config()
     defaults = dict(flatten(resolved))

@@ -14,8 +14,8 @@ class Denoiser:
     """A network read through a process. Times are the process's own; `params` come with each call.
 
     Attributes:
-      network: the architecture.
-      process: the noising process the network was trained on.
+        network: the architecture.
+        process: the noising process the network was trained on.
     """
 
     network: Network

@@ -119,10 +119,10 @@ class SamplingPlan:
     """A sampler with everything bound but parameters, keys and labels.
 
     Attributes:
-      sampler: the compiled program's static part.
-      times: the solver's times.
-      guidance_scale: 1 for none.
-      guidance_interval: in process time, or None for always.
+        sampler: the compiled program's static part.
+        times: the solver's times.
+        guidance_scale: 1 for none.
+        guidance_interval: in process time, or None for always.
     """
 
     sampler: Sampler
@@ -146,15 +146,13 @@ def build_sampling(config: ml_collections.ConfigDict) -> SamplingPlan:
     """The sampler of `config.sampling`.
 
     Raises:
-      ConfigError: options that do not fit the process or each other.
+        ConfigError: options that do not fit the process or each other.
     """
     c, denoiser = config.sampling, build_denoiser(config)
     options = c[c.solver].to_dict() if c.solver in c else {}
     try:
         solver = make_solver(c.solver, **options)
-        times = schedule(
-            denoiser.process, c.steps, c.spacing or None, shift=c.shift, rho=c.rho
-        )
+        times = schedule(denoiser.process, c.steps, c.spacing or None, shift=c.shift, rho=c.rho)
         solver.init(denoiser.process, jax.numpy.zeros((1, *denoiser.network.sample_shape)))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"config.sampling: {error}") from error
@@ -185,7 +183,7 @@ def open_data(config: ml_collections.ConfigDict, split: str):
     """The source of `config.data`, checked against `config.model`.
 
     Raises:
-      ConfigError: images or classes are not what the model takes, with the values to set.
+        ConfigError: images or classes are not what the model takes, with the values to set.
     """
     name, model = config.data.name, config.model
     options = config.data[name].to_dict() if name in config.data else {}
@@ -209,4 +207,3 @@ def open_data(config: ml_collections.ConfigDict, split: str):
             f"config.model.num_classes={info.num_classes}"
         )
     return source
-

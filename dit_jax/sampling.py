@@ -25,9 +25,9 @@ class Sampler:
     """A solver applied to a denoiser.
 
     Attributes:
-      denoiser: network and process.
-      solver: one of `diffusion.samplers`.
-      guided_channels: 'all', or 'first3' as the original DiT samples.
+        denoiser: network and process.
+        solver: one of `diffusion.samplers`.
+        guided_channels: 'all', or 'first3' as the original DiT samples.
     """
 
     denoiser: Denoiser
@@ -46,18 +46,18 @@ class Sampler:
         """Samples one batch.
 
         Args:
-          params: the network's parameters.
-          keys: one key an image; an image depends on its own key alone, not on its batch.
-          labels: classes, or None for an unconditional network.
-          times: the solver's times, from noise to clean (`samplers.schedule`).
-          guidance_scale: 1 for no guidance, which costs half as much. A number or one an image.
-          guidance_interval: (low, high) in process time outside which there is no guidance.
+            params: the network's parameters.
+            keys: one key an image; an image depends on its own key alone, not on its batch.
+            labels: classes, or None for an unconditional network.
+            times: the solver's times, from noise to clean (`samplers.schedule`).
+            guidance_scale: 1 for no guidance, which costs half as much. A number or one an image.
+            guidance_interval: (low, high) in process time outside which there is no guidance.
 
         Returns:
-          float32 images or latents.
+            float32 images or latents.
 
         Raises:
-          ValueError: guidance asked of an unconditional network; a label out of range.
+            ValueError: guidance asked of an unconditional network; a label out of range.
         """
         num_classes = self.denoiser.network.num_classes
         guided = not (np.isscalar(guidance_scale) and float(guidance_scale) == 1.0)
@@ -134,12 +134,12 @@ def generate(
     serves them all.
 
     Args:
-      sample: (keys, labels) -> images, for instance a `Sampler` with its other arguments bound.
-      labels: class of every image, n in all.
-      seed: together with an image's number it determines the image.
-      batch_size: images a call.
-      start: number of the first image wanted (resuming).
-      progress: called with (images done, seconds) after every batch.
+        sample: (keys, labels) -> images, for instance a `Sampler` with its other arguments bound.
+        labels: class of every image, n in all.
+        seed: together with an image's number it determines the image.
+        batch_size: images a call.
+        start: number of the first image wanted (resuming).
+        progress: called with (images done, seconds) after every batch.
     """
     began = time.perf_counter()
     for first in range(start, len(labels), batch_size):

@@ -42,7 +42,7 @@ def evaluate(
     """Samples and scores.
 
     Returns:
-        The record, the samples, their labels, and (held-out images, their labels).
+            The record, the samples, their labels, and (held-out images, their labels).
     """
     config = model.config
     train = data_lib.to_arrays(experiment.open_data(config, "train"))

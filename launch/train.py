@@ -15,7 +15,6 @@ from ml_collections import config_flags
 
 from dit_jax import data as data_lib
 from dit_jax import experiment
-from dit_jax import sampling as sampling_lib
 from dit_jax.evaluation import save_grid
 from dit_jax.training import loop, metrics, workdir
 from dit_jax.training.checkpoints import Checkpoints

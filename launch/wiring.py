@@ -30,7 +30,7 @@ def readable_errors(*, traceback: bool = False) -> Iterator[None]:
     """Ends the process with a message and status 2 on errors a user can mend.
 
     Args:
-      traceback: let them through with their stack trace (the flag --traceback).
+        traceback: let them through with their stack trace (the flag --traceback).
     """
     try:
         yield
@@ -52,10 +52,10 @@ class TrainedModel:
     """A run's configuration and one set of its weights.
 
     Attributes:
-      config: the run's resolved configuration.
-      params: the network's parameters.
-      weights: their name, 'raw' or an average's.
-      step: updates they have seen.
+        config: the run's resolved configuration.
+        params: the network's parameters.
+        weights: their name, 'raw' or an average's.
+        step: updates they have seen.
     """
 
     config: ml_collections.ConfigDict
@@ -70,14 +70,14 @@ def load_model(
     """Restores what a workdir's newest checkpoint (or that of `step`) holds for sampling.
 
     Args:
-      directory: the workdir.
-      weights: 'raw', 'ema' (the first average), or an average's name; empty: as configured.
-      step: which checkpoint.
-      overrides: configuration values to change, as {'sampling.steps': 50}.
+        directory: the workdir.
+        weights: 'raw', 'ema' (the first average), or an average's name; empty: as configured.
+        step: which checkpoint.
+        overrides: configuration values to change, as {'sampling.steps': 50}.
 
     Raises:
-      WorkdirError: it is no workdir.
-      CheckpointError: it has no such checkpoint or no such weights.
+        WorkdirError: it is no workdir.
+        CheckpointError: it has no such checkpoint or no such weights.
     """
     config = workdir.load_config(directory).copy_and_resolve_references()
     values = config.to_dict()
@@ -123,7 +123,7 @@ def sample_images(
     """Samples one image a label, in batches over all devices.
 
     Returns:
-      float32 [n, h, w, c].
+        float32 [n, h, w, c].
     """
     batch_size = -(-min(batch_size, len(labels)) // placement.num_devices) * placement.num_devices
     draw = plan.bind(params)
@@ -134,7 +134,9 @@ def sample_images(
 
     def progress(done: int, seconds: float) -> None:
         left = metrics.format_duration((len(labels) - done) * seconds / done)
-        print(f"sampled {done}/{len(labels)}  {done / seconds:.4g} images/s  ETA {left}", flush=True)
+        print(
+            f"sampled {done}/{len(labels)}  {done / seconds:.4g} images/s  ETA {left}", flush=True
+        )
 
     batches = generate(
         sample, labels, seed=seed, batch_size=batch_size, progress=progress if announce else None

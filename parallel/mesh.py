@@ -12,10 +12,10 @@ def create_mesh(*, data: int = -1) -> Mesh:
     """A mesh over all devices of all processes.
 
     Args:
-      data: devices over which a batch is split; -1 takes them all.
+        data: devices over which a batch is split; -1 takes them all.
 
     Raises:
-      ValueError: the axes do not multiply to the number of devices.
+        ValueError: the axes do not multiply to the number of devices.
     """
     count = jax.device_count()
     if data not in (-1, count):
@@ -50,7 +50,7 @@ class DataParallel:
         """Refuses a batch that the devices cannot share evenly.
 
         Raises:
-          ValueError: with the nearest batch sizes that would do.
+            ValueError: with the nearest batch sizes that would do.
         """
         parts = self.num_devices * num_microbatches
         if batch_size < 1 or batch_size % parts:

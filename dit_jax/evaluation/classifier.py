@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
 from dit_jax.evaluation.images import AnyArray, check_images, to_float
 
-Params = dict[str, Array]
+Params = dict[str, AnyArray]
 
 INFERENCE_BATCH = 500
 ARCHITECTURE = "conv3x3-gelu-maxpool-dense/1"
@@ -238,7 +238,7 @@ class Classifier:
     """
 
     definition: NetworkDefinition
-    params: Mapping[str, np.ndarray] = field(repr=False)
+    params: Mapping[str, AnyArray] = field(repr=False)
     train_accuracy: float
     test_accuracy: float | None = None
     name: str = "small-image-classifier"
@@ -283,7 +283,7 @@ class Classifier:
         """The most probable class of each image, int32; raises as `features`."""
         return self.logits(images).argmax(axis=1).astype(np.int32)
 
-    def accuracy(self, images: AnyArray, labels: Shaped[AnyArray, " n"]) -> float:
+    def accuracy(self, images: AnyArray, labels: AnyArray) -> float:
         """Fraction of images whose predicted class is their label."""
         images = check_images(images)
         labels = check_labels(labels, len(images), self.num_classes)
@@ -311,7 +311,7 @@ class Classifier:
         return np.concatenate(features), np.concatenate(logits)
 
 
-def fingerprint_of(definition: NetworkDefinition, params: Mapping[str, np.ndarray]) -> str:
+def fingerprint_of(definition: NetworkDefinition, params: Mapping[str, AnyArray]) -> str:
     """SHA-256 of a network and its weights, in hexadecimal."""
     digest = hashlib.sha256(description_of(definition).encode())
     for name in sorted(params):

@@ -17,7 +17,7 @@ IMPLEMENTATIONS = ("auto", "einsum", "xla", "cudnn")
 
 
 class Attention(Protocol):
-    """Softmax attention of one layer, `state` being whatever the strategy carries for that layer."""
+    """Softmax attention of one layer; `state` is whatever the strategy carries for it."""
 
     def __call__(
         self,

@@ -24,22 +24,22 @@ class DiTConfig:
     """Shape and execution of a DiT.
 
     Attributes:
-      image_size: height and width of the input (an int for both): 32 for 256-pixel images encoded
-        by the VAE, 64 for 512, or pixels when trained on pixels.
-      in_channels: channels of the input.
-      patch_size: side of a patch; divides the image size.
-      hidden_size: width, a multiple of `num_heads` and of 4.
-      depth: number of blocks.
-      num_heads: attention heads.
-      mlp_ratio: hidden width of the MLP over `hidden_size`.
-      num_classes: classes, without the null class; 0 for an unconditional network.
-      learn_sigma: whether a second half of output channels interpolates the variance.
-      time_frequency_spacing: 'original' or 'diffusers', see `layers.timestep_frequencies`.
-      layer_loop: 'scan', 'unroll' or 'auto' (by backend).
-      remat: 'none', 'block' or 'dots' (`stack.rematerialised`).
-      attention: kernel of the local attention, see `attention.resolve_implementation`.
-      dtype: of the matrix products, 'float32', 'bfloat16', 'float16', or 'auto': bfloat16 on
-        accelerators and float32 on CPUs.
+        image_size: height and width of the input (an int for both): 32 for 256-pixel images encoded
+            by the VAE, 64 for 512, or pixels when trained on pixels.
+        in_channels: channels of the input.
+        patch_size: side of a patch; divides the image size.
+        hidden_size: width, a multiple of `num_heads` and of 4.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP over `hidden_size`.
+        num_classes: classes, without the null class; 0 for an unconditional network.
+        learn_sigma: whether a second half of output channels interpolates the variance.
+        time_frequency_spacing: 'original' or 'diffusers', see `layers.timestep_frequencies`.
+        layer_loop: 'scan', 'unroll' or 'auto' (by backend).
+        remat: 'none', 'block' or 'dots' (`stack.rematerialised`).
+        attention: kernel of the local attention, see `attention.resolve_implementation`.
+        dtype: of the matrix products, 'float32', 'bfloat16', 'float16', or 'auto': bfloat16 on
+            accelerators and float32 on CPUs.
     """
 
     image_size: int | tuple[int, int] = 32
@@ -187,7 +187,7 @@ class FinalLayer(nnx.Module):
         self.adaLN_modulation = layers.Linear(
             dim, 2 * dim, rngs=rngs, kernel_init=zeros, dtype=dtype
         )
-        # Always float32: the network's output feeds the solver, and the layer costs next to nothing.
+        # Always float32: its output feeds the solver, and the layer costs next to nothing.
         self.linear = layers.Linear(dim, patch_dim, rngs=rngs, kernel_init=zeros)
 
     def __call__(self, x: Float[Array, "b l d"], condition: Float[Array, "b d"]):
@@ -226,14 +226,14 @@ class DiT(nnx.Module):
         """Predicts from the noisy input.
 
         Args:
-          x: the (preconditioned) noisy input.
-          t: network time; the process defines it (index for DDPM, [0, 1] for SiT, c_noise for EDM).
-          conditions: {'label': int32 [b]}, `num_classes` standing for none; {} if unconditional.
-          attention: a strategy for the attention seam; by default local attention.
-          attention_state: the strategy's state, leaves with a leading layer axis.
+            x: the (preconditioned) noisy input.
+            t: network time, as the process defines it (DDPM's index, SiT's [0, 1], EDM's c_noise).
+            conditions: {'label': int32 [b]}, `num_classes` standing for none; {} if unconditional.
+            attention: a strategy for the attention seam; by default local attention.
+            attention_state: the strategy's state, leaves with a leading layer axis.
 
         Returns:
-          float32 [b, h, w, out_channels]; with `attention_state`, also the new state.
+            float32 [b, h, w, out_channels]; with `attention_state`, also the new state.
         """
         config = self.config
         attention = attention or attention_lib.LocalAttention(config.attention)

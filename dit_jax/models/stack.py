@@ -73,17 +73,17 @@ def run_stack(
     """Runs `x, state_l = call(block_l, x, state_l, *args)` through the layers in order.
 
     Args:
-      blocks: the stacked module of `create_stack`.
-      call: applies one block.
-      x: the activations carried from layer to layer.
-      *args: inputs every layer shares (conditioning).
-      state: per-layer state with a leading layer axis, or None.
-      depth: number of layers.
-      layer_loop: 'scan', 'unroll' or 'auto'.
-      remat: 'none', 'block' or 'dots'.
+        blocks: the stacked module of `create_stack`.
+        call: applies one block.
+        x: the activations carried from layer to layer.
+        *args: inputs every layer shares (conditioning).
+        state: per-layer state with a leading layer axis, or None.
+        depth: number of layers.
+        layer_loop: 'scan', 'unroll' or 'auto'.
+        remat: 'none', 'block' or 'dots'.
 
     Returns:
-      The last activations and the new stacked state (None if none was given).
+        The last activations and the new stacked state (None if none was given).
     """
     graph, parameters = nnx.split(blocks)
 

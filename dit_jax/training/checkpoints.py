@@ -30,9 +30,9 @@ class Restored:
     """What a checkpoint holds.
 
     Attributes:
-      step: updates made when it was written.
-      state: the Method's state.
-      data: the data iterator's state, a JSON-able dict.
+        step: updates made when it was written.
+        state: the Method's state.
+        data: the data iterator's state, a JSON-able dict.
     """
 
     step: int
@@ -78,9 +78,9 @@ class Checkpoints:
     """The checkpoints of one run, newest last.
 
     Args:
-      directory: where they are or will be; created when the first one is written.
-      keep_last: how many recent ones to keep.
-      keep_every: also keep those whose step is a multiple of this; 0 for none.
+        directory: where they are or will be; created when the first one is written.
+        keep_last: how many recent ones to keep.
+        keep_every: also keep those whose step is a multiple of this; 0 for none.
     """
 
     def __init__(self, directory: Path, *, keep_last: int = 2, keep_every: int = 0):
@@ -135,17 +135,17 @@ class Checkpoints:
         """The newest readable checkpoint, or that of `step`.
 
         Args:
-          target: tree of `jax.ShapeDtypeStruct` with shardings, or of arrays, like the state saved.
-          step: a particular checkpoint; then damage is an error instead of a step back.
-          set_aside: rename damaged ones to '<step>.damaged', so that training can write that step
-            again. Otherwise nothing on disk is touched.
+            target: tree of `jax.ShapeDtypeStruct` with shardings, or of arrays, like the saved.
+            step: a particular checkpoint; then damage is an error instead of a step back.
+            set_aside: rename damaged ones to '<step>.damaged', so that training can write that step
+                again. Otherwise nothing on disk is touched.
 
         Returns:
-          What was saved, or None where there is no checkpoint at all. A damaged checkpoint is named
-          in a warning, and the one before it is taken.
+            What was saved, or None where there is no checkpoint at all. A damaged checkpoint is
+            named in a warning, and the one before it is taken.
 
         Raises:
-          CheckpointError: checkpoints exist, but none can be read.
+            CheckpointError: checkpoints exist, but none can be read.
         """
         candidates = [step] if step is not None else self.steps()[::-1]
         if step is not None and step not in self.steps():

@@ -27,14 +27,14 @@ class Denoising:
     """Regression of the process's target at random times (DDPM, flow matching or EDM).
 
     Attributes:
-      denoiser: the network and its process.
-      timesteps: training distribution of t with its own weights (`diffusion.timesteps`).
-      weighting: further loss weights (`diffusion.losses`).
-      optimizer: an optax transformation.
-      averages: EMAs to keep.
-      label_dropout: probability of replacing a label by the null class (guidance).
-      num_microbatches: gradient accumulation, the batch in so many parts.
-      vlb_weight: of the variational term where the variance is learned.
+        denoiser: the network and its process.
+        timesteps: training distribution of t with its own weights (`diffusion.timesteps`).
+        weighting: further loss weights (`diffusion.losses`).
+        optimizer: an optax transformation.
+        averages: EMAs to keep.
+        label_dropout: probability of replacing a label by the null class (guidance).
+        num_microbatches: gradient accumulation, the batch in so many parts.
+        vlb_weight: of the variational term where the variance is learned.
     """
 
     denoiser: Denoiser

@@ -14,7 +14,7 @@ def power_function_exponent(std: float) -> float:
     The positive root of std^2 = (g + 1) / ((g + 2)^2 (g + 3)).
 
     Raises:
-      ValueError: `std` is not in (0, 0.28), the widths the profile can have.
+        ValueError: `std` is not in (0, 0.28), the widths the profile can have.
     """
     if not 0 < std < 0.28:
         raise ValueError(
@@ -29,8 +29,8 @@ class Average:
     """One average, either of constant decay or of power-function profile.
 
     Attributes:
-      decay: share of the old average kept at every update, or None.
-      power_std: relative width of EDM2's profile, or None.
+        decay: share of the old average kept at every update, or None.
+        power_std: relative width of EDM2's profile, or None.
     """
 
     decay: float | None = None

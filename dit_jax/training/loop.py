@@ -51,11 +51,11 @@ class LoopOptions:
     """Lengths and periods of a run, in steps; a period of 0 means never.
 
     Attributes:
-      num_steps: updates in all, those before a resume included.
-      batch_size: examples a step over all devices, for the rates.
-      log_every: period of metrics.
-      preview_every: period of `preview`.
-      checkpoint_every: period of checkpoints; the last step always has one.
+        num_steps: updates in all, those before a resume included.
+        batch_size: examples a step over all devices, for the rates.
+        log_every: period of metrics.
+        preview_every: period of `preview`.
+        checkpoint_every: period of checkpoints; the last step always has one.
     """
 
     num_steps: int
@@ -78,11 +78,11 @@ class TrainResult:
     """How a run ended.
 
     Attributes:
-      state: the Method's last state.
-      step: its step.
-      interrupted: whether a signal ended the run before `num_steps`.
-      seconds: time spent on steps by this process, without compilation, previews, checkpoints.
-      steps_per_second: mean over those seconds.
+        state: the Method's last state.
+        step: its step.
+        interrupted: whether a signal ended the run before `num_steps`.
+        seconds: time spent on steps by this process, without compilation, previews, checkpoints.
+        steps_per_second: mean over those seconds.
     """
 
     state: Any
@@ -136,18 +136,18 @@ def train(
     """Trains `method` up to `options.num_steps`, from the newest checkpoint if there is one.
 
     Args:
-      method: the objective.
-      data: endless iterator of this process's batches.
-      key: root key; every step's key is derived from it and the step's number.
-      options: lengths and periods.
-      placement: puts states and batches on devices.
-      checkpoints: where the run is saved and continued.
-      writers: makes the metric writers, given the step the run starts at.
-      preview: called with (step, weights) every `preview_every` steps.
-      announce: prints a line for the person watching.
+        method: the objective.
+        data: endless iterator of this process's batches.
+        key: root key; every step's key is derived from it and the step's number.
+        options: lengths and periods.
+        placement: puts states and batches on devices.
+        checkpoints: where the run is saved and continued.
+        writers: makes the metric writers, given the step the run starts at.
+        preview: called with (step, weights) every `preview_every` steps.
+        announce: prints a line for the person watching.
 
     Raises:
-      NonFiniteError: naming the step, its batch's statistics and the last good checkpoint.
+        NonFiniteError: naming the step, its batch's statistics and the last good checkpoint.
     """
     abstract = jax.eval_shape(method.init, key)
     shardings = placement.state_shardings(abstract)

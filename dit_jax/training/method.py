@@ -22,10 +22,10 @@ class TrainState:
     """State of a Method that trains one network.
 
     Attributes:
-      step: updates made so far.
-      params: the network's parameters, float32.
-      ema: averages of the parameters by name (`training.ema`).
-      optimizer: optax's state.
+        step: updates made so far.
+        params: the network's parameters, float32.
+        ema: averages of the parameters by name (`training.ema`).
+        optimizer: optax's state.
     """
 
     step: Int[Array, ""]
@@ -67,13 +67,13 @@ def accumulated_gradients(
     of the unsplit batch up to the order of summation.
 
     Args:
-      loss: (params, examples) -> (mean loss, mean metrics).
-      params: differentiated.
-      examples: a tree whose leaves have the batch as leading axis.
-      num_microbatches: how many parts, one after the other; divides the batch.
+        loss: (params, examples) -> (mean loss, mean metrics).
+        params: differentiated.
+        examples: a tree whose leaves have the batch as leading axis.
+        num_microbatches: how many parts, one after the other; divides the batch.
 
     Returns:
-      The mean metrics and the gradients.
+        The mean metrics and the gradients.
     """
     gradient = jax.grad(loss, has_aux=True)
     if num_microbatches == 1:

@@ -153,9 +153,9 @@ class Throughput:
     """Steps and operations per second, leaving out pauses (compilation, previews, checkpoints).
 
     Args:
-      batch_size: examples a step.
-      flops_per_example: model operations one step spends on one example.
-      num_devices: devices that share them.
+        batch_size: examples a step.
+        flops_per_example: model operations one step spends on one example.
+        num_devices: devices that share them.
     """
 
     def __init__(self, batch_size: int, flops_per_example: float, num_devices: int):

@@ -16,11 +16,11 @@ def learning_rate_schedule(
     """Linear warm-up from 0 to `learning_rate`, then constant, or decay to the final rate.
 
     Args:
-      learning_rate: peak rate.
-      schedule: 'constant', 'cosine' or 'linear'.
-      warmup_steps: updates of the warm-up; 0 for none.
-      num_steps: updates in all; where 'cosine' and 'linear' end.
-      final_learning_rate: rate at `num_steps` of 'cosine' and 'linear'.
+        learning_rate: peak rate.
+        schedule: 'constant', 'cosine' or 'linear'.
+        warmup_steps: updates of the warm-up; 0 for none.
+        num_steps: updates in all; where 'cosine' and 'linear' end.
+        final_learning_rate: rate at `num_steps` of 'cosine' and 'linear'.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"optimizer.schedule={schedule!r}: expected one of {SCHEDULES}")
@@ -59,11 +59,11 @@ def create_optimizer(
     """AdamW or Lion with decoupled weight decay, after clipping by global norm.
 
     Args:
-      name: 'adamw' or 'lion'.
-      schedule: learning rate by update.
-      weight_decay: decoupled; 0 for none.
-      gradient_clip_norm: largest global gradient norm; 0 for no clipping.
-      **parameters: of the optimizer: beta1, beta2 and, for AdamW, epsilon.
+        name: 'adamw' or 'lion'.
+        schedule: learning rate by update.
+        weight_decay: decoupled; 0 for none.
+        gradient_clip_norm: largest global gradient norm; 0 for no clipping.
+        **parameters: of the optimizer: beta1, beta2 and, for AdamW, epsilon.
     """
     b1, b2 = parameters.pop("beta1"), parameters.pop("beta2")
     if name == "adamw":

@@ -19,19 +19,19 @@ CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 
 # Keys that change nothing about what is learned, so that a run may go on with other values.
-_FREE = ("name", "sampling.", "evaluation.", "mesh.", "data.num_workers") + tuple(
-    f"training.{key}"
-    for key in (
-        "num_steps",
-        "log_every",
-        "preview_every",
-        "preview_images",
-        "checkpoint_every",
-        "keep_last",
-        "keep_every",
-        "tensorboard",
-        "wandb",
-    )
+_FREE = (
+    "name",
+    "sampling.",
+    "evaluation.",
+    "mesh.",
+    "data.num_workers",
+    "training.num_steps",
+    "training.log_every",
+    "training.preview_",
+    "training.checkpoint_every",
+    "training.keep_",
+    "training.tensorboard",
+    "training.wandb",
 )
 
 
@@ -43,13 +43,13 @@ def prepare(workdir: Path, config: ml_collections.ConfigDict, *, force: bool = F
     """Makes `workdir` the home of a run with `config`, or refuses before anything is trained.
 
     Args:
-      workdir: created if missing.
-      config: resolved configuration; saved as config.json.
-      force: go on in a workdir of another configuration.
+        workdir: created if missing.
+        config: resolved configuration; saved as config.json.
+        force: go on in a workdir of another configuration.
 
     Raises:
-      WorkdirError: it cannot be written, or holds a run whose configuration differs in keys that
-        matter to what is learned; they are listed.
+        WorkdirError: it cannot be written, or holds a run whose configuration differs in keys that
+            matter to what is learned; they are listed.
     """
     require_writable(workdir)
     file = workdir / CONFIG_FILE
@@ -57,8 +57,7 @@ def prepare(workdir: Path, config: ml_collections.ConfigDict, *, force: bool = F
         changed = _essential_differences(load_config(workdir), config)
         if changed:
             listed = "\n".join(
-                f"  config.{key}: {old!r} there, {new!r} now"
-                for key, (old, new) in changed.items()
+                f"  config.{key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items()
             )
             if not force:
                 raise WorkdirError(
@@ -86,7 +85,7 @@ def load_config(workdir: Path) -> ml_collections.ConfigDict:
     """The configuration of the run in `workdir`.
 
     Raises:
-      WorkdirError: there is none.
+        WorkdirError: there is none.
     """
     file = Path(workdir) / CONFIG_FILE
     if not file.exists():
@@ -101,7 +100,7 @@ def require_writable(directory: Path) -> None:
     """Creates `directory` and proves that files can be written there.
 
     Raises:
-      WorkdirError: naming the directory and the system's reason.
+        WorkdirError: naming the directory and the system's reason.
     """
     probe = Path(directory) / f".write-test-{uuid.uuid4().hex[:8]}"
     try:
@@ -119,12 +118,12 @@ def require_space(directory: Path, state, keep: int) -> None:
     """Refuses to start where the run's checkpoints will not fit.
 
     Args:
-      directory: where checkpoints go; exists.
-      state: tree of arrays or shapes that one checkpoint holds.
-      keep: checkpoints kept at a time; one more is needed while it is written.
+        directory: where checkpoints go; exists.
+        state: tree of arrays or shapes that one checkpoint holds.
+        keep: checkpoints kept at a time; one more is needed while it is written.
 
     Raises:
-      WorkdirError: with the space needed and the space free.
+        WorkdirError: with the space needed and the space free.
     """
     one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     held = sum(

@@ -2,6 +2,7 @@
 on the same noise and network."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def follow_diffusers(scheduler, network, process, times, variance=False, **each_
     x = NOISE.astype(np.float64)
     timesteps = scheduler.timesteps
     for i, timestep in enumerate(timesteps):
-        x0, eps, fraction = network(process, x, times[i])
+        _, eps, fraction = network(process, x, times[i])
         raw = np.concatenate([eps, 2 * fraction - 1], -1) if variance else eps
         raw, state = (torch.tensor(np.moveaxis(a, -1, 1).copy()) for a in (raw, x))
         extra = {name: values[i] for name, values in each_step.items()}
@@ -65,8 +66,15 @@ def channels_first(noise):
     return [torch.tensor(np.moveaxis(z, -1, 1).copy()) for z in noise]
 
 
-@pytest.mark.parametrize("variance", ["learned", "fixed_small", "fixed_large"])
-@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+@pytest.mark.parametrize(
+    ("variance", "spacing"),
+    [
+        ("learned", "linspace"),
+        ("fixed_large", "linspace"),
+        # With other variances diffusers adds noise also in the step to clean data, as t > 0.
+        ("fixed_small", "trailing"),
+    ],
+)
 def test_ancestral_agrees_with_diffusers(toy_denoise, reference, monkeypatch, variance, spacing):
     from diffusers.schedulers import scheduling_ddpm
 
@@ -93,7 +101,7 @@ def test_respaced_ancestral_agrees_with_numpy(toy_denoise, reference, variance):
     process, steps = DDPM(), 250
     times = schedule(process, steps)
     noise, x = step_noise(steps), NOISE.astype(np.float64)
-    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (t, s) in enumerate(itertools.pairwise(times)):
         kept, kept_next = alpha_sigma(process, t)[0] ** 2, alpha_sigma(process, s)[0] ** 2
         beta = 1 - kept / kept_next  # of the respaced chain
         x0, _, fraction = network(process, x, t)
@@ -161,7 +169,7 @@ def heun_numpy(network, process, times, noise, s_churn, s_min, s_max, s_noise):
     steps = len(times) - 1
     x = NOISE.astype(np.float64) * process.prior_scale
     times = np.asarray(times, np.float64)
-    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (t, s) in enumerate(itertools.pairwise(times)):
         gamma = min(s_churn / steps, np.sqrt(2) - 1) if s_min <= t <= s_max else 0.0
         up = t * (1 + gamma)
         x = x + np.sqrt(up**2 - t**2) * s_noise * noise[i]
@@ -262,7 +270,7 @@ def gaussian_denoise(process, mean=0.3, std=0.5):
 def test_samples_of_normal_data_have_its_moments(process, name, options):
     if name == "ddpm" and not isinstance(process, DDPM):
         pytest.skip("DDPM's own solver")
-    steps = 100 if name in ("ddpm", "ddim", "euler") else 40
+    steps = 40 if name in ("heun", "dpmpp_2m") else 150
     times = schedule(process, steps, "karras" if isinstance(process, DDPM) else None)
     x = np.random.default_rng(0).normal(size=(20_000,)).astype(np.float32)
     samples, _ = run(make_solver(name, **options), process, gaussian_denoise(process), times, x=x)
@@ -366,7 +374,7 @@ def test_errors_say_what_to_do(toy_denoise):
             "use variance='fixed_small'",
         ),
         (
-            lambda: sample(make_solver("ddpm"), EDM(), denoise, NOISE, times, KEY),
+            lambda: sample(make_solver("ddpm"), EDM(), denoise, NOISE, times[:3], KEY),
             "'ddim' with eta=1 is the same",
         ),
         (
