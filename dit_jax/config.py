@@ -124,7 +124,7 @@ def default_config() -> ml_collections.ConfigDict:
                 "guidance_scale": 1.0,
                 "guidance_interval": (),  # (low, high) in process time; empty: always
                 "guidance_channels": "all",  # all | first3 (the original DiT's)
-                "spacing": "",  # of the times (diffusion.schedules); empty: the process's own
+                "spacing": "",  # of the times (diffusion.schedules); empty: by solver and process
                 "shift": 1.0,  # of flow's times, above 1 towards noise
                 "rho": 7.0,  # of EDM's times
                 "ddpm": {"variance": "auto", "clip_denoised": False},

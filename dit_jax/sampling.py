@@ -38,8 +38,8 @@ class Sampler:
         self,
         params: Any,
         keys: Key[Array, " b"],
-        labels: Int[Array, " b"] | None,
-        times: Float[Array, " n"],
+        labels: Int[Array | np.ndarray, " b"] | None,
+        times: Float[Array | np.ndarray, " n"],
         guidance_scale: float | Float[Array, ""] | Float[Array, " b"] = 1.0,
         guidance_interval: tuple[float, float] | None = None,
     ) -> Float[Array, "b h w c"]:

@@ -13,6 +13,7 @@ from absl import app, flags, logging
 from clu import parameter_overview
 from ml_collections import config_flags
 
+from dit_jax import config as config_lib
 from dit_jax import data as data_lib
 from dit_jax import experiment
 from dit_jax.evaluation import save_grid
@@ -87,6 +88,7 @@ def run(config, directory: Path, *, force: bool = False) -> loop.TrainResult:
         checkpoints=checkpoints,
         writers=create_writers,
         preview=preview if training.preview_every else None,
+        strict=not force,
     )
     checkpoints.close()
     return result
@@ -110,8 +112,7 @@ def make_preview(config, plan, placement, directory: Path, writers: list):
     labels = wiring.balanced_labels(count, config.model.num_classes)
 
     def preview(step: int, weights: dict) -> None:
-        wanted = config.sampling.weights
-        name = next(iter(weights)) if wanted == "ema" else wanted
+        name = wiring.choose_weights(weights, config.sampling.weights)
         images = wiring.sample_images(
             plan,
             weights[name],
@@ -132,10 +133,26 @@ def make_preview(config, plan, placement, directory: Path, writers: list):
     return preview
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parsing, with mistakes told as all others are."""
+    known = {path for path, _ in config_lib.flatten(config_lib.default_config())}
+    with wiring.readable_errors():
+        for argument in argv[1:]:
+            key = argument.lstrip("-").partition("=")[0].removeprefix("no")
+            if key.startswith("config.") and key.removeprefix("config.") not in known:
+                hint = config_lib.nearest_key(key.removeprefix("config."))
+                raise config_lib.ConfigError(f"unknown key {key}{hint}")
+        try:
+            rest = flags.FLAGS(argv)[1:]
+        except flags.Error as error:
+            raise ValueError(f"{error} (see --help)") from error
+        if rest:
+            raise ValueError(f"unexpected arguments: {' '.join(rest)}")
+    return argv[:1]
+
+
 def main(argv: list[str]) -> None:
     """Entry point."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
     directory = Path(_WORKDIR.value).absolute()
     with wiring.readable_errors(traceback=_TRACEBACK.value):
@@ -149,4 +166,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

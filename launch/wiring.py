@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ def readable_errors(*, traceback: bool = False) -> Iterator[None]:
     """
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except USER_ERRORS as error:
         if traceback:
             raise
@@ -80,14 +83,7 @@ def load_model(
         CheckpointError: it has no such checkpoint or no such weights.
     """
     config = workdir.load_config(directory).copy_and_resolve_references()
-    values = config.to_dict()
-    for path, value in (overrides or {}).items():
-        section = values
-        *parents, leaf = path.split(".")
-        for part in parents:
-            section = section[part]
-        section[leaf] = value
-    config = experiment.resolve_config(values)
+    config = experiment.resolve_config(_override(config.to_dict(), overrides or {}))
     method = experiment.build_method(config)
     placement = create_placement(config)
     key = jax.random.key(config.seed)
@@ -96,18 +92,48 @@ def load_model(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement.replicated),
         {"state": abstract, "key": jax.eval_shape(jax.random.key_data, key)},
     )
-    checkpoints = Checkpoints(Path(directory) / workdir.CHECKPOINTS)
-    restored = checkpoints.restore(target, step)
-    checkpoints.close()
+    saved = Path(directory) / workdir.CHECKPOINTS
+    restored = None
+    if saved.is_dir():
+        checkpoints = Checkpoints(saved, read_only=True)
+        restored = checkpoints.restore(target, step)
+        checkpoints.close()
     if restored is None:
         raise CheckpointError(f"{directory} has no checkpoint yet: train first")
     available = method.weights(restored.state["state"])
-    name = weights or config.sampling.weights
-    if name == "ema":
-        name = next(iter(available))
-    if name not in available:
-        raise CheckpointError(f"no weights {name!r}; there are {', '.join(available)}")
+    name = choose_weights(available, weights or config.sampling.weights)
     return TrainedModel(config, available[name], name, restored.step)
+
+
+def _override(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    for path, value in overrides.items():
+        section = values
+        *parents, leaf = path.split(".")
+        for part in parents:
+            section = section[part]
+        section[leaf] = value
+    if "sampling.solver" in overrides:  # options of the run's own solver no longer apply
+        solver = overrides["sampling.solver"]
+        sampling = values["sampling"]
+        values["sampling"] = {
+            key: value
+            for key, value in sampling.items()
+            if not isinstance(value, dict) or key == solver
+        }
+    return values
+
+
+def choose_weights(available: Mapping[str, Any], wanted: str) -> str:
+    """The name in `available` (`Method.weights`) that `wanted` means; 'ema' is the first average.
+
+    Raises:
+        CheckpointError: there are no such weights, with those there are.
+    """
+    averages = [name for name in available if name != "raw"]
+    name = averages[0] if wanted == "ema" and averages else wanted
+    if name not in available:
+        raise CheckpointError(f"no weights {wanted!r}; there are {', '.join(available)}")
+    return name
 
 
 def sample_images(
@@ -181,6 +207,9 @@ def sampling_overrides(args: argparse.Namespace) -> dict[str, Any]:
     overrides = {f"sampling.{n}": getattr(args, n) for n in names if getattr(args, n) is not None}
     if args.guidance_interval:
         overrides["sampling.guidance_interval"] = tuple(args.guidance_interval)
+    elif args.guidance_scale == 1.0:  # no guidance: then not the run's interval and channels either
+        overrides["sampling.guidance_interval"] = ()
+        overrides.setdefault("sampling.guidance_channels", "all")
     return overrides
 
 

@@ -23,14 +23,14 @@ float32 whatever the network's dtype.
 
 import abc
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-Kind = Literal["x0", "eps", "velocity", "score"]
 KINDS: tuple[str, ...] = ("x0", "eps", "velocity", "score")
+Kind = str
+"""One of `KINDS`."""
 
 Row = tuple[Float[Array, "..."], Float[Array, "..."]]
 
@@ -69,8 +69,7 @@ def expand(t: Float[Array, "..."], x: Float[Array, "b *shape"]) -> Float[Array, 
     if t.shape != x.shape[:1]:
         raise ValueError(
             f"Expected a scalar or one value per example, shape {x.shape[:1]}, beside an array of "
-            f"shape {x.shape}; "
-            f"got shape {t.shape}."
+            f"shape {x.shape}; got shape {t.shape}."
         )
     return t.reshape(t.shape + (1,) * (x.ndim - 1))
 
@@ -240,10 +239,9 @@ class Process(abc.ABC):
             wanted = "mean and variance" if self.learned_variance else "a mean only"
             raise ValueError(
                 f"{type(self).__name__} with learned_variance={self.learned_variance} reads "
-                f"{wanted}, shape "
-                f"{(*x.shape[:-1], channels)}, from the network, which returned {raw.shape}. The "
-                "network's learn_sigma and "
-                "the process's learned_variance must agree."
+                f"{wanted}, shape {(*x.shape[:-1], channels)}, from the network, which returned "
+                f"{raw.shape}. The network's learn_sigma and the process's learned_variance must "
+                "agree."
             )
         raw, fraction = raw.astype(jnp.float32), None
         if self.learned_variance:

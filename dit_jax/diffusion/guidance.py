@@ -1,7 +1,7 @@
 """Classifier-free guidance on raw network outputs (Ho & Salimans 2022)."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ def guided(
     null_conditions: Any,
     scale: float | Float[Array, "..."],
     *,
-    interval: tuple[float | Float[Array, ""], float | Float[Array, ""]] | None = None,
-    channels: Literal["all", "first3"] = "all",
+    interval: tuple[float | Float[Array, ""], ...] | None = None,
+    channels: str = "all",
 ) -> RawFunction:
     """Wraps a network so that it answers with ``unconditional + scale (conditional -
     unconditional)``.

@@ -9,7 +9,7 @@ one. Weightings are frozen callables ``(process, t) -> [b]`` which multiply that
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from dit_jax.diffusion.process import DDPM, Process, expand
 
 
+@runtime_checkable
 class LossWeight(Protocol):
     """A weight of the squared error that depends on the time."""
 

@@ -5,7 +5,7 @@ What they share, and the conversions between kinds of prediction, is in conversi
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,7 @@ class DDPM(Process):
         beta_start: First beta.
         beta_end: Last beta. The defaults are those of T = 1000; Improved DDPM scales both by 1000 /
             T for other T.
-        prediction: What the network predicts.
+        prediction: What the network predicts: 'eps', 'x0' or 'velocity'.
         learned_variance: Whether the last half of its output is a learned-range variance (Improved
             DDPM).
     """
@@ -88,7 +88,7 @@ class DDPM(Process):
     num_timesteps: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 2e-2
-    prediction: Literal["eps", "x0", "velocity"] = "eps"
+    prediction: str = "eps"
     learned_variance: bool = False
 
     def __post_init__(self):
@@ -183,15 +183,14 @@ class RectifiedFlow(Process):
         time_scale: Multiplies the time that the network sees: 1 for SiT, 1000 for Flux.
     """
 
-    network_convention: Literal["sit", "flux"] = "sit"
+    network_convention: str = "sit"
     time_scale: float = 1.0
 
     def __post_init__(self):
         _require(
             self.network_convention in ("sit", "flux"),
             f"Unknown network_convention {self.network_convention!r}: expected 'sit' (the network "
-            "sees 1 - t and outputs "
-            "x0 - eps) or 'flux' (it sees t and outputs eps - x0).",
+            "sees 1 - t and outputs x0 - eps) or 'flux' (it sees t and outputs eps - x0).",
         )
         _require(self.time_scale > 0, f"RectifiedFlow needs time_scale > 0, got {self.time_scale}.")
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key
 
 from dit_jax.diffusion.process import Process
 from dit_jax.diffusion.schedules import SPACINGS, schedule
@@ -45,7 +45,7 @@ def sample(
     denoise: Denoise,
     x: Float[Array, "b *shape"],
     times: Float[Array | np.ndarray, " steps_plus_1"],
-    key: PRNGKeyArray,
+    key: Key[Array, "*keys"],
     carry: Any = None,
 ) -> tuple[Float[Array, "b *shape"], Any]:
     """Follows a schedule from noise to data.
@@ -58,8 +58,9 @@ def sample(
             kept in float32.
         times: Decreasing in noise, of ``schedule``. They need not end with clean data: the result
             then is x at the last time.
-        key: Randomness of stochastic solvers: the noise of step i (from 0) is ``normal(fold_in(key,
-            i), x.shape)``.
+        key: Randomness of stochastic solvers (typed, of ``jax.random.key``). The noise of step i
+            (from 0) is ``normal(fold_in(key, i), x.shape)``. With one key an example, shape [b],
+            each example's noise is drawn so from its own key: it does not depend on the batch.
         carry: Anything that denoise passes on from one evaluation to the next.
 
     Returns:
@@ -85,13 +86,13 @@ def sample(
     return x, carry
 
 
-def _fold_in(key: PRNGKeyArray, index: Array) -> PRNGKeyArray:
+def _fold_in(key: Key[Array, "*keys"], index: Array) -> Key[Array, "*keys"]:
     if key.ndim == 0:
         return jax.random.fold_in(key, index)
     return jax.vmap(lambda one: jax.random.fold_in(one, index))(key)
 
 
-def _check_times(process: Process, times: Array) -> None:
+def _check_times(process: Process, times: Array | np.ndarray) -> None:
     if times.ndim != 1 or times.shape[0] < 2:
         raise ValueError(
             "Sampling needs a sequence of at least two times, as schedule() returns; got shape "

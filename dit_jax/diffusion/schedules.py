@@ -125,8 +125,8 @@ def _ddpm_indices(total: int, steps: int, spacing: str, offset: int) -> np.ndarr
             nearest = sorted(sorted(counts, key=lambda count: abs(count - steps))[:2])
             raise ValueError(
                 f"Spacing 'ddim' has no whole stride that visits {steps} of {total} timesteps: the "
-                "nearest that fit are "
-                f"{' and '.join(map(str, nearest))} steps; or use another spacing."
+                f"nearest that fit are {' and '.join(map(str, nearest))} steps; or use another "
+                "spacing."
             )
         return np.arange(0, total, counts[steps])
     if spacing == "leading":

@@ -15,11 +15,11 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key
 
 from dit_jax.diffusion.process import DDPM, Prediction, Process
 
@@ -41,7 +41,7 @@ class Step(NamedTuple):
 
     t: Float[Array, ""]
     s: Float[Array, ""]
-    key: PRNGKeyArray
+    key: Key[Array, "*keys"]
     count: int
 
     def noise(self, shape: tuple[int, ...]) -> Float[Array, "b *shape"]:
@@ -130,7 +130,7 @@ class Ancestral(Solver):
             fixed_small.
     """
 
-    variance: Literal["auto", "learned", "fixed_small", "fixed_large"] = "auto"
+    variance: str = "auto"
 
     def __post_init__(self):
         if self.variance not in ("auto", "learned", "fixed_small", "fixed_large"):
@@ -144,8 +144,7 @@ class Ancestral(Solver):
         if not isinstance(process, DDPM):
             raise ValueError(
                 f"Solver 'ddpm' is DDPM's own and cannot sample {type(process).__name__}: 'ddim' "
-                "with eta=1 is the same "
-                "draw, with the posterior variance, for every process."
+                "with eta=1 is the same draw, with the posterior variance, for every process."
             )
 
     def step(
@@ -336,6 +335,11 @@ class DPMSolverPP2M(Solver):
     With h the growth of log(alpha / sigma) in a step, x' = (sigma' / sigma) x + alpha' (1 - shrink)
     (x0 + h / (2 h_last) (x0 - x0_last)), as exp(-h) = shrink. First-order where h or h_last is
     infinite: the first step, that after flow's pure noise, and the step to clean data.
+
+    On DDPM with 20 steps or fewer, choose the spacings 'trailing' or 'karras': those that stop at
+    index 0 before clean data extrapolate across a last step that spans most of log(alpha / sigma)
+    (on normal data of standard deviation 0.5, 20 steps give 0.62 with 'iddpm' and 0.48 with
+    'trailing').
     """
 
     def init(self, process: Process, x: Float[Array, "b *shape"]) -> _History:

@@ -8,7 +8,7 @@ and `cdf`, on which SpeeD's grid is laid.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from dit_jax.diffusion.process import DDPM, EDM, Process, RectifiedFlow
 _SMALLEST_PROBABILITY = 2.0**-24
 
 
+@runtime_checkable
 class TimeDistribution(Protocol):
     """What a training loop asks of a distribution of times."""
 

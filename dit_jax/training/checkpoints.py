@@ -78,23 +78,38 @@ class Checkpoints:
     """The checkpoints of one run, newest last.
 
     Args:
-        directory: where they are or will be; created when the first one is written.
+        directory: where they are or will be; created if missing.
         keep_last: how many recent ones to keep.
         keep_every: also keep those whose step is a multiple of this; 0 for none.
+        read_only: leave everything on disk as it is; another process may be writing.
     """
 
-    def __init__(self, directory: Path, *, keep_last: int = 2, keep_every: int = 0):
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep_last: int = 2,
+        keep_every: int = 0,
+        read_only: bool = False,
+    ):
         self.directory = Path(directory).absolute()
         if keep_last < 1:
             raise ValueError(f"training.keep_last={keep_last}: expected at least 1")
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
+        if keep_every < 0:
+            raise ValueError(f"training.keep_every={keep_every}: expected 0 or more")
+        if read_only:  # orbax's own option of this name differs by warnings only
+            options = ocp.CheckpointManagerOptions(create=False)
+        else:
+            options = ocp.CheckpointManagerOptions(
                 max_to_keep=keep_last,
                 keep_period=keep_every or None,
                 create=True,
+                cleanup_tmp_directories=True,  # what a killed run had not finished writing
                 enable_async_checkpointing=True,
-            ),
+            )
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=options,
             # Named here, so that another process can read what is in a checkpoint before it does.
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),

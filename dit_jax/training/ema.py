@@ -1,6 +1,7 @@
 """Exponential moving averages of parameters: constant decays and EDM2's power functions."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -49,19 +50,20 @@ class Average:
         """The average's name in checkpoints and on command lines, as 'ema_0.9999'."""
         return f"ema_{self.decay}" if self.decay is not None else f"ema_std{self.power_std}"
 
-    def kept(self, step: Int[Array, ""]) -> Float[Array, ""]:
-        """Share of the old average kept by the update that ends step `step` (1 for the first).
+    def share(self, step: Int[Array, ""]) -> Float[Array, ""]:
+        """Share of the new parameters in the update that ends step `step` (1 for the first).
 
-        The power function forgets the initial parameters at the first step by itself; a constant
-        decay starts from them, as DiT does.
+        One minus the decay; for the power function 1 - (1 - 1 / step)^(gamma + 1), in a form whose
+        float32 rounding does not grow with the step. The power function forgets the initial
+        parameters at the first step by itself; a constant decay starts from them, as DiT does.
         """
         if self.decay is not None:
-            return jnp.float32(self.decay)
+            return jnp.float32(1 - self.decay)
         exponent = power_function_exponent(self.power_std) + 1
-        return (1 - 1 / step.astype(jnp.float32)) ** exponent
+        return -jnp.expm1(exponent * jnp.log1p(-1 / step.astype(jnp.float32)))
 
 
-def averages(decays: tuple[float, ...] = (), power_stds: tuple[float, ...] = ()) -> list[Average]:
+def averages(decays: Sequence[float] = (), power_stds: Sequence[float] = ()) -> list[Average]:
     """The averages a configuration asks for, constant decays first."""
     found = [Average(decay=d) for d in decays] + [Average(power_std=s) for s in power_stds]
     names = [average.name for average in found]
@@ -70,18 +72,18 @@ def averages(decays: tuple[float, ...] = (), power_stds: tuple[float, ...] = ())
     return found
 
 
-def init(averages: list[Average], params) -> dict:
+def init(averages: Sequence[Average], params) -> dict:
     """Every average starts as a copy of the parameters."""
     return {average.name: jax.tree.map(jnp.copy, params) for average in averages}
 
 
-def update(averages: list[Average], ema: dict, params, step: Int[Array, ""]) -> dict:
+def update(averages: Sequence[Average], ema: dict, params, step: Int[Array, ""]) -> dict:
     """The averages after the update that ended step `step` with `params`."""
 
-    def blend(kept):
-        return lambda old, new: old * kept + new * (1 - kept)
+    def blend(share):
+        return lambda old, new: old + share * (new - old)
 
     return {
-        average.name: jax.tree.map(blend(average.kept(step)), ema[average.name], params)
+        average.name: jax.tree.map(blend(average.share(step)), ema[average.name], params)
         for average in averages
     }

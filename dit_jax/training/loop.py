@@ -9,7 +9,7 @@ import dataclasses
 import signal
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from dit_jax.training.checkpoints import Checkpoints
 from dit_jax.training.method import Method
 
 
+@runtime_checkable
 class Placement(Protocol):
     """Where arrays live: the seam to the room `parallel`."""
 
@@ -33,6 +34,7 @@ class Placement(Protocol):
         """This process's part of a batch, onto its devices."""
 
 
+@runtime_checkable
 class DataIterator(Protocol):
     """An endless iterator of host batches that can say and be told where it is."""
 
@@ -42,8 +44,8 @@ class DataIterator(Protocol):
     def get_state(self) -> dict:
         """Where the iterator is, JSON-able."""
 
-    def set_state(self, state: dict) -> None:
-        """Goes there."""
+    def set_state(self, state: dict, *, strict: bool = True) -> None:
+        """Goes there; `strict` refuses the state of another stream of data."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +134,7 @@ def train(
     writers: Callable[[int], list[metrics_lib.MetricWriter]],
     preview: Callable[[int, dict[str, Any]], None] | None = None,
     announce: Callable[[str], None] = lambda text: print(text, flush=True),
+    strict: bool = True,
 ) -> TrainResult:
     """Trains `method` up to `options.num_steps`, from the newest checkpoint if there is one.
 
@@ -145,13 +148,22 @@ def train(
         writers: makes the metric writers, given the step the run starts at.
         preview: called with (step, weights) every `preview_every` steps.
         announce: prints a line for the person watching.
+        strict: refuse to continue from a checkpoint made with another seed or other data.
 
     Raises:
+        ValueError: the checkpoint is of another seed or other data, and `strict`.
         NonFiniteError: naming the step, its batch's statistics and the last good checkpoint.
     """
     abstract = jax.eval_shape(method.init, key)
     shardings = placement.state_shardings(abstract)
-    state, step = _restore_or_init(method, data, key, abstract, shardings, checkpoints, announce)
+    tree = {"state": _with_shardings(abstract, shardings), "key": jax.random.key_data(key)}
+    restored = checkpoints.restore(tree, set_aside=True)
+    if restored is None:
+        state, step = jax.jit(method.init, out_shardings=shardings)(key), 0
+    else:
+        state, step = restored.state["state"], restored.step
+        _continue_data(restored, data, key, checkpoints, strict)
+        announce(f"continuing from step {step} ({checkpoints.path(step)})")
     if step >= options.num_steps:
         announce(f"already at step {step} of {options.num_steps}: nothing to train")
         return TrainResult(state, step, False, 0.0, 0.0)
@@ -161,49 +173,47 @@ def train(
         donate_argnums=0,
         out_shardings=(shardings, None),
     )
-    host_batch = next(data)
-    started = time.perf_counter()
-    update = update.lower(state, placement.put_batch(host_batch), key).compile()
-    announce(f"compiled the update in {time.perf_counter() - started:.1f} s")
-
-    run = _Run(method, key, options, checkpoints, writers(step), preview, announce, placement)
     with _Interruption() as interruption:
+        host_batch = next(data)
+        started = time.perf_counter()
+        update = update.lower(state, placement.put_batch(host_batch), key).compile()
+        announce(f"compiled the update in {time.perf_counter() - started:.1f} s")
+
+        run = _Run(method, key, options, checkpoints, writers(step), preview, announce, placement)
         run.throughput.resume()
         while True:
             state, metrics = update(state, placement.put_batch(host_batch), key)
             step += 1
             run.stepped(step, metrics, host_batch)
-            done = step == options.num_steps
-            if run.is_pause(step) or interruption.signal or done:
-                run.pause(step, state, data, final=done or bool(interruption.signal))
-            if done or interruption.signal:
+            # Read once: a signal between two readings must not end the run unsaved.
+            ends = step == options.num_steps or interruption.signal is not None
+            if run.is_pause(step) or ends:
+                run.pause(step, state, data, final=ends)
+            if ends:
                 break
             host_batch = next(data)
-    checkpoints.wait()
+        checkpoints.wait()
     for writer in run.writers:
         writer.flush()
     seconds, rate = run.throughput.overall()
     return TrainResult(state, step, step < options.num_steps, seconds, rate)
 
 
-def _restore_or_init(method, data, key, abstract, shardings, checkpoints, announce):
-    target = jax.tree.map(
+def _with_shardings(abstract, shardings):
+    return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract,
         shardings,
     )
-    tree = {"state": target, "key": jax.random.key_data(key)}
-    restored = checkpoints.restore(tree, set_aside=True)
-    if restored is None:
-        return jax.jit(method.init, out_shardings=shardings)(key), 0
-    if (restored.state["key"] != jax.random.key_data(key)).any():
+
+
+def _continue_data(restored, data, key, checkpoints, strict) -> None:
+    if strict and (restored.state["key"] != jax.random.key_data(key)).any():
         raise ValueError(
             f"the checkpoints in {checkpoints.directory} were trained from another seed: set "
             "config.seed to the run's own"
         )
-    data.set_state(restored.data)
-    announce(f"continuing from step {restored.step} ({checkpoints.path(restored.step)})")
-    return restored.state["state"], restored.step
+    data.set_state(restored.data, strict=strict)
 
 
 class _Run:

@@ -6,7 +6,7 @@ logs and the sampler know nothing else of them.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ class TrainState:
     optimizer: Any
 
 
+@runtime_checkable
 class Method(Protocol):
     """An objective. Both functions are pure; the loop jits them and places their arrays."""
 

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -34,6 +34,7 @@ def peak_flops(device_kind: str | None = None) -> float | None:
     return None
 
 
+@runtime_checkable
 class MetricWriter(Protocol):
     """The part of clu's MetricWriter that the loop uses."""
 
@@ -54,7 +55,9 @@ class JsonLinesWriter:
         self._path = path
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if _step(line) <= resumed_at]
-            path.write_text("".join(line + "\n" for line in lines))
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in lines))
+            temporary.replace(path)
         self._file = path.open("a")
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -133,6 +136,7 @@ def create_writers(
 def _keep_tensorflow_off_accelerators() -> None:
     # Its start-up notices on the CPU it found would drown ours.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     import tensorflow as tf
 
     for kind in ("GPU", "TPU"):

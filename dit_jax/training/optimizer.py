@@ -24,6 +24,8 @@ def learning_rate_schedule(
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"optimizer.schedule={schedule!r}: expected one of {SCHEDULES}")
+    if not learning_rate > 0:
+        raise ValueError(f"optimizer.learning_rate={learning_rate}: expected above 0")
     if warmup_steps < 0:
         raise ValueError(f"optimizer.warmup_steps={warmup_steps}: expected 0 or more")
     if schedule != "constant" and num_steps <= warmup_steps:

@@ -85,7 +85,7 @@ def load_config(workdir: Path) -> ml_collections.ConfigDict:
     """The configuration of the run in `workdir`.
 
     Raises:
-        WorkdirError: there is none.
+        WorkdirError: there is none, or it cannot be used.
     """
     file = Path(workdir) / CONFIG_FILE
     if not file.exists():
@@ -93,7 +93,10 @@ def load_config(workdir: Path) -> ml_collections.ConfigDict:
             f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}. "
             "Train one with launch/train.py --workdir=..."
         )
-    return config_lib.from_json(file.read_text())
+    try:
+        return config_lib.from_json(file.read_text())
+    except ValueError as error:
+        raise WorkdirError(f"{file} cannot be used: {error}") from error
 
 
 def require_writable(directory: Path) -> None:

@@ -7,6 +7,7 @@ from dit_jax.diffusion import DDPM, EDM, guided
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(3, 2, 2, 4)), jnp.float32)
+T = jnp.float32(5.0)
 LABELS, NULLS = {"label": jnp.array([1, 2, 3])}, {"label": jnp.array([9, 9, 9])}
 
 
@@ -19,23 +20,23 @@ def raw(x, t, conditions, carry):
     return jnp.concatenate([out, jnp.cos(3 * out)], -1), carry
 
 
-def both(t=5.0):
+def both(t=T):
     return raw(X, t, LABELS, None)[0], raw(X, t, NULLS, None)[0]
 
 
 def test_guides_the_prediction_and_keeps_the_conditional_variance():
     conditional, null = both()
-    out, _ = guided(raw, NULLS, 2.5)(X, 5.0, LABELS, None)
+    out, _ = guided(raw, NULLS, 2.5)(X, T, LABELS, None)
     mixed = null + 2.5 * (conditional - null)
     np.testing.assert_allclose(out[..., :4], mixed[..., :4], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(out[..., 4:], conditional[..., 4:])
-    plain, _ = guided(raw, NULLS, 1.0)(X, 5.0, LABELS, None)
+    plain, _ = guided(raw, NULLS, 1.0)(X, T, LABELS, None)
     np.testing.assert_allclose(plain, conditional, atol=1e-6)
 
 
 def test_first3_guides_three_channels_as_the_original_does():
     conditional, null = both()
-    out, _ = guided(raw, NULLS, 4.0, channels="first3")(X, 5.0, LABELS, None)
+    out, _ = guided(raw, NULLS, 4.0, channels="first3")(X, T, LABELS, None)
     np.testing.assert_allclose(
         out[..., :3], (null + 4.0 * (conditional - null))[..., :3], rtol=1e-5, atol=1e-5
     )
@@ -85,12 +86,14 @@ def test_interval_skips_the_unconditional_half_outside():
 
 def test_a_carry_sees_both_halves_inside_and_outside_the_interval():
     wrapped = guided(raw, NULLS, 3.0, interval=(10.0, 20.0))
-    inside, carry = wrapped(X, 15.0, LABELS, jnp.zeros(()))
+    inside, carry = wrapped(X, jnp.float32(15.0), LABELS, jnp.zeros(()))
     assert carry == 6 + 27
-    outside, carry = wrapped(X, 5.0, LABELS, carry)
+    outside, carry = wrapped(X, T, LABELS, carry)
     assert carry == 2 * (6 + 27)
     np.testing.assert_allclose(outside, both()[0], atol=1e-6)
-    np.testing.assert_allclose(inside, guided(raw, NULLS, 3.0)(X, 15.0, LABELS, None)[0], atol=1e-6)
+    np.testing.assert_allclose(
+        inside, guided(raw, NULLS, 3.0)(X, jnp.float32(15.0), LABELS, None)[0], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("process", [DDPM(), EDM()], ids=lambda p: type(p).__name__)
@@ -108,9 +111,9 @@ def test_low_precision_outputs_keep_their_dtype():
         out, carry = raw(x, t, conditions, carry)
         return out.astype(jnp.bfloat16), carry
 
-    out, _ = guided(low, NULLS, 2.0)(X, 5.0, LABELS, None)
+    out, _ = guided(low, NULLS, 2.0)(X, T, LABELS, None)
     assert out.dtype == jnp.bfloat16
-    out, _ = guided(low, NULLS, 2.0, interval=(1.0, 9.0))(X, 5.0, LABELS, None)
+    out, _ = guided(low, NULLS, 2.0, interval=(1.0, 9.0))(X, T, LABELS, None)
     assert out.dtype == jnp.bfloat16
 
 
@@ -120,4 +123,4 @@ def test_errors_say_what_to_do():
     with pytest.raises(ValueError, match=r"is \(low, high\) in the process's time"):
         guided(raw, NULLS, 2.0, interval=(1.0,))
     with pytest.raises(ValueError, match=r"one per example, shape \(3,\); got shape \(2,\)"):
-        guided(raw, NULLS, jnp.ones(2))(X, 5.0, LABELS, None)
+        guided(raw, NULLS, jnp.ones(2))(X, T, LABELS, None)

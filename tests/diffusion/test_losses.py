@@ -8,16 +8,15 @@ from dit_jax.diffusion.losses import discretized_normal_log_likelihood
 
 RNG = np.random.default_rng(0)
 SHAPE = (10, 3, 3, 2)
-X0 = np.clip(RNG.normal(size=SHAPE), -1, 1).astype(np.float32)
-EPS = RNG.normal(size=SHAPE).astype(np.float32)
+X0 = jnp.asarray(np.clip(RNG.normal(size=SHAPE), -1, 1), jnp.float32)
+EPS = jnp.asarray(RNG.normal(size=SHAPE), jnp.float32)
 T = np.array([0, 0, 1, 2, 7, 100, 400, 700, 998, 999])
 
 
 def loss(process, raw, t, **options):
     t = jnp.asarray(t, jnp.float32)
     x_t = process.add_noise(X0, EPS, t)
-    x0, eps = jnp.asarray(X0), jnp.asarray(EPS)
-    return denoising_loss(process, jnp.asarray(raw), x0, eps, t, x_t, **options)
+    return denoising_loss(process, jnp.asarray(raw), X0, EPS, t, x_t, **options)
 
 
 def vlb_float64(raw, t, processes_betas):
@@ -28,7 +27,7 @@ def vlb_float64(raw, t, processes_betas):
     posterior = betas * (1 - before) / (1 - kept)
     terms = []
     for i, index in enumerate(t):
-        x0, eps = X0[i].astype(np.float64), EPS[i].astype(np.float64)
+        x0, eps = np.asarray(X0[i], np.float64), np.asarray(EPS[i], np.float64)
         mean, fraction = np.split(raw[i].astype(np.float64), 2, axis=-1)
         x = np.sqrt(kept[index]) * x0 + np.sqrt(1 - kept[index]) * eps
         guess = (x - np.sqrt(1 - kept[index]) * mean) / np.sqrt(kept[index])
@@ -63,7 +62,7 @@ def vlb_float64(raw, t, processes_betas):
         (RectifiedFlow("flux"), lambda x, a, s: EPS - X0),
         (EDM(), lambda x, a, s: (X0 - x * 0.25 / (s**2 + 0.25)) / (0.5 * s / np.sqrt(s**2 + 0.25))),
     ],
-    ids=str,
+    ids=["ddpm-eps", "ddpm-x0", "ddpm-velocity", "sit", "flux", "edm"],
 )
 def test_squared_error_of_the_raw_output(process, target):
     raw = RNG.normal(size=SHAPE).astype(np.float32)
@@ -84,7 +83,7 @@ def test_squared_error_of_the_raw_output(process, target):
 
 def test_edm_natural_weight_is_lambda_on_x0():
     process, sigma = EDM(), np.geomspace(0.005, 50, len(T))
-    raw = RNG.normal(size=SHAPE).astype(np.float32)
+    raw = jnp.asarray(RNG.normal(size=SHAPE), jnp.float32)
     t = jnp.asarray(sigma, jnp.float32)
     x0 = process.interpret(raw, process.add_noise(X0, EPS, t), t).x0
     weight = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
@@ -169,7 +168,7 @@ def test_errors_say_what_to_do():
         ValueError, match="learn_sigma and the process's learned_variance must agree"
     ):
         loss(DDPM(learned_variance=True), np.ones(SHAPE, np.float32), T)
-    with pytest.raises(ValueError, match="got k=0 and gamma=1"):
-        P2(k=0, gamma=1)
-    with pytest.raises(ValueError, match="gamma > 0, got -1"):
-        MinSNR(-1)
+    with pytest.raises(ValueError, match=r"got k=0.0 and gamma=1.0"):
+        P2(k=0.0, gamma=1.0)
+    with pytest.raises(ValueError, match=r"gamma > 0, got -1.0"):
+        MinSNR(-1.0)

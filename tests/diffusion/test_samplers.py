@@ -33,7 +33,7 @@ def step_noise(steps):
 
 def run(solver, process, denoise, times, x=NOISE, carry=None):
     compiled = jax.jit(lambda x, times, key: sample(solver, process, denoise, x, times, key, carry))
-    return compiled(x * np.float32(process.prior_scale), times, KEY)
+    return compiled(jnp.asarray(x * process.prior_scale, jnp.float32), times, KEY)
 
 
 @functools.cache
@@ -251,25 +251,23 @@ def gaussian_denoise(process, mean=0.3, std=0.5):
     return denoise
 
 
+STOCHASTIC_AND_NOT = [
+    ("ddim", {}),
+    ("ddim", {"eta": 1.0}),
+    ("heun", {}),
+    ("heun", {"s_churn": 20.0, "s_min": 0.01, "s_max": 50.0}),
+    ("dpmpp_2m", {}),
+]
+
+
 @pytest.mark.parametrize(
-    "process", [DDPM(), RectifiedFlow(), EDM()], ids=lambda p: type(p).__name__
-)
-@pytest.mark.parametrize(
-    ("name", "options"),
+    ("process", "name", "options"),
     [
-        ("ddpm", {}),
-        ("ddim", {}),
-        ("ddim", {"eta": 1.0}),
-        ("euler", {}),
-        ("heun", {}),
-        ("heun", {"s_churn": 20.0, "s_min": 0.01, "s_max": 50.0}),
-        ("dpmpp_2m", {}),
+        (DDPM(), "ddpm", {}),
+        *((p, *solver) for p in (DDPM(), RectifiedFlow(), EDM()) for solver in STOCHASTIC_AND_NOT),
     ],
-    ids=str,
 )
 def test_samples_of_normal_data_have_its_moments(process, name, options):
-    if name == "ddpm" and not isinstance(process, DDPM):
-        pytest.skip("DDPM's own solver")
     steps = 40 if name in ("heun", "dpmpp_2m") else 150
     times = schedule(process, steps, "karras" if isinstance(process, DDPM) else None)
     x = np.random.default_rng(0).normal(size=(20_000,)).astype(np.float32)
@@ -287,7 +285,7 @@ def test_order_of_convergence(name, order):
 
     def error(steps):
         times = np.exp(np.linspace(np.log(5), np.log(0.05), steps + 1)).astype(np.float32)
-        exact = [0.3 + np.sqrt(0.25 + t**2) * z for t in times[[0, -1]]]
+        exact = [jnp.asarray(0.3 + np.sqrt(0.25 + t**2) * z) for t in times[[0, -1]]]
         solver = make_solver(name)
         end, _ = sample(solver, process, gaussian_denoise(process), exact[0], times, KEY)
         return np.abs(end - exact[1]).max()
@@ -320,10 +318,24 @@ def test_other_times_keys_and_scales_do_not_retrace(toy_denoise, name):
 def test_a_key_gives_the_same_bits_and_another_key_others(toy_denoise):
     process, times = DDPM(), schedule(DDPM(), 4)
     draw = jax.jit(
-        lambda key: sample(make_solver("ddpm"), process, toy_denoise(process), NOISE, times, key)[0]
+        lambda key: sample(
+            make_solver("ddpm"), process, toy_denoise(process), jnp.asarray(NOISE), times, key
+        )[0]
     )
     np.testing.assert_array_equal(draw(KEY), draw(KEY))
     assert not np.allclose(draw(KEY), draw(jax.random.key(0)))
+
+
+@pytest.mark.parametrize("name", ["ddpm", "heun"])
+def test_with_a_key_each_an_example_does_not_depend_on_its_batch(toy_denoise, name):
+    process, times = DDPM(), schedule(DDPM(), 4)
+    solver = make_solver(name, **({"s_churn": 2.0} if name == "heun" else {}))
+    denoise, keys, noise = toy_denoise(process), jax.random.split(KEY, 2), jnp.asarray(NOISE)
+    both, _ = sample(solver, process, denoise, noise, times, keys)
+    alone, _ = sample(solver, process, denoise, noise[1:], times, keys[1:])
+    np.testing.assert_allclose(both[1:], alone, atol=1e-4)
+    single, _ = sample(solver, process, denoise, noise[1], times, keys[1])  # no batch axis at all
+    np.testing.assert_allclose(alone[0], single, atol=1e-4)
 
 
 def test_carry_is_threaded_through_every_evaluation(toy_denoise):
@@ -356,7 +368,7 @@ def test_a_schedule_may_stop_early(toy_denoise):
 
 
 def test_errors_say_what_to_do(toy_denoise):
-    process, times = DDPM(), schedule(DDPM(), 4)
+    process, times, noise = DDPM(), schedule(DDPM(), 4), jnp.asarray(NOISE)
     denoise = toy_denoise(process)
     for build, message in [
         (lambda: make_solver("ddmp"), "Unknown solver 'ddmp': expected one of ddpm, ddim, euler"),
@@ -364,29 +376,29 @@ def test_errors_say_what_to_do(toy_denoise):
             lambda: make_solver("ddim", churn=1),
             "no option churn: its options are clip_denoised, eta",
         ),
-        (lambda: make_solver("ddim", eta=2), "eta in [0, 1], got 2"),
+        (lambda: make_solver("ddim", eta=2.0), "eta in [0, 1], got 2.0"),
         (lambda: make_solver("heun", s_min=2.0, s_max=1.0), "s_min=2.0, s_max=1.0"),
         (lambda: make_solver("ddpm", variance="small"), "Unknown variance 'small'"),
         (
             lambda: sample(
-                make_solver("ddpm", variance="learned"), process, denoise, NOISE, times, KEY
+                make_solver("ddpm", variance="learned"), process, denoise, noise, times, KEY
             ),
             "use variance='fixed_small'",
         ),
         (
-            lambda: sample(make_solver("ddpm"), EDM(), denoise, NOISE, times[:3], KEY),
+            lambda: sample(make_solver("ddpm"), EDM(), denoise, noise, times[:3], KEY),
             "'ddim' with eta=1 is the same",
         ),
         (
-            lambda: sample(make_solver("ddim"), process, denoise, NOISE, times[::-1], KEY),
+            lambda: sample(make_solver("ddim"), process, denoise, noise, times[::-1], KEY),
             "times that decrease, from noise to data; got [-1.0, 0.0",
         ),
         (
-            lambda: sample(make_solver("ddim"), process, denoise, NOISE, times[:1], KEY),
+            lambda: sample(make_solver("ddim"), process, denoise, noise, times[:1], KEY),
             "at least two times, as schedule() returns; got shape (1,)",
         ),
         (
-            lambda: sample(make_solver("ddim"), EDM(), denoise, NOISE, times, KEY),
+            lambda: sample(make_solver("ddim"), EDM(), denoise, noise, times, KEY),
             "EDM's clean time is 0.0; the times end with -1.0",
         ),
     ]:

@@ -88,9 +88,9 @@ def test_errors_say_what_to_do(arguments, message):
 def test_options_without_meaning_are_refused():
     with pytest.raises(ValueError, match=r"shift=3.0 has no meaning for DDPM's spacing 'iddpm'"):
         schedule(DDPM(), 10, shift=3.0)
-    with pytest.raises(ValueError, match="rho=5 has no meaning"):
-        schedule(RectifiedFlow(), 10, rho=5)
+    with pytest.raises(ValueError, match=r"rho=5.0 has no meaning"):
+        schedule(RectifiedFlow(), 10, rho=5.0)
     with pytest.raises(ValueError, match="use a smaller offset"):
         schedule(DDPM(), 10, "leading", offset=200)
-    with pytest.raises(ValueError, match="shift > 0 and rho > 0, got shift=0"):
-        schedule(RectifiedFlow(), 10, shift=0)
+    with pytest.raises(ValueError, match=r"shift > 0 and rho > 0, got shift=0.0"):
+        schedule(RectifiedFlow(), 10, shift=0.0)

@@ -137,7 +137,7 @@ def test_process_increments_of_edm():
     ("build", "message"),
     [
         (lambda: SpeeD(DDPM(), k=0.5), "k >= 1"),
-        (lambda: SpeeD(DDPM(), lam=5), "lam in [0.5, 1], got 5"),
+        (lambda: SpeeD(DDPM(), lam=5.0), "lam in [0.5, 1], got 5.0"),
         (
             lambda: SpeeD(DDPM(num_timesteps=100), tau=700),
             "0 < tau <= 100, the number of cells, got 700",
@@ -148,7 +148,7 @@ def test_process_increments_of_edm():
             lambda: SpeeD(RectifiedFlow(), base=LogitNormal(RectifiedFlow("flux"))),
             "another process",
         ),
-        (lambda: SpeeDFirstRelease(DDPM(), p2_k=0).weight(jnp.ones(2)), "P2 needs k > 0"),
+        (lambda: SpeeDFirstRelease(DDPM(), p2_k=0.0).weight(jnp.ones(2)), "P2 needs k > 0"),
     ],
 )
 def test_errors_say_what_to_do(build, message):

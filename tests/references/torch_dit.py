@@ -261,7 +261,10 @@ class DDPMTraining:
             "mean_x0": betas * np.sqrt(previous) / (1 - bar),
             "mean_xt": np.sqrt(1 - betas) * (1 - previous) / (1 - bar),
         }
-        self.table = {k: torch.tensor(v, dtype=torch.float32) for k, v in table.items()}
+        device = next(model.parameters()).device
+        self.table = {
+            k: torch.tensor(v, dtype=torch.float32, device=device) for k, v in table.items()
+        }
 
     def loss(
         self, x0: torch.Tensor, y: torch.Tensor, t: torch.Tensor, eps: torch.Tensor
@@ -295,8 +298,10 @@ class DDPMTraining:
     ) -> torch.Tensor:
         """One update; draws time, noise and label dropout unless given. Returns the mean loss."""
         if t is None:
-            t = torch.randint(len(self.table["alpha"]), (len(x0),))
-            y = torch.where(torch.rand(len(y)) < self.label_dropout, self.model.num_classes, y)
+            t = torch.randint(len(self.table["alpha"]), (len(x0),), device=x0.device)
+            y = torch.where(
+                torch.rand(len(y), device=y.device) < self.label_dropout, self.model.num_classes, y
+            )
         if eps is None:
             eps = torch.randn_like(x0)
         loss = self.loss(x0, y, t, eps).mean()

@@ -1,0 +1,353 @@
+"""Measures this project against PyTorch: the same shapes, dtype and machine, in one run.
+
+  python launch/benchmark.py --out=docs/benchmarks/cpu.json
+  python launch/benchmark.py --case=train --model=DiT-XL/2 --batch_size=256 --dtype=bfloat16 \\
+      --torch_compile --out=docs/benchmarks/h100.json
+
+Cases: `train`, one training step (DDPM loss with learned variance, AdamW, EMA); `guided`, one
+forward pass with classifier-free guidance; `compile`, how long XLA takes to compile a training
+step, without running it. The PyTorch side is tests/references/torch_dit.py. Rounds alternate
+between the two sides; compilation and warm-up are outside the timed rounds. Peak memory is measured
+in one process a side. Without --case, the project's published CPU table is made.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax import evaluation, experiment
+from dit_jax.config import default_config
+from dit_jax.diffusion import guided
+from dit_jax.models.dit import named_size
+from dit_jax.training.metrics import peak_flops
+from launch import wiring
+
+SIDES = ("jax", "torch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One comparison.
+
+    Attributes:
+        name: 'train', 'guided' or 'compile'.
+        model: as 'DiT-S/2'.
+        batch_size: images; guidance doubles them inside.
+        image_size: side of the latent, 32 for 256 pixels.
+        dtype: of the matrix products, 'float32' or 'bfloat16' (PyTorch: autocast).
+        remat: rematerialisation on the JAX side.
+        layer_loop: 'auto', 'scan' or 'unroll' on the JAX side.
+        torch_compile: whether PyTorch is compiled.
+        goal: time over PyTorch's (or seconds, for 'compile') aimed at; 0 for none.
+    """
+
+    name: str
+    model: str
+    batch_size: int
+    image_size: int = 32
+    dtype: str = "float32"
+    remat: str = "none"
+    layer_loop: str = "auto"
+    torch_compile: bool = False
+    goal: float = 0.0
+
+
+PUBLISHED = (
+    Case("train", "DiT-S/2", 16, goal=0.90),
+    Case("guided", "DiT-B/2", 8, goal=0.92),
+    Case("compile", "DiT-XL/2", 16, layer_loop="scan", goal=30.0),
+)
+
+
+def method_of(case: Case):
+    """The training Method of a case."""
+    config = default_config()
+    config.model.update(named_size(case.model))
+    config.model.image_size = case.image_size
+    config.model.dtype = case.dtype
+    config.model.remat = case.remat
+    config.model.layer_loop = case.layer_loop
+    return experiment.build_method(experiment.resolve_config(config))
+
+
+def random_batch(case: Case) -> dict[str, np.ndarray]:
+    """Inputs, the same for both sides."""
+    rng = np.random.default_rng(0)
+    shape = (case.batch_size, case.image_size, case.image_size, 4)
+    label = rng.integers(0, 1000, case.batch_size).astype(np.int32)
+    return {"image": rng.standard_normal(shape, np.float32), "label": label}
+
+
+def jax_train(case: Case) -> tuple[Callable[[], None], dict[str, Any]]:
+    """A function that runs one training step to its end, and facts about it."""
+    method, batch, key = method_of(case), random_batch(case), jax.random.key(0)
+    state = jax.jit(method.init)(key)
+    batch = jax.device_put(batch)
+    started = time.perf_counter()
+    update = jax.jit(method.update, donate_argnums=0).lower(state, batch, key).compile()
+    facts = {
+        "compile_seconds": time.perf_counter() - started,
+        "flops": method.flops_per_example * case.batch_size,
+    }
+    carried = [state]
+
+    def run() -> None:
+        carried[0], metrics = update(carried[0], batch, key)
+        jax.block_until_ready((carried[0], metrics))
+
+    return run, facts
+
+
+def jax_guided(case: Case) -> tuple[Callable[[], None], dict[str, Any]]:
+    """A function that runs one guided forward pass to its end, and facts about it."""
+    denoiser, batch = method_of(case).denoiser, random_batch(case)
+    params = jax.jit(denoiser.network.init)(jax.random.key(0))
+    conditions = {"label": jnp.asarray(batch["label"])}
+    x, t, scale = jnp.asarray(batch["image"]), jnp.float32(500), jnp.float32(1.5)
+
+    def forward(params, x, t, conditions, scale):
+        def raw(x, t, conditions, carry):
+            return denoiser.raw(params, x, jnp.broadcast_to(t, x.shape[:1]), conditions), carry
+
+        null = denoiser.network.null_conditions(conditions)
+        return guided(raw, null, scale, channels="first3")(x, t, conditions, None)[0]
+
+    started = time.perf_counter()
+    compiled = jax.jit(forward).lower(params, x, t, conditions, scale).compile()
+    facts = {
+        "compile_seconds": time.perf_counter() - started,
+        "flops": 2 * denoiser.network.flops_per_example * case.batch_size,
+    }
+    return lambda: jax.block_until_ready(compiled(params, x, t, conditions, scale)), facts
+
+
+def torch_side(case: Case) -> tuple[Callable[[], None], dict[str, Any]]:
+    """The same work in PyTorch."""
+    import torch
+
+    from tests.references import torch_dit
+
+    cuda = jax.default_backend() == "gpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    size = named_size(case.model)
+    model = torch_dit.DiT(
+        depth=size["depth"],
+        hidden_size=size["hidden_size"],
+        num_heads=size["num_heads"],
+        patch_size=size["patch_size"],
+        input_size=case.image_size,
+        in_channels=4,
+        num_classes=1000,
+        learn_sigma=True,
+    ).to(device)
+    batch = random_batch(case)
+    x = torch.tensor(batch["image"]).permute(0, 3, 1, 2).contiguous().to(device)
+    y = torch.tensor(batch["label"]).long().to(device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=case.dtype == "bfloat16")
+    training = torch_dit.DDPMTraining(model) if case.name == "train" else None
+    if case.torch_compile:
+        model.compile()
+    t = torch.full((case.batch_size,), 500, device=device)
+
+    def run() -> None:
+        with autocast:
+            if training:
+                training.step(x, y)
+            else:
+                with torch.no_grad():
+                    model.guided(x, t, y, 1.5)
+        if cuda:
+            torch.cuda.synchronize()
+
+    started = time.perf_counter()
+    run()
+    return run, {"compile_seconds": time.perf_counter() - started if case.torch_compile else 0.0}
+
+
+def prepare(case: Case, side: str) -> tuple[Callable[[], None], dict[str, Any]]:
+    """The function to time and facts about it."""
+    if side == "torch":
+        return torch_side(case)
+    return {"train": jax_train, "guided": jax_guided}[case.name](case)
+
+
+def peak_memory(case: Case, side: str) -> float:
+    """Peak memory of three runs in a process of their own, GiB: of the GPU, or resident on CPUs."""
+    arguments = ["--memory_of", side, "--describe", json.dumps(dataclasses.asdict(case))]
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])["peak_gib"]
+
+
+def report_peak_memory(case: Case, side: str) -> None:
+    """What `peak_memory`'s process does; prints its result."""
+    run, _ = prepare(case, side)
+    for _ in range(3):
+        run()
+    if jax.default_backend() == "gpu" and side == "jax":
+        peak = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    elif jax.default_backend() == "gpu":
+        import torch
+
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"peak_gib": peak / 2**30}))
+
+
+def compare(case: Case, rounds: int) -> dict[str, Any]:
+    """Times both sides, a round of one after a round of the other."""
+    sides = {side: prepare(case, side) for side in SIDES}
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    for run, _ in sides.values():
+        run(), run()
+    for _ in range(rounds):
+        for side, (run, _) in sides.items():
+            started = time.perf_counter()
+            run()
+            seconds[side].append(time.perf_counter() - started)
+    medians = {side: statistics.median(values) for side, values in seconds.items()}
+    ratios = [a / b for a, b in zip(seconds["jax"], seconds["torch"], strict=True)]
+    flops = sides["jax"][1]["flops"]
+    result = {
+        "case": dataclasses.asdict(case),
+        "rounds": rounds,
+        "median_seconds": medians,
+        "ratio_of_medians": medians["jax"] / medians["torch"],
+        "median_of_ratios": statistics.median(ratios),
+        "quartiles_of_ratios": statistics.quantiles(ratios, n=4)[::2] if rounds > 1 else ratios * 2,
+        "compile_seconds": {side: facts["compile_seconds"] for side, (_, facts) in sides.items()},
+        "model_tflops_per_second": {s: flops / m / 1e12 for s, m in medians.items()},
+        "peak_memory_gib": {side: peak_memory(case, side) for side in SIDES},
+        "goal": case.goal,
+    }
+    if peak := peak_flops():
+        result["mfu"] = {side: flops / m / peak for side, m in medians.items()}
+    return result
+
+
+def measure_compilation(case: Case) -> dict[str, Any]:
+    """Seconds to lower and compile a training step from shapes alone."""
+    method, key = method_of(case), jax.random.key(0)
+    state = jax.eval_shape(method.init, key)
+    batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), random_batch(case))
+    started = time.perf_counter()
+    jax.jit(method.update, donate_argnums=0).lower(state, batch, key).compile()
+    seconds = time.perf_counter() - started
+    return {"case": dataclasses.asdict(case), "compile_seconds": seconds, "goal": case.goal}
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions that made the numbers."""
+    versions = {}
+    for package in ("jax", "jaxlib", "flax", "optax", "torch", "numpy"):
+        versions[package] = importlib.metadata.version(package)
+    model = ""
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
+    return {
+        "device": jax.devices()[0].device_kind,
+        "processor": model or platform.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
+        "command": " ".join(["python", "launch/benchmark.py", *sys.argv[1:]]),
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The results as a Markdown table."""
+    lines = [
+        "| case | JAX, s | PyTorch, s | JAX / PyTorch | goal | peak GiB | compile, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        case = result["case"]
+        name = f"{case['name']} {case['model']}, batch {case['batch_size']}, {case['dtype']}"
+        if case["name"] == "compile":
+            goal = f"<= {result['goal']:.0f} s" if result["goal"] else ""
+            lines.append(f"| {name} | | | | {goal} | | {result['compile_seconds']:.1f} |")
+            continue
+        seconds, memory = result["median_seconds"], result["peak_memory_gib"]
+        low, high = result["quartiles_of_ratios"]
+        goal = f"<= {result['goal']:.2f}" if result["goal"] else ""
+        lines.append(
+            f"| {name} | {seconds['jax']:.3f} | {seconds['torch']:.3f} "
+            f"| {result['median_of_ratios']:.3f} ({low:.3f} to {high:.3f}) | {goal} "
+            f"| {memory['jax']:.2f} vs {memory['torch']:.2f} "
+            f"| {result['compile_seconds']['jax']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--case", choices=["train", "guided", "compile"])
+    parser.add_argument("--model", default="DiT-S/2", help="DiT-{S,B,L,XL}/{2,4,8}")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--image_size", type=int, default=32, help="side of the latent")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--remat", default="none", choices=["none", "block", "dots"])
+    parser.add_argument("--layer_loop", default="auto", choices=["auto", "scan", "unroll"])
+    parser.add_argument("--torch_compile", action="store_true")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
+    parser.add_argument("--memory_of", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--describe", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    args = parse_arguments(argv)
+    if args.memory_of:
+        report_peak_memory(Case(**json.loads(args.describe)), args.memory_of)
+        return
+    with wiring.readable_errors(traceback=args.traceback):
+        if args.out:
+            evaluation.check_destination(args.out, overwrite=args.overwrite)
+        cases = PUBLISHED
+        if args.case:
+            fields = [field.name for field in dataclasses.fields(Case)]
+            options = {name: getattr(args, name) for name in fields if hasattr(args, name)}
+            cases = (Case(name=args.case, **options),)
+        results = []
+        for case in cases:
+            print(f"measuring {case} ...", file=sys.stderr, flush=True)
+            measured = case.name == "compile"
+            results.append(measure_compilation(case) if measured else compare(case, args.rounds))
+        print(table(results))
+        if args.out:
+            record = {"environment": environment(), "results": results}
+            evaluation.save_json(args.out, record, overwrite=args.overwrite)
+
+
+if __name__ == "__main__":
+    # Both sides share a GPU: neither may claim it whole.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    main()

@@ -1,0 +1,39 @@
+"""Set before JAX is imported: 8 virtual CPU devices, compiled programs kept from run to run."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax-tests")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+DEVICES_FLAG = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES_FLAG}".strip()
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Shape annotations of our own packages are checked in every test.
+_CHECKED = ("config", "data", "denoiser", "diffusion", "evaluation", "experiment", "sampling")
+install_import_hook(
+    [*(f"dit_jax.{room}" for room in (*_CHECKED, "training")), "parallel"], "beartype.beartype"
+)
+
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _wrong_values_reach_the_code(request):
+    """Tests of error messages give wrong values on purpose: there our own checks must speak."""
+    if "error" not in request.node.name and "refused" not in request.node.name:
+        yield
+        return
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
