@@ -12,6 +12,8 @@ from typing import Any
 
 import ml_collections
 
+AnyConfig = Mapping | ml_collections.ConfigDict  # the latter is not registered as the former
+
 
 def default_config() -> ml_collections.ConfigDict:
     """The default experiment: DiT-XL/2 on 256-pixel ImageNet latents, as in the paper."""
@@ -33,7 +35,8 @@ def default_config() -> ml_collections.ConfigDict:
                 "time_frequency_spacing": "original",  # original | diffusers
                 "layer_loop": "auto",  # scan | unroll | auto: by backend
                 "remat": "none",  # none | block | dots
-                "attention": "auto",  # einsum | xla | cudnn | auto: by backend
+                "attention": "auto",  # einsum | xla | cudnn | cpu | auto: by backend
+                "custom_gradients": "auto",  # on | off (where jax.jvp is needed) | auto: on on CPUs
                 "dtype": "auto",  # of matrix products; auto: bfloat16 on accelerators
             },
             "process": {
@@ -155,11 +158,11 @@ class ConfigError(ValueError):
     """A configuration that cannot mean what it says."""
 
 
-def flatten(config: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(config: AnyConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields ('model.depth', 28) pairs of every leaf."""
     for key, value in config.items():
         path = f"{prefix}{key}"
-        if isinstance(value, Mapping | ml_collections.ConfigDict):
+        if isinstance(value, AnyConfig):
             yield from flatten(value, path + ".")
         else:
             yield path, tuple(value) if isinstance(value, list) else value
@@ -176,7 +179,7 @@ def nearest_key(key: str) -> str:
     return f"; did you mean config.{match[0]}?" if match else ""
 
 
-def resolve(config: Mapping) -> ml_collections.ConfigDict:
+def resolve(config: AnyConfig) -> ml_collections.ConfigDict:
     """Fills a partial configuration with the defaults and refuses what could not take effect.
 
     Args:
@@ -242,7 +245,7 @@ def _refuse_unused(config: ml_collections.ConfigDict, defaults: dict[str, Any]) 
         )
 
 
-def differences(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
+def differences(old: AnyConfig, new: AnyConfig) -> dict[str, tuple[Any, Any]]:
     """Keys whose values differ, as {'model.depth': (old, new)}; absent values are None."""
     old, new = dict(flatten(old)), dict(flatten(new))
     return {

@@ -1,14 +1,13 @@
 """From a configuration to the objects it names: network, process, method, sampler, data."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import ml_collections
 
 from dit_jax import data as data_lib
-from dit_jax.config import ConfigError, resolve
+from dit_jax.config import AnyConfig, ConfigError, resolve
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import LOSS_WEIGHTS, PROCESSES, TIME_DISTRIBUTIONS
 from dit_jax.diffusion.process import DDPM, Process
@@ -20,7 +19,7 @@ from dit_jax.training.denoising import Denoising
 from dit_jax.training.method import Method
 
 
-def resolve_config(config: Mapping) -> ml_collections.ConfigDict:
+def resolve_config(config: AnyConfig) -> ml_collections.ConfigDict:
     """`config.resolve`, then builds everything that needs no data, so that mistakes stop here.
 
     Raises:

@@ -17,7 +17,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -196,6 +195,12 @@ def peak_memory(case: Case, side: str) -> float:
     return json.loads(done.stdout.splitlines()[-1])["peak_gib"]
 
 
+def peak_resident_bytes() -> int:
+    """Peak resident memory of this program (Linux; getrusage's would include its parent's)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
 def report_peak_memory(case: Case, side: str) -> None:
     """What `peak_memory`'s process does; prints its result."""
     run, _ = prepare(case, side)
@@ -208,7 +213,7 @@ def report_peak_memory(case: Case, side: str) -> None:
 
         peak = torch.cuda.max_memory_allocated()
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peak_resident_bytes()
     print(json.dumps({"peak_gib": peak / 2**30}))
 
 

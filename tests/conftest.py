@@ -14,18 +14,28 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES_FLAG}".st
 
 from jaxtyping import install_import_hook  # noqa: E402
 
+import tests.typechecking  # noqa: E402, F401 (for the hook to find)
+
 # Shape annotations of our own packages are checked in every test.
 _CHECKED = ("config", "data", "denoiser", "diffusion", "evaluation", "experiment", "sampling")
 install_import_hook(
-    [*(f"dit_jax.{room}" for room in (*_CHECKED, "training")), "parallel"], "beartype.beartype"
+    [*(f"dit_jax.{room}" for room in (*_CHECKED, "training")), "parallel"],
+    "tests.typechecking.typechecked",
 )
 
 import jax  # noqa: E402
-
-jax.config.update("jax_numpy_rank_promotion", "raise")
-
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _no_silent_broadcasting(request):
+    """Arrays of different rank do not mix unnoticed where formulas are tested."""
+    if request.path.parent.name in ("data", "diffusion", "evaluation"):
+        with jax.numpy_rank_promotion("raise"):
+            yield
+    else:
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-IMPLEMENTATIONS = ("auto", "einsum", "xla", "cudnn")
+from dit_jax.models import gradients
+
+IMPLEMENTATIONS = ("auto", "einsum", "xla", "cudnn", "cpu")
 
 
 class Attention(Protocol):
@@ -55,12 +57,18 @@ def cudnn_supports(dtype: Any, head_dim: int) -> bool:
 
 
 def resolve_implementation(
-    implementation: str, dtype: Any, head_dim: int, backend: str | None = None
+    implementation: str,
+    dtype: Any,
+    head_dim: int,
+    backend: str | None = None,
+    *,
+    custom_gradients: bool = False,
 ) -> str:
     """The kernel that `implementation` stands for on `backend` (default: JAX's own).
 
-    'auto' is 'einsum' on CPUs, 'cudnn' on GPUs where cuDNN takes the dtype and head size, and
-    'xla' elsewhere. An explicit 'cudnn' that cannot run is an error, never a silent substitute.
+    'auto' is 'cpu' (`gradients.attention`) on CPUs if `custom_gradients`, else 'einsum' there;
+    'cudnn' on GPUs where cuDNN takes the dtype and head size, and 'xla' elsewhere. An explicit
+    'cudnn' that cannot run is an error, never a silent substitute.
     """
     backend = backend or jax.default_backend()
     if implementation not in IMPLEMENTATIONS:
@@ -76,7 +84,7 @@ def resolve_implementation(
     if implementation != "auto":
         return implementation
     if backend == "cpu":
-        return "einsum"
+        return "cpu" if custom_gradients else "einsum"
     if backend in ("gpu", "cuda") and cudnn_supports(dtype, head_dim):
         return "cudnn"
     return "xla"
@@ -87,10 +95,15 @@ class LocalAttention:
     """Attention among the keys and values at hand; keeps no state between calls."""
 
     implementation: str = "auto"
+    custom_gradients: bool = False
 
     def __call__(self, q, k, v, state=None):
         """See `Attention`; `state` is handed back untouched."""
-        implementation = resolve_implementation(self.implementation, q.dtype, q.shape[-1])
+        implementation = resolve_implementation(
+            self.implementation, q.dtype, q.shape[-1], custom_gradients=self.custom_gradients
+        )
+        if implementation == "cpu":
+            return gradients.attention(q, k, v), state
         if implementation == "einsum":
             return einsum_attention(q, k, v), state
         return jax.nn.dot_product_attention(q, k, v, implementation=implementation), state

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dit_jax.models import attention as attention_lib
-from dit_jax.models import layers, stack
+from dit_jax.models import gradients, layers, stack
 
 # The paper's table 1: (depth, hidden size, heads).
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -38,6 +38,8 @@ class DiTConfig:
         layer_loop: 'scan', 'unroll' or 'auto' (by backend).
         remat: 'none', 'block' or 'dots' (`stack.rematerialised`).
         attention: kernel of the local attention, see `attention.resolve_implementation`.
+        custom_gradients: 'on' for hand-written backward passes (`gradients`), which have no forward
+            mode; 'off' for JAX's own; 'auto' is 'on' on CPUs.
         dtype: of the matrix products, 'float32', 'bfloat16', 'float16', or 'auto': bfloat16 on
             accelerators and float32 on CPUs.
     """
@@ -55,6 +57,7 @@ class DiTConfig:
     layer_loop: str = "auto"
     remat: str = "none"
     attention: str = "auto"
+    custom_gradients: str = "auto"
     dtype: str = "auto"
 
     def __post_init__(self):
@@ -80,6 +83,7 @@ class DiTConfig:
             )
         stack.resolve_layer_loop(self.layer_loop)
         stack.rematerialised(lambda: None, self.remat)
+        gradients.resolve_custom_gradients(self.custom_gradients)
         dtype = resolve_dtype(self.dtype)
         attention_lib.resolve_implementation(self.attention, dtype, self.head_dim)
 
@@ -155,7 +159,14 @@ class DiTBlock(nnx.Module):
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: Any):
         dim = config.hidden_size
         self.attn = SelfAttention(dim, config.num_heads, rngs=rngs, dtype=dtype)
-        self.mlp = layers.Mlp(dim, int(dim * config.mlp_ratio), rngs=rngs, dtype=dtype)
+        self.custom_gradients = gradients.resolve_custom_gradients(config.custom_gradients)
+        self.mlp = layers.Mlp(
+            dim,
+            int(dim * config.mlp_ratio),
+            rngs=rngs,
+            dtype=dtype,
+            custom_gradients=self.custom_gradients,
+        )
         self.adaLN_modulation = layers.Linear(
             dim, 6 * dim, rngs=rngs, kernel_init=nnx.initializers.zeros_init(), dtype=dtype
         )
@@ -171,11 +182,12 @@ class DiTBlock(nnx.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(
             self.adaLN_modulation(condition), 6, axis=-1
         )
-        h = layers.modulate(layers.layer_norm(x), shift_msa, scale_msa)
+        custom = {"custom_gradients": self.custom_gradients}
+        h = layers.modulated_layer_norm(x, shift_msa, scale_msa, **custom)
         h, state = self.attn(h, attention, state)
-        x = x + gate_msa[:, None] * h
-        h = layers.modulate(layers.layer_norm(x), shift_mlp, scale_mlp)
-        return x + gate_mlp[:, None] * self.mlp(h), state
+        x = layers.gated_residual(x, h, gate_msa, **custom)
+        h = layers.modulated_layer_norm(x, shift_mlp, scale_mlp, **custom)
+        return layers.gated_residual(x, self.mlp(h), gate_mlp, **custom), state
 
 
 class FinalLayer(nnx.Module):
@@ -183,6 +195,7 @@ class FinalLayer(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: Any):
         dim, zeros = config.hidden_size, nnx.initializers.zeros_init()
+        self.custom_gradients = gradients.resolve_custom_gradients(config.custom_gradients)
         patch_dim = config.patch_size**2 * config.out_channels
         self.adaLN_modulation = layers.Linear(
             dim, 2 * dim, rngs=rngs, kernel_init=zeros, dtype=dtype
@@ -193,7 +206,8 @@ class FinalLayer(nnx.Module):
     def __call__(self, x: Float[Array, "b l d"], condition: Float[Array, "b d"]):
         """Returns float32 patches [b, l, patch_size^2 * out_channels]."""
         shift, scale = jnp.split(self.adaLN_modulation(condition), 2, axis=-1)
-        return self.linear(layers.modulate(layers.layer_norm(x), shift, scale))
+        custom = self.custom_gradients
+        return self.linear(layers.modulated_layer_norm(x, shift, scale, custom_gradients=custom))
 
 
 class DiT(nnx.Module):
@@ -236,7 +250,9 @@ class DiT(nnx.Module):
             float32 [b, h, w, out_channels]; with `attention_state`, also the new state.
         """
         config = self.config
-        attention = attention or attention_lib.LocalAttention(config.attention)
+        attention = attention or attention_lib.LocalAttention(
+            config.attention, gradients.resolve_custom_gradients(config.custom_gradients)
+        )
         dtype = resolve_dtype(config.dtype)
         tokens = self.x_embedder(layers.patchify(x, config.patch_size))
         positions = layers.sincos_position_embedding(config.hidden_size, config.grid)

@@ -14,6 +14,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from dit_jax.models import gradients
+
 TIME_FREQUENCY_SPACINGS = ("original", "diffusers")
 
 
@@ -58,6 +60,32 @@ def modulate(
 ) -> Float[Array, "b l d"]:
     """adaLN's affine map, x (1 + scale) + shift, the same for every token of an example."""
     return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def modulated_layer_norm(
+    x: Float[Array, "b l d"],
+    shift: Float[Array, "b d"],
+    scale: Float[Array, "b d"],
+    *,
+    custom_gradients: bool = False,
+) -> Float[Array, "b l d"]:
+    """adaLN: `modulate(layer_norm(x), shift, scale)`, with either backward pass."""
+    if custom_gradients:
+        return gradients.modulated_layer_norm(x, shift, scale)
+    return modulate(layer_norm(x), shift, scale)
+
+
+def gated_residual(
+    x: Float[Array, "b l d"],
+    update: Float[Array, "b l d"],
+    gate: Float[Array, "b d"],
+    *,
+    custom_gradients: bool = False,
+) -> Float[Array, "b l d"]:
+    """adaLN-zero's residual, x + gate update, with either backward pass."""
+    if custom_gradients:
+        return gradients.gated_residual(x, update, gate)
+    return x + gate[:, None] * update
 
 
 def timestep_frequencies(
@@ -114,13 +142,24 @@ class LabelEmbedder(nnx.Module):
 class Mlp(nnx.Module):
     """Two linear maps with a tanh-approximated GELU between them."""
 
-    def __init__(self, dim: int, hidden_dim: int, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+        custom_gradients: bool = False,
+    ):
+        self.custom_gradients = custom_gradients
         self.fc1 = Linear(dim, hidden_dim, rngs=rngs, dtype=dtype)
         self.fc2 = Linear(hidden_dim, dim, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         """Applies the MLP to every token."""
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))
+        hidden = self.fc1(x)
+        gelu = gradients.gelu if self.custom_gradients else jax.nn.gelu
+        return self.fc2(gelu(hidden))
 
 
 def sincos_position_embedding(dim: int, grid: Sequence[int]) -> np.ndarray:

@@ -168,25 +168,31 @@ class Checkpoints:
                 f"no checkpoint of step {step} in {self.directory}; there are {self.steps()}"
             )
         for candidate in candidates:
+            cause = None
             try:
-                return self._restore(target, candidate)
+                found = self._read(target, candidate)
             except (MismatchError, MemoryError):
                 raise
             except Exception as error:  # whatever orbax and tensorstore raise on damaged files
                 if "RESOURCE_EXHAUSTED" in str(error):
                     raise
+                cause = error
                 reason = str(error).strip().split(". See full")[0].split("\n")[0] or repr(error)
-                if step is not None:
-                    raise CheckpointError(
-                        f"checkpoint {self.path(candidate)} cannot be read: {reason}"
-                    ) from error
-                logging.warning(
-                    "checkpoint %s is damaged (%s); trying the one before it",
-                    self.path(candidate),
-                    reason,
-                )
-                if set_aside:
-                    self._set_aside(candidate)
+            else:
+                if fingerprint(found["state"]) == found["meta"]["fingerprint"]:
+                    return Restored(step=candidate, state=found["state"], data=found["data"])
+                reason = "its arrays are not the ones that were written"
+            if step is not None:
+                raise CheckpointError(
+                    f"checkpoint {self.path(candidate)} cannot be read: {reason}"
+                ) from cause
+            logging.warning(
+                "checkpoint %s is damaged (%s); trying the one before it",
+                self.path(candidate),
+                reason,
+            )
+            if set_aside:
+                self._set_aside(candidate)
         if candidates:
             raise CheckpointError(
                 f"none of the checkpoints {candidates} in {self.directory} can be read; move the "
@@ -217,10 +223,10 @@ class Checkpoints:
                 f"checkpoint {self.path(step)} belongs to another configuration:\n{shown}"
             )
 
-    def _restore(self, target: Any, step: int) -> Restored:
+    def _read(self, target: Any, step: int) -> Any:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
         self._refuse_other_shapes(abstract, step)
-        found = self._manager.restore(
+        return self._manager.restore(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(abstract),
@@ -228,9 +234,6 @@ class Checkpoints:
                 meta=ocp.args.JsonRestore(),
             ),
         )
-        if fingerprint(found["state"]) != found["meta"]["fingerprint"]:
-            raise CheckpointError("its arrays are not the ones that were written")
-        return Restored(step=step, state=found["state"], data=found["data"])
 
     def close(self) -> None:
         """Waits for pending writes and releases orbax's threads."""

@@ -156,13 +156,11 @@ def train(
     """
     abstract = jax.eval_shape(method.init, key)
     shardings = placement.state_shardings(abstract)
-    tree = {"state": _with_shardings(abstract, shardings), "key": jax.random.key_data(key)}
-    restored = checkpoints.restore(tree, set_aside=True)
+    restored = _restore(checkpoints, abstract, shardings, placement, data, key, strict)
     if restored is None:
         state, step = jax.jit(method.init, out_shardings=shardings)(key), 0
     else:
         state, step = restored.state["state"], restored.step
-        _continue_data(restored, data, key, checkpoints, strict)
         announce(f"continuing from step {step} ({checkpoints.path(step)})")
     if step >= options.num_steps:
         announce(f"already at step {step} of {options.num_steps}: nothing to train")
@@ -199,21 +197,24 @@ def train(
     return TrainResult(state, step, step < options.num_steps, seconds, rate)
 
 
-def _with_shardings(abstract, shardings):
-    return jax.tree.map(
+def _restore(checkpoints, abstract, shardings, placement, data, key, strict):
+    """The newest checkpoint, its arrays where they belong and the data wound forward; or None."""
+    key_data = jax.eval_shape(jax.random.key_data, key)
+    target = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract,
-        shardings,
+        {"state": abstract, "key": key_data},
+        {"state": shardings, "key": placement.state_shardings(key_data)},
     )
-
-
-def _continue_data(restored, data, key, checkpoints, strict) -> None:
+    restored = checkpoints.restore(target, set_aside=True)
+    if restored is None:
+        return None
     if strict and (restored.state["key"] != jax.random.key_data(key)).any():
         raise ValueError(
             f"the checkpoints in {checkpoints.directory} were trained from another seed: set "
             "config.seed to the run's own"
         )
     data.set_state(restored.data, strict=strict)
+    return restored
 
 
 class _Run:
@@ -262,7 +263,7 @@ class _Run:
         step, metrics, host_batch = self._pending
         self._pending = None
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        bad = [name for name, value in metrics.items() if not np.isfinite(value)]
+        bad = [name for name in ("loss", *metrics) if not np.isfinite(metrics[name])]
         if bad:
             self.checkpoints.wait()
             raise NonFiniteError(self._non_finite_message(step, bad, metrics, host_batch))

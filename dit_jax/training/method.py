@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Key
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -19,16 +19,16 @@ Metrics = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """State of a Method that trains one network.
+    """State of a Method that trains one network; trees of shapes or shardings are of it as well.
 
     Attributes:
-        step: updates made so far.
+        step: updates made so far, an int32 scalar.
         params: the network's parameters, float32.
         ema: averages of the parameters by name (`training.ema`).
         optimizer: optax's state.
     """
 
-    step: Int[Array, ""]
+    step: Any
     params: Any
     ema: dict[str, Any]
     optimizer: Any

@@ -100,8 +100,8 @@ def test_a_checkpoint_of_another_network_is_refused_even_by_force(capsys, traine
 def test_a_truncated_checkpoint_gives_way_to_the_one_before(capsys, trained, tmp_path):
     workdir = shutil.copytree(trained, tmp_path / "copy")
     train.run(tiny_config(**{"training.num_steps": 8}), workdir)
-    largest = max((workdir / "checkpoints" / "8").rglob("*"), key=lambda path: path.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:-100])
+    for file in (workdir / "checkpoints" / "8").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     model = wiring.load_model(workdir)
     assert model.step == 4 and (workdir / "checkpoints" / "8").is_dir()
     error = refusal(capsys, wiring.load_model, workdir, step=8)
@@ -149,7 +149,7 @@ def test_what_is_no_run_is_refused(capsys, tmp_path):
 def test_an_existing_output_is_refused(capsys, trained, tmp_path):
     (tmp_path / "a.png").write_bytes(b"mine")
     error = refusal(capsys, sample.main, [f"--workdir={trained}", f"--out={tmp_path / 'a.png'}"])
-    assert "--overwrite" in error or "overwrite" in error
+    assert "exists already" in error
     assert (tmp_path / "a.png").read_bytes() == b"mine"
 
 

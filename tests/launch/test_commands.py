@@ -29,7 +29,7 @@ def test_training_reports_and_leaves_everything_in_the_workdir(trained):
     workdir, out = trained
     assert "blocks/attn/qkv/kernel" in out and "1442 examples of digits" in out
     assert "step 12/12" in out and "steps/s" in out and "ETA" in out
-    assert f"done: step 12, " in out and f"launch/sample.py --workdir={workdir}" in out
+    assert "done: step 12, " in out and f"launch/sample.py --workdir={workdir}" in out
     names = {path.name for path in workdir.iterdir()}
     assert names == {"config.json", "checkpoints", "metrics.jsonl", "previews"}
     assert sorted(curve(workdir)) == [4, 8, 12]

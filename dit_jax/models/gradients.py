@@ -1,0 +1,194 @@
+"""The block's operations with hand-written backward passes, for XLA's CPU backend.
+
+They compute what the plain forms in layers.py and attention.py compute. The derivatives are
+arranged so that nearly all of them are matrix products with the left operand not transposed, the
+one form that jax 0.10 gives to its fast CPU library, and so that little is stored: sums over rows
+or tokens are products with ones, GELU stores its derivative, attention its unnormalised weights.
+
+A hand-written backward pass has no forward mode: under `jax.jvp` these raise. Objectives that need
+a Jacobian-vector product use networks with `custom_gradients='off'`.
+"""
+
+import math
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+CUSTOM_GRADIENTS = ("auto", "on", "off")
+
+# Longer sequences recompute their attention weights instead of storing length^2 of them.
+_LONGEST_STORED = 512
+_GELU_SLOPE = math.sqrt(2 / math.pi)
+_GELU_CUBIC = 0.044715
+
+
+def resolve_custom_gradients(custom_gradients: str, backend: str | None = None) -> bool:
+    """'auto' is 'on' on CPUs and 'off' elsewhere, where XLA's own derivatives fuse well."""
+    if custom_gradients not in CUSTOM_GRADIENTS:
+        raise ValueError(
+            f"custom_gradients={custom_gradients!r}: expected one of {CUSTOM_GRADIENTS}"
+        )
+    if custom_gradients == "auto":
+        return (backend or jax.default_backend()) == "cpu"
+    return custom_gradients == "on"
+
+
+def _sum_tokens(x: Float[Array, "b l d"]) -> Float[Array, "b d"]:
+    return jnp.matmul(jnp.ones((x.shape[0], 1, x.shape[1]), x.dtype), x)[:, 0]
+
+
+@jax.custom_vjp
+def modulated_layer_norm(
+    x: Float[Array, "b l d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]
+) -> Float[Array, "b l d"]:
+    """layer_norm(x) (1 + scale) + shift, the normalisation in float32."""
+    return _norm_forward(x, shift, scale)[0]
+
+
+def _norm_forward(x, shift, scale, epsilon=1e-6):
+    x32 = x.astype(jnp.float32)
+    mean = x32.mean(axis=-1, keepdims=True)
+    variance = jnp.square(x32 - mean).mean(axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(variance + epsilon)
+    y = (x32 - mean) * inverse * (1 + scale[:, None]) + shift[:, None]
+    return y.astype(x.dtype), (x, mean, inverse, scale)
+
+
+def _norm_backward(residuals, dy):
+    # With n = (x - mean) inverse and dn = dy (1 + scale):
+    # dx = inverse (dn - mean_d(dn) - n mean_d(dn n)), every mean a product with (1 + scale).
+    x, mean, inverse, scale = residuals
+    dtype, dim = x.dtype, x.shape[-1]
+    x, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
+    weighted, gain = dy * x, (1 + scale.astype(jnp.float32))[:, :, None]
+    sum_dn = jnp.matmul(dy, gain)
+    sum_dn_n = (jnp.matmul(weighted, gain) - mean * sum_dn) * inverse
+    quadratic = inverse * inverse * sum_dn_n / dim
+    constant = mean * quadratic - inverse * sum_dn / dim
+    dx = dy * jnp.swapaxes(gain, 1, 2) * inverse - x * quadratic + constant
+
+    inverse_t, mean_t = jnp.swapaxes(inverse, 1, 2), jnp.swapaxes(mean, 1, 2)
+    rows = jnp.concatenate([jnp.ones_like(inverse_t), -inverse_t * mean_t], axis=1)
+    sums = jnp.matmul(rows, dy)
+    dscale = sums[:, 1] + jnp.matmul(inverse_t, weighted)[:, 0]
+    return dx.astype(dtype), sums[:, 0].astype(scale.dtype), dscale.astype(scale.dtype)
+
+
+modulated_layer_norm.defvjp(_norm_forward, _norm_backward)
+
+
+@jax.custom_vjp
+def gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """GELU in its tanh approximation, written as x sigmoid(2 u)."""
+    return x * _gelu_gate(x)
+
+
+def _gelu_gate(x):
+    # tanh(u) = 2 sigmoid(2 u) - 1: one exponential instead of a rational function of x.
+    return 1 / (1 + jnp.exp(-x * (2 * _GELU_SLOPE + 2 * _GELU_SLOPE * _GELU_CUBIC * x * x)))
+
+
+def _gelu_forward(x):
+    gate = _gelu_gate(x)
+    slope = 2 * _GELU_SLOPE + 6 * _GELU_SLOPE * _GELU_CUBIC * x * x
+    return x * gate, gate * (1 + x * (1 - gate) * slope)
+
+
+gelu.defvjp(_gelu_forward, lambda derivative, dy: (derivative * dy,))
+
+
+@jax.custom_vjp
+def gated_residual(
+    x: Float[Array, "b l d"], update: Float[Array, "b l d"], gate: Float[Array, "b d"]
+) -> Float[Array, "b l d"]:
+    """x + gate update, the gate the same for every token of an example."""
+    return x + gate[:, None] * update
+
+
+gated_residual.defvjp(
+    lambda x, update, gate: (gated_residual(x, update, gate), (update, gate)),
+    lambda residuals, dy: (dy, dy * residuals[1][:, None], _sum_tokens(dy * residuals[0])),
+)
+
+
+def _parts(batch: int) -> int:
+    """Independent parts of a batch, for the cores: one batched product runs on one core only."""
+    return max(n for n in range(1, min(batch, os.cpu_count() or 1) + 1) if batch % n == 0)
+
+
+def _cut(tree: Any, parts: int) -> list[Any]:
+    leaves, treedef = jax.tree.flatten(tree)
+    split = [jnp.split(leaf, parts) for leaf in leaves]
+    return [treedef.unflatten(piece) for piece in zip(*split, strict=True)]
+
+
+def _join(pieces: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *pieces)
+
+
+def _weights(q, k):
+    """exp(scores - their maximum) of [b, h, l, d] operands, q scaled already."""
+    scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
+    return jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+
+
+def _heads_first(x):
+    return jnp.swapaxes(x, 1, 2)
+
+
+def _attend(q, k, v):
+    q, k, v = map(_heads_first, (q * q.shape[-1] ** -0.5, k, v))
+    weights = _weights(q, k)
+    inverse = 1 / weights.sum(axis=-1, keepdims=True)
+    weights = weights.astype(v.dtype)
+    out = jnp.einsum("bhqk,bhkd->bhqd", weights, v, preferred_element_type=jnp.float32) * inverse
+    return _heads_first(out.astype(v.dtype)), weights, inverse
+
+
+def _attend_backward(q, k, v, out, weights, inverse, d_out):
+    scale = q.shape[-1] ** -0.5
+    q, k, v, out, d_out = map(_heads_first, (q * scale, k, v, out, d_out))
+    if weights is None:
+        # The barrier keeps XLA from storing the forward pass's weights after all.
+        q, k, inverse = jax.lax.optimization_barrier((q, k, inverse))
+        weights = _weights(q, k)
+    d_out = (d_out * inverse).astype(q.dtype)
+    delta = (d_out * out).sum(axis=-1, keepdims=True)
+    d_scores = weights * (jnp.einsum("bhqd,bhkd->bhqk", d_out, v) - delta)
+    d_v = jnp.einsum("bhqk,bhqd->bhkd", weights.astype(q.dtype), d_out)
+    d_k = jnp.einsum("bhqk,bhqd->bhkd", d_scores, q)
+    d_q = jnp.einsum("bhqk,bhkd->bhqd", d_scores, k * scale)
+    return tuple(map(_heads_first, (d_q, d_k, d_v)))
+
+
+@jax.custom_vjp
+def attention(
+    q: Float[Array, "b lq h d"], k: Float[Array, "b lk h d"], v: Float[Array, "b lk h d"]
+) -> Float[Array, "b lq h d"]:
+    """softmax(q k^T / sqrt(d)) v, the softmax in float32, in parts of the batch for the cores."""
+    return _attention_forward(q, k, v)[0]
+
+
+def _attention_forward(q, k, v):
+    pieces = [_attend(*piece) for piece in _cut((q, k, v), _parts(q.shape[0]))]
+    out = jnp.concatenate([piece[0] for piece in pieces])
+    stored = max(q.shape[1], k.shape[1]) <= _LONGEST_STORED
+    kept = [(weights if stored else None, inverse) for _, weights, inverse in pieces]
+    return out, (q, k, v, out, kept)
+
+
+def _attention_backward(residuals, d_out):
+    *operands, kept = residuals
+    pieces = _cut((*operands, d_out), len(kept))
+    return _join(
+        [
+            _attend_backward(q, k, v, out, *weights, d_out)
+            for (q, k, v, out, d_out), weights in zip(pieces, kept, strict=True)
+        ]
+    )
+
+
+attention.defvjp(_attention_forward, _attention_backward)

@@ -1,0 +1,35 @@
+import jax
+import numpy as np
+import pytest
+
+from dit_jax.models import DiTConfig, Network
+
+SMALL = {"image_size": 8, "hidden_size": 48, "depth": 3, "num_heads": 3, "num_classes": 7}
+
+
+def random_params(network, seed=0, scale=None):
+    """Every parameter random (the initial gates are zero), of a size that keeps signals alive."""
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    random = np.random.default_rng(seed)
+
+    def draw(leaf):
+        spread = leaf.shape[-2] ** -0.5 if len(leaf.shape) > 1 else 0.2
+        return (random.normal(size=leaf.shape) * (scale or spread)).astype(np.float32)
+
+    return jax.tree.map(draw, shapes)
+
+
+def random_inputs(config, batch=2, seed=1):
+    """(x, t, conditions) for `Network.apply`."""
+    random = np.random.default_rng(seed)
+    x = random.normal(size=(batch, *config.input_size, config.in_channels)).astype(np.float32)
+    t = random.uniform(0, 1000, batch).astype(np.float32)
+    label = random.integers(0, config.num_classes + 1, batch).astype(np.int32)
+    return x, t, {"label": label} if config.num_classes else {}
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A small configuration, its random parameters and inputs."""
+    config = DiTConfig(**SMALL)
+    return config, random_params(Network(config)), random_inputs(config)

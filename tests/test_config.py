@@ -1,0 +1,139 @@
+"""The door where mistakes stop, and that every experiment of configs/ passes it."""
+
+import importlib
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from dit_jax import config as config_lib
+from dit_jax import experiment
+from dit_jax.config import ConfigError, default_config, differences, resolve
+
+EXPERIMENTS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
+
+
+def tree(path, value):
+    """{'a': {'b': value}} of 'a.b'."""
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("model.dept", 3, "unknown key config.model.dept; did you mean config.model.depth?"),
+        ("learning_rate", 1.0, "did you mean config.optimizer.learning_rate?"),
+        ("optimiser.learning_rate", 1.0, "did you mean config.optimizer.learning_rate?"),
+        ("training.lr", 1.0, "unknown key config.training.lr"),
+        ("model", 3, "unknown key config.model"),
+        ("model.depth", 3.0, "config.model.depth=3.0 is of type float, expected int (default 28)"),
+        ("model.depth", True, "is of type bool, expected int"),
+        ("model.learn_sigma", 1, "is of type int, expected bool"),
+        ("model.dtype", None, "is of type NoneType, expected str (default 'auto')"),
+        (
+            "process.edm.sigma_data",
+            0.7,
+            "config.process.edm.sigma_data=0.7 would do nothing: config.process.name is 'ddpm'. "
+            "Set config.process.name='edm'",
+        ),
+        ("timesteps.speed.k", 3.0, "would do nothing: config.timesteps.name is 'uniform'"),
+        ("loss.p2.k", 2.0, "config.loss.weighting is 'none'"),
+        ("sampling.heun.s_churn", 1.0, "config.sampling.solver is 'ddpm'"),
+        ("optimizer.lion.beta1", 0.8, "config.optimizer.name is 'adamw'"),
+        ("data.image_folder.path", "x", "config.data.name is 'latents'"),
+        ("optimizer.final_learning_rate", 1e-5, "would do nothing with schedule='constant'"),
+        ("process.name", "edm", "config.model.learn_sigma=True would do nothing"),
+    ],
+)
+def test_errors_of_single_keys(path, value, message):
+    with pytest.raises(ConfigError) as error:
+        resolve(tree(path, value))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model.name": "unet"}, "config.model.name='unet': expected one of dit"),
+        ({"process.name": "vp"}, "config.process.name='vp': expected one of ddpm, flow, edm"),
+        ({"timesteps.name": "normal"}, "config.timesteps.name='normal': expected one of uniform"),
+        ({"loss.weighting": "snr"}, "config.loss.weighting='snr'"),
+        ({"method.name": "dmd"}, "config.method.name='dmd': expected one of denoising"),
+        ({"optimizer.name": "sgd"}, "config.optimizer.name='sgd': expected one of adamw, lion"),
+        ({"sampling.solver": "dpm"}, "config.sampling: Unknown solver 'dpm'"),
+        ({"sampling.steps": 1001}, "config.sampling"),
+        ({"sampling.guidance_interval": (0.1,)}, "expected (low, high) or ()"),
+        ({"sampling.guidance_channels": "first3"}, "would do nothing with"),
+        ({"model.num_classes": 0, "sampling.guidance_scale": 2.0}, "config.model.num_classes is 0"),
+        ({"model.image_size": 33}, "model.image_size=33 is not divisible by model.patch_size=2"),
+        ({"ema.decays": (1.5,)}, "config.ema.decays: 1.5 is not in [0, 1)"),
+        ({"ema.decays": ()}, "config.sampling.weights='ema': expected one of raw"),
+        ({"sampling.weights": "ema_0.5"}, "expected one of ema, ema_0.9999, raw"),
+        ({"training.num_microbatches": 0}, "config.training.num_microbatches=0"),
+        ({"training.preview_images": 0}, "config.training.preview_images=0: expected at least 1"),
+        ({"optimizer.learning_rate": -1.0}, "optimizer.learning_rate=-1.0: expected above 0"),
+        ({"method.label_dropout": 2.0}, "method.label_dropout=2.0"),
+    ],
+)
+def test_errors_of_values_no_object_takes(overrides, message):
+    config = default_config()
+    for path, value in overrides.items():
+        section, _, key = path.rpartition(".")
+        config[section][key] = value
+    with pytest.raises(ConfigError) as error:
+        experiment.resolve_config(config)
+    assert message in str(error.value)
+
+
+def test_partial_configurations_are_filled_in_and_converted():
+    config = resolve({"optimizer": {"learning_rate": 1}, "ema": {"decays": [0.9, 0.99]}})
+    assert config.optimizer.learning_rate == 1.0
+    assert isinstance(config.optimizer.learning_rate, float)
+    assert config.ema.decays == (0.9, 0.99) and config.model.depth == 28
+    assert resolve({"ema": {"decays": 0.9}}).ema.decays == (0.9,)
+    assert resolve({}) == default_config() and config.is_locked
+
+
+def test_json_round_trip():
+    config = resolve({"ema": {"power_stds": (0.05, 0.1)}, "name": "Fréchet", "seed": 3})
+    text = config_lib.to_json(config)
+    assert config_lib.from_json(text) == config
+    assert list(json.loads(text)) == list(default_config().to_dict())
+    with pytest.raises(ConfigError, match="config.model.depht"):
+        config_lib.from_json('{"model": {"depht": 3}}')
+
+
+def test_differences_name_the_keys():
+    old, new = resolve({"seed": 1}), resolve({"model": {"depth": 3}})
+    assert differences(old, new) == {"model.depth": (28, 3), "seed": (1, 0)}
+    assert differences({"a": 1}, {}) == {"a": (1, None)}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_resolves_and_initialises(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    resolved = experiment.resolve_config(config)
+    assert config_lib.from_json(config_lib.to_json(resolved)) == resolved
+    assert resolved.name == name
+    resolved.model.layer_loop = "scan"  # traced faster, and accelerators' choice
+    method = experiment.build_method(resolved)
+    state = jax.eval_shape(method.init, jax.random.key(0))
+    batch = {
+        "image": jax.ShapeDtypeStruct((8, *method.denoiser.network.sample_shape), "float32"),
+        "label": jax.ShapeDtypeStruct((8,), "int32"),
+    }
+    after, metrics = jax.eval_shape(method.update, state, batch, jax.random.key(0))
+    same = lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype)  # noqa: E731
+    assert jax.tree.all(jax.tree.map(same, state, after))
+    assert metrics["loss"].shape == ()
+
+
+def test_default_experiment_is_the_papers():
+    config = resolve(importlib.import_module("configs.dit_xl2").get_config())
+    network = experiment.build_network(config)
+    assert network.flops_per_example / 2 == pytest.approx(118.64e9, rel=1e-3)
+    assert (config.training.batch_size, config.optimizer.learning_rate) == (256, 1e-4)
+    assert config.ema.decays == (0.9999,) and config.optimizer.weight_decay == 0

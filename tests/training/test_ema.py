@@ -1,0 +1,83 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_jax.training import ema
+from dit_jax.training.ema import Average, power_function_exponent
+
+
+def averaged(average, values):
+    """The average of parameters that take these values one update after the other."""
+    state = ema.init([average], {"w": jnp.float32(values[0])})
+    for step, value in enumerate(values[1:], start=1):
+        state = ema.update([average], state, {"w": jnp.float32(value)}, jnp.int32(step))
+    return float(state[average.name]["w"])
+
+
+def test_a_constant_decay_starts_from_the_initial_parameters():
+    values = np.random.default_rng(0).normal(size=30)
+    expected = values[0]
+    for value in values[1:]:
+        expected = 0.9 * expected + 0.1 * value
+    assert averaged(Average(decay=0.9), values) == pytest.approx(expected, abs=1e-6)
+
+
+def test_exponents_are_edm2s():
+    # Karras et al. 2023, section 3.1: sigma_rel 0.05 and 0.10.
+    assert power_function_exponent(0.05) == pytest.approx(16.97, abs=0.01)
+    assert power_function_exponent(0.10) == pytest.approx(6.94, abs=0.01)
+    for std in (0.01, 0.2, 0.25):
+        g = power_function_exponent(std)
+        assert (g + 1) / ((g + 2) ** 2 * (g + 3)) == pytest.approx(std**2)
+
+
+@pytest.mark.parametrize("std", [0.05, 0.1])
+def test_a_power_average_has_its_profile(std):
+    # After n steps the weight of step i is that of a profile proportional to t^gamma: the share of
+    # the first i steps is the product of what is kept, close to (i / n)^(gamma + 1).
+    steps, average = 400, Average(power_std=std)
+    share = np.array([float(average.share(jnp.int32(i))) for i in range(1, steps + 1)])
+    weights = share * np.append(np.cumprod((1 - share)[::-1])[::-1][1:], 1.0)
+    assert weights.sum() == pytest.approx(1, abs=1e-5)
+    times = (np.arange(steps) + 0.5) / steps
+    mean = (weights * times).sum()
+    width = np.sqrt((weights * (times - mean) ** 2).sum())
+    gamma = power_function_exponent(std)
+    assert mean == pytest.approx((gamma + 1) / (gamma + 2), abs=0.01)
+    assert width == pytest.approx(std, rel=0.02)
+    values = np.random.default_rng(0).normal(size=steps + 1)
+    assert averaged(average, values) == pytest.approx((weights * values[1:]).sum(), abs=1e-5)
+
+
+@pytest.mark.parametrize("step", [1, 10, 10**4, 10**6, 2 * 10**7])
+def test_shares_stay_exact_in_long_runs(step):
+    exponent = power_function_exponent(0.1) + 1
+    expected = -np.expm1(exponent * np.log1p(-1 / np.float64(step))) if step > 1 else 1.0
+    found = float(Average(power_std=0.1).share(jnp.int32(step)))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert float(Average(decay=0.9999).share(jnp.int32(step))) == pytest.approx(1e-4, rel=1e-6)
+
+
+def test_names_and_order():
+    found = ema.averages((0.999, 0.9999), (0.05,))
+    assert [average.name for average in found] == ["ema_0.999", "ema_0.9999", "ema_std0.05"]
+    params = {"w": jnp.ones(3)}
+    started = ema.init(found, params)
+    assert list(started) == [average.name for average in found]
+    assert started["ema_0.999"]["w"] is not params["w"]  # donated each by itself
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Average(), "either a decay or a power_std"),
+        (lambda: Average(decay=0.9, power_std=0.1), "either a decay or a power_std"),
+        (lambda: Average(decay=1.0), "ema.decays: 1.0 is not in"),
+        (lambda: Average(power_std=0.3), "ema.power_stds: 0.3 is not between"),
+        (lambda: ema.averages((0.9, 0.9)), "asked for twice"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert message in str(error.value)

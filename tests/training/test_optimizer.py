@@ -1,0 +1,125 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from dit_jax.training.optimizer import create_optimizer, learning_rate_schedule
+
+ADAMW = {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-6}
+
+
+def run(optimizer, params, gradients):
+    state = optimizer.init(params)
+    for gradient in gradients:
+        updates, state = optimizer.update(gradient, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    return params
+
+
+def random_problem(steps=4, scale=1.0):
+    random = np.random.default_rng(0)
+    params = {"w": random.normal(size=(3, 5)).astype(np.float32), "b": np.ones(5, np.float32)}
+    draw = lambda p: (scale * random.normal(size=p.shape)).astype(np.float32)  # noqa: E731
+    return params, [jax.tree.map(draw, params) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adamw_is_pytorchs(weight_decay):
+    params, gradients = random_problem()
+    ours = run(
+        create_optimizer("adamw", lambda count: 0.01, weight_decay=weight_decay, **ADAMW),
+        params,
+        gradients,
+    )
+    theirs = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in params.items()}
+    optimizer = torch.optim.AdamW(
+        theirs.values(), lr=0.01, betas=(0.9, 0.95), eps=1e-6, weight_decay=weight_decay
+    )
+    for gradient in gradients:
+        for name, parameter in theirs.items():
+            parameter.grad = torch.tensor(gradient[name])
+        optimizer.step()
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value.detach().numpy(), atol=1e-6)
+
+
+def test_lion_is_the_papers():
+    # Chen et al. 2023, algorithm 2.
+    params, gradients = random_problem()
+    optimizer = create_optimizer(
+        "lion", lambda count: 0.01, weight_decay=0.1, beta1=0.9, beta2=0.99
+    )
+    ours = run(optimizer, params, gradients)
+    for name, w in params.items():
+        w, momentum = w.astype(np.float64), 0.0
+        for gradient in gradients:
+            direction = np.sign(0.9 * momentum + 0.1 * gradient[name])
+            w = w - 0.01 * (direction + 0.1 * w)
+            momentum = 0.99 * momentum + 0.01 * gradient[name]
+        np.testing.assert_allclose(ours[name], w, atol=1e-6)
+
+
+def test_clipping_scales_the_whole_gradient():
+    params, gradients = random_problem(steps=1, scale=10.0)
+    norm = np.sqrt(sum(np.square(g).sum() for g in gradients[0].values()))
+    scaled = [jax.tree.map(lambda g: g * (0.5 / norm), gradients[0])]
+    options = {"beta1": 0.9, "beta2": 0.99, "epsilon": 1.0}  # so large that Adam sees the scale
+    clipped = create_optimizer("adamw", lambda c: 0.1, gradient_clip_norm=0.5, **options)
+    plain = create_optimizer("adamw", lambda c: 0.1, **options)
+    small = [jax.tree.map(lambda g: g * (0.4 / norm), gradients[0])]
+    for given, expected in ((gradients, scaled), (small, small)):
+        found = run(clipped, params, given)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+            found,
+            run(plain, params, expected),
+        )
+
+
+def test_schedules():
+    constant = learning_rate_schedule(0.1)
+    warm = learning_rate_schedule(0.1, warmup_steps=4)
+    linear = learning_rate_schedule(
+        0.1, schedule="linear", warmup_steps=4, num_steps=14, final_learning_rate=0.02
+    )
+    cosine = learning_rate_schedule(
+        0.1, schedule="cosine", warmup_steps=4, num_steps=14, final_learning_rate=0.02
+    )
+    values = lambda f: [float(f(i)) for i in range(16)]  # noqa: E731
+    np.testing.assert_allclose(values(constant), 0.1)
+    ramp = [0.025, 0.05, 0.075, 0.1]
+    np.testing.assert_allclose(values(warm), ramp + [0.1] * 12, rtol=1e-6)
+    after = np.minimum(np.arange(12), 10) / 10
+    np.testing.assert_allclose(values(linear), ramp + list(0.1 - 0.08 * after), rtol=1e-6)
+    bell = 0.02 + 0.08 * 0.5 * (1 + np.cos(np.pi * after))
+    np.testing.assert_allclose(values(cosine), ramp + list(bell), rtol=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [1, 2])
+def test_a_short_warm_up_ends_at_the_peak(warmup):
+    rate = learning_rate_schedule(0.1, warmup_steps=warmup)
+    np.testing.assert_allclose([float(rate(i)) for i in (warmup - 1, warmup, 99)], 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: learning_rate_schedule(0.1, schedule="step"), "optimizer.schedule='step'"),
+        (lambda: learning_rate_schedule(0.0), "optimizer.learning_rate=0.0"),
+        (lambda: learning_rate_schedule(0.1, warmup_steps=-1), "optimizer.warmup_steps=-1"),
+        (
+            lambda: learning_rate_schedule(0.1, schedule="cosine", warmup_steps=9, num_steps=9),
+            "lower the first or raise the second",
+        ),
+        (
+            lambda: create_optimizer("sgd", lambda c: 0.1, beta1=0.9, beta2=0.9),
+            "optimizer.name='sgd'",
+        ),
+        (lambda: create_optimizer("lion", lambda c: 0.1, **ADAMW), "does not take ['epsilon']"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert message in str(error.value)

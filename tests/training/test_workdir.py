@@ -1,0 +1,109 @@
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+
+from dit_jax import config as config_lib
+from dit_jax.training import workdir as workdir_lib
+from dit_jax.training.workdir import WorkdirError, load_config, prepare, require_space
+
+
+@pytest.fixture
+def config():
+    return config_lib.resolve({"name": "first", "model": {"depth": 2}})
+
+
+def changed(config, **values):
+    other = config.to_dict()
+    for path, value in values.items():
+        section, _, key = path.replace("__", ".").rpartition(".")
+        for name in section.split(".") if section else ():
+            other_section = other[name]
+        (other_section if section else other)[key] = value
+    return config_lib.resolve(other)
+
+
+def with_checkpoint(workdir):
+    (workdir / "checkpoints" / "10").mkdir(parents=True)
+
+
+def test_the_configuration_comes_back(config, tmp_path):
+    prepare(tmp_path / "a" / "b", config)
+    assert load_config(tmp_path / "a" / "b") == config
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["config.json"]
+
+
+def test_without_checkpoints_another_configuration_takes_over(config, tmp_path):
+    prepare(tmp_path, config)
+    prepare(tmp_path, changed(config, model__depth=3))
+    assert load_config(tmp_path).model.depth == 3
+
+
+def test_another_configuration_is_refused_unless_forced(config, tmp_path):
+    prepare(tmp_path, config)
+    with_checkpoint(tmp_path)
+    other = changed(config, model__depth=3, seed=5)
+    with pytest.raises(WorkdirError) as error:
+        prepare(tmp_path, other)
+    message = str(error.value)
+    assert "config.model.depth: 2 there, 3 now" in message and "config.seed: 0 there, 5" in message
+    assert "--force" in message and load_config(tmp_path) == config
+    prepare(tmp_path, other, force=True)
+    assert load_config(tmp_path) == other
+
+
+def test_what_changes_nothing_learned_may_change(config, tmp_path):
+    prepare(tmp_path, config)
+    with_checkpoint(tmp_path)
+    other = changed(config, name="x", training__num_steps=10, sampling__steps=9, mesh__data=1)
+    prepare(tmp_path, other)
+    assert load_config(tmp_path) == other
+
+
+def test_the_length_of_a_decaying_schedule_is_refused(config, tmp_path):
+    cosine = changed(config, optimizer__schedule="cosine")
+    prepare(tmp_path, cosine)
+    with_checkpoint(tmp_path)
+    with pytest.raises(WorkdirError, match="config.training.num_steps: 400000 there, 10 now"):
+        prepare(tmp_path, changed(cosine, training__num_steps=10))
+
+
+def test_unwritable_directory_errors(config, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for directory in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(WorkdirError, match="cannot write to .*Choose another directory"):
+            prepare(directory, config)
+
+    def refuse(self, data):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(WorkdirError, match=r"cannot write to .*: Permission denied"):
+        prepare(tmp_path, config)
+
+
+def test_space_errors_say_how_much_is_missing(tmp_path, monkeypatch):
+    state = {"w": jax.ShapeDtypeStruct((1 << 28,), "float32")}  # 1 GiB
+    usage = shutil.disk_usage(tmp_path)
+    free = lambda gib: lambda path: usage._replace(free=gib << 30)  # noqa: E731
+    monkeypatch.setattr(workdir_lib.shutil, "disk_usage", free(3))
+    require_space(tmp_path, state, keep=2)
+    monkeypatch.setattr(workdir_lib.shutil, "disk_usage", free(2))
+    with pytest.raises(WorkdirError) as error:
+        require_space(tmp_path, state, keep=2)
+    message = str(error.value)
+    assert "2.00 GiB free" in message and "2 checkpoints and one being written need 3.00" in message
+    # What the run holds already counts: it is replaced, not added to.
+    with_checkpoint(tmp_path)
+    with (tmp_path / "checkpoints" / "10" / "array").open("wb") as file:
+        file.truncate(1 << 30)
+    require_space(tmp_path, state, keep=2)
+
+
+def test_no_run_errors(tmp_path):
+    with pytest.raises(WorkdirError, match="is not the workdir of a run"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"model": {"dept": 3}}')
+    with pytest.raises(WorkdirError, match="did you mean config.model.depth"):
+        load_config(tmp_path)
