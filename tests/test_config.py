@@ -102,7 +102,7 @@ def test_json_round_trip():
     text = config_lib.to_json(config)
     assert config_lib.from_json(text) == config
     assert list(json.loads(text)) == list(default_config().to_dict())
-    with pytest.raises(ConfigError, match="config.model.depht"):
+    with pytest.raises(ConfigError, match=r"config.model.depht"):
         config_lib.from_json('{"model": {"depht": 3}}')
 
 

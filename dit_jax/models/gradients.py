@@ -3,7 +3,7 @@
 They compute what the plain forms in layers.py and attention.py compute. The derivatives are
 arranged so that nearly all of them are matrix products with the left operand not transposed, the
 one form that jax 0.10 gives to its fast CPU library, and so that little is stored: sums over rows
-or tokens are products with ones, GELU stores its derivative, attention its unnormalised weights.
+or tokens are products with ones, GELU stores its input alone, attention its raw weights.
 
 A hand-written backward pass has no forward mode: under `jax.jvp` these raise. Objectives that need
 a Jacobian-vector product use networks with `custom_gradients='off'`.
@@ -91,13 +91,15 @@ def _gelu_gate(x):
     return 1 / (1 + jnp.exp(-x * (2 * _GELU_SLOPE + 2 * _GELU_SLOPE * _GELU_CUBIC * x * x)))
 
 
-def _gelu_forward(x):
+def _gelu_backward(x, dy):
+    # The barrier keeps XLA from storing the forward pass's gate, a pass over memory more.
+    x, dy = jax.lax.optimization_barrier((x, dy))
     gate = _gelu_gate(x)
     slope = 2 * _GELU_SLOPE + 6 * _GELU_SLOPE * _GELU_CUBIC * x * x
-    return x * gate, gate * (1 + x * (1 - gate) * slope)
+    return (dy * gate * (1 + x * (1 - gate) * slope),)
 
 
-gelu.defvjp(_gelu_forward, lambda derivative, dy: (derivative * dy,))
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 @jax.custom_vjp
@@ -150,13 +152,13 @@ def _attend(q, k, v):
 
 def _attend_backward(q, k, v, out, weights, inverse, d_out):
     scale = q.shape[-1] ** -0.5
-    q, k, v, out, d_out = map(_heads_first, (q * scale, k, v, out, d_out))
+    delta = _heads_first((d_out * out).sum(axis=-1, keepdims=True)) * inverse
+    q, k, v, d_out = map(_heads_first, (q * scale, k, v, d_out))
     if weights is None:
         # The barrier keeps XLA from storing the forward pass's weights after all.
         q, k, inverse = jax.lax.optimization_barrier((q, k, inverse))
         weights = _weights(q, k)
     d_out = (d_out * inverse).astype(q.dtype)
-    delta = (d_out * out).sum(axis=-1, keepdims=True)
     d_scores = weights * (jnp.einsum("bhqd,bhkd->bhqk", d_out, v) - delta)
     d_v = jnp.einsum("bhqk,bhqd->bhkd", weights.astype(q.dtype), d_out)
     d_k = jnp.einsum("bhqk,bhqd->bhkd", d_scores, q)

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import time
 
 import jax
@@ -11,8 +12,8 @@ import pytest
 
 from tests.launch.conftest import assert_same_curve, curve, run, start
 
-STEPS = 60
 NUM_KILLS = int(os.environ.get("DIT_JAX_KILLS", "3"))
+STEPS = 30 * (NUM_KILLS + 1)  # none may come to its end before it is killed
 
 
 def arguments(tiny_file, workdir):
@@ -48,25 +49,26 @@ def test_killed_at_random_moments_training_gives_the_same_bits(
     print("seed", seed)
     moments = random.Random(seed)
     command = arguments(tiny_file, tmp_path)
-    kills, reached = 0, 0
-    while kills < NUM_KILLS:
-        # Some of these moments are in the middle of a checkpoint: one is nearly always written.
-        wait_for = moments.randint(reached + 1, STEPS - 3 * (NUM_KILLS - kills))
+    reached = 0
+    for _ in range(NUM_KILLS):
+        # From right after compilation on; one checkpoint or another is nearly always being written.
+        wait_for = moments.randint(reached, reached + 15)
         process = start("train", *command)
         for line in process.stdout:
-            if line.startswith("step") and int(line.split("/")[0].split()[1]) >= wait_for:
+            if line.startswith("compiled"):
+                step = reached
+            elif line.startswith("step"):
+                step = int(line.split("/")[0].split()[1])
+            else:
+                continue
+            if step >= wait_for:
                 time.sleep(moments.uniform(0, 0.05))
                 break
         process.kill()
         process.communicate()
-        if process.returncode == 0:
-            break  # it had come to its end
-        kills += 1
-        complete = [
-            int(path.name) for path in (tmp_path / "checkpoints").glob("*") if path.name.isdigit()
-        ]
-        reached = max(complete, default=0)
-    assert kills == NUM_KILLS
+        assert process.returncode == -signal.SIGKILL
+        names = (path.name for path in (tmp_path / "checkpoints").iterdir())
+        reached = max((int(name) for name in names if name.isdigit()), default=0)
     run("train", *command)
 
     expected, found = saved_arrays(uninterrupted), saved_arrays(tmp_path)

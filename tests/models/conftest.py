@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,7 +15,7 @@ def random_params(network, seed=0, scale=None):
 
     def draw(leaf):
         spread = leaf.shape[-2] ** -0.5 if len(leaf.shape) > 1 else 0.2
-        return (random.normal(size=leaf.shape) * (scale or spread)).astype(np.float32)
+        return jnp.asarray(random.normal(size=leaf.shape) * (scale or spread), jnp.float32)
 
     return jax.tree.map(draw, shapes)
 
@@ -22,9 +23,11 @@ def random_params(network, seed=0, scale=None):
 def random_inputs(config, batch=2, seed=1):
     """(x, t, conditions) for `Network.apply`."""
     random = np.random.default_rng(seed)
-    x = random.normal(size=(batch, *config.input_size, config.in_channels)).astype(np.float32)
-    t = random.uniform(0, 1000, batch).astype(np.float32)
-    label = random.integers(0, config.num_classes + 1, batch).astype(np.int32)
+    x = jnp.asarray(
+        random.normal(size=(batch, *config.input_size, config.in_channels)), jnp.float32
+    )
+    t = jnp.asarray(random.uniform(0, 1000, batch), jnp.float32)
+    label = jnp.asarray(random.integers(0, config.num_classes + 1, batch), jnp.int32)
     return x, t, {"label": label} if config.num_classes else {}
 
 

@@ -15,8 +15,8 @@ from tests.references.torch_params import from_torch
 
 def torch_output(model, x, t, label):
     with torch.no_grad():
-        arrays = torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(t), torch.tensor(label).long()
-        return model(*arrays).permute(0, 2, 3, 1).numpy()
+        x, t, label = (torch.tensor(np.array(a)) for a in (x, t, label))
+        return model(x.permute(0, 3, 1, 2), t, label.long()).permute(0, 2, 3, 1).numpy()
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def test_programming_errors_are_not_taken_for_damage(saved, monkeypatch):
 
 
 def test_option_errors(tmp_path):
-    with pytest.raises(ValueError, match="training.keep_last=0"):
+    with pytest.raises(ValueError, match=r"training.keep_last=0"):
         Checkpoints(tmp_path, keep_last=0)
-    with pytest.raises(ValueError, match="training.keep_every=-1"):
+    with pytest.raises(ValueError, match=r"training.keep_every=-1"):
         Checkpoints(tmp_path, keep_every=-1)

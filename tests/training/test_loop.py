@@ -137,7 +137,7 @@ def test_one_device_resumes_what_eight_began(train, batches):
 
 def test_another_seed_or_stream_is_refused_unless_forced(train, batches):
     train(batches(), num_steps=3)
-    with pytest.raises(ValueError, match="trained from another seed: set config.seed"):
+    with pytest.raises(ValueError, match=r"trained from another seed: set config.seed"):
         train(batches(), seed=1)
     with pytest.raises(ValueError, match="another stream of data"):
         train(batches(seed=5))

@@ -65,14 +65,14 @@ def test_the_length_of_a_decaying_schedule_is_refused(config, tmp_path):
     cosine = changed(config, optimizer__schedule="cosine")
     prepare(tmp_path, cosine)
     with_checkpoint(tmp_path)
-    with pytest.raises(WorkdirError, match="config.training.num_steps: 400000 there, 10 now"):
+    with pytest.raises(WorkdirError, match=r"config.training.num_steps: 400000 there, 10 now"):
         prepare(tmp_path, changed(cosine, training__num_steps=10))
 
 
 def test_unwritable_directory_errors(config, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for directory in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(WorkdirError, match="cannot write to .*Choose another directory"):
+        with pytest.raises(WorkdirError, match=r"cannot write to .*Choose another directory"):
             prepare(directory, config)
 
     def refuse(self, data):
@@ -105,5 +105,5 @@ def test_no_run_errors(tmp_path):
     with pytest.raises(WorkdirError, match="is not the workdir of a run"):
         load_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model": {"dept": 3}}')
-    with pytest.raises(WorkdirError, match="did you mean config.model.depth"):
+    with pytest.raises(WorkdirError, match=r"did you mean config.model.depth"):
         load_config(tmp_path)
