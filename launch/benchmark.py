@@ -7,8 +7,8 @@
 Cases: `train`, one training step (DDPM loss with learned variance, AdamW, EMA); `guided`, one
 forward pass with classifier-free guidance; `compile`, how long XLA takes to compile a training
 step, without running it. The PyTorch side is tests/references/torch_dit.py. Rounds alternate
-between the two sides; compilation and warm-up are outside the timed rounds. Peak memory is measured
-in one process a side. Without --case, the project's published CPU table is made.
+between the two sides, each in a process of its own, whose peak memory is reported; compilation and
+warm-up are outside the timed rounds. Without --case, the project's published CPU table is made.
 """
 
 import argparse
@@ -185,66 +185,94 @@ def prepare(case: Case, side: str) -> tuple[Callable[[], None], dict[str, Any]]:
     return {"train": jax_train, "guided": jax_guided}[case.name](case)
 
 
-def peak_memory(case: Case, side: str) -> float:
-    """Peak memory of three runs in a process of their own, GiB: of the GPU, or resident on CPUs."""
-    arguments = ["--memory_of", side, "--describe", json.dumps(dataclasses.asdict(case))]
-    command = [sys.executable, __file__, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])["peak_gib"]
-
-
 def peak_resident_bytes() -> int:
     """Peak resident memory of this program (Linux; getrusage's would include its parent's)."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def report_peak_memory(case: Case, side: str) -> None:
-    """What `peak_memory`'s process does; prints its result."""
-    run, _ = prepare(case, side)
-    for _ in range(3):
-        run()
-    if jax.default_backend() == "gpu" and side == "jax":
-        peak = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
-    elif jax.default_backend() == "gpu":
-        import torch
+def peak_bytes(side: str) -> int:
+    """Peak memory of this process: of the GPU if there is one, else resident."""
+    if jax.default_backend() != "gpu":
+        return peak_resident_bytes()
+    if side == "jax":
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    import torch
 
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = peak_resident_bytes()
-    print(json.dumps({"peak_gib": peak / 2**30}))
+    return torch.cuda.max_memory_allocated()
+
+
+def serve(case: Case, side: str) -> None:
+    """One side's process: prepares, then runs once for each line it reads and answers in JSON."""
+    run, facts = prepare(case, side)
+    run(), run()
+    print(json.dumps(facts), flush=True)
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - started
+        print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes(side)}), flush=True)
+
+
+class Side:
+    """The process of one side; the two take turns and share no threads or memory."""
+
+    def __init__(self, case: Case, side: str):
+        arguments = ["--serve", side, "--describe", json.dumps(dataclasses.asdict(case))]
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.facts = self._answer()
+
+    def run(self) -> dict[str, Any]:
+        """One timed run: its seconds, and the peak memory so far."""
+        self._process.stdin.write("run\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("a side of the benchmark ended early; its message is above")
+        return json.loads(line)
 
 
 def compare(case: Case, rounds: int) -> dict[str, Any]:
-    """Times both sides, a round of one after a round of the other."""
-    sides = {side: prepare(case, side) for side in SIDES}
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    for run, _ in sides.values():
-        run(), run()
+    """Times both sides, a round of one after a round of the other, each in its own process."""
+    sides = {side: Side(case, side) for side in SIDES}
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for _ in range(rounds):
-        for side, (run, _) in sides.items():
-            started = time.perf_counter()
-            run()
-            seconds[side].append(time.perf_counter() - started)
-    medians = {side: statistics.median(values) for side, values in seconds.items()}
+        for name, side in sides.items():
+            runs[name].append(side.run())
+    for side in sides.values():
+        side.close()
+    seconds = {name: [run["seconds"] for run in found] for name, found in runs.items()}
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
     ratios = [a / b for a, b in zip(seconds["jax"], seconds["torch"], strict=True)]
-    flops = sides["jax"][1]["flops"]
+    flops = sides["jax"].facts["flops"]
     result = {
         "case": dataclasses.asdict(case),
         "rounds": rounds,
+        "seconds": seconds,
         "median_seconds": medians,
         "ratio_of_medians": medians["jax"] / medians["torch"],
         "median_of_ratios": statistics.median(ratios),
         "quartiles_of_ratios": statistics.quantiles(ratios, n=4)[::2] if rounds > 1 else ratios * 2,
-        "compile_seconds": {side: facts["compile_seconds"] for side, (_, facts) in sides.items()},
-        "model_tflops_per_second": {s: flops / m / 1e12 for s, m in medians.items()},
-        "peak_memory_gib": {side: peak_memory(case, side) for side in SIDES},
+        "compile_seconds": {name: side.facts["compile_seconds"] for name, side in sides.items()},
+        "model_tflops_per_second": {n: flops / m / 1e12 for n, m in medians.items()},
+        "peak_memory_gib": {n: found[-1]["peak_bytes"] / 2**30 for n, found in runs.items()},
         "goal": case.goal,
     }
     if peak := peak_flops():
-        result["mfu"] = {side: flops / m / peak for side, m in medians.items()}
+        result["mfu"] = {name: flops / m / peak for name, m in medians.items()}
     return result
 
 
@@ -321,7 +349,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
-    parser.add_argument("--memory_of", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--describe", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -329,8 +357,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = parse_arguments(argv)
-    if args.memory_of:
-        report_peak_memory(Case(**json.loads(args.describe)), args.memory_of)
+    if args.serve:
+        serve(Case(**json.loads(args.describe)), args.serve)
         return
     with wiring.readable_errors(traceback=args.traceback):
         if args.out:

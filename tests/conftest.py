@@ -17,7 +17,16 @@ from jaxtyping import install_import_hook  # noqa: E402
 import tests.typechecking  # noqa: E402, F401 (for the hook to find)
 
 # Shape annotations of our own packages are checked in every test.
-_CHECKED = ("config", "data", "denoiser", "diffusion", "evaluation", "experiment", "sampling")
+_CHECKED = (
+    "config",
+    "data",
+    "denoiser",
+    "diffusion",
+    "evaluation",
+    "experiment",
+    "models",
+    "sampling",
+)
 install_import_hook(
     [*(f"dit_jax.{room}" for room in (*_CHECKED, "training")), "parallel"],
     "tests.typechecking.typechecked",
@@ -31,7 +40,7 @@ import pytest  # noqa: E402
 @pytest.fixture(autouse=True)
 def _no_silent_broadcasting(request):
     """Arrays of different rank do not mix unnoticed where formulas are tested."""
-    if request.path.parent.name in ("data", "diffusion", "evaluation"):
+    if request.path.parent.name in ("data", "diffusion", "evaluation", "models"):
         with jax.numpy_rank_promotion("raise"):
             yield
     else:

@@ -7,7 +7,7 @@ keys and values between devices live in the room `parallel` and fit the same cal
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from dit_jax.models import gradients
 IMPLEMENTATIONS = ("auto", "einsum", "xla", "cudnn", "cpu")
 
 
+@runtime_checkable
 class Attention(Protocol):
     """Softmax attention of one layer; `state` is whatever the strategy carries for it."""
 

@@ -43,7 +43,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         """Applies the map in `self.dtype`."""
         kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-        y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel + bias
+        y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel + bias[None]
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
