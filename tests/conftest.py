@@ -28,7 +28,7 @@ _CHECKED = (
     "sampling",
 )
 install_import_hook(
-    [*(f"dit_jax.{room}" for room in (*_CHECKED, "training")), "parallel"],
+    [*(f"dit_jax.{room}" for room in (*_CHECKED, "sampling", "training")), "parallel"],
     "tests.typechecking.typechecked",
 )
 

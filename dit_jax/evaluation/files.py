@@ -29,7 +29,7 @@ def check_destination(path: str | os.PathLike, *, overwrite: bool = False) -> Pa
     path = Path(path)
     if not overwrite and os.path.lexists(path):
         raise FileExistsError(
-            f"{path} exists already; give another name, or allow overwriting (--overwrite) to replace it"
+            f"{path} exists already; give another name, or --overwrite to replace it"
         )
     probe = _temporary_sibling(path)
     try:
