@@ -203,14 +203,19 @@ def peak_bytes(side: str) -> int:
 
 
 def serve(case: Case, side: str) -> None:
-    """One side's process: prepares, then runs once for each line it reads and answers in JSON."""
+    """One side's process: prepares, then takes a turn for each line it reads, answering in JSON.
+
+    A turn is one run that is not timed and two that are: memory that a process gave back while the
+    other had its turn is expensive to get again, which steady work does not see.
+    """
     run, facts = prepare(case, side)
     run(), run()
     print(json.dumps(facts), flush=True)
     for _ in sys.stdin:
-        started = time.perf_counter()
         run()
-        seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        run(), run()
+        seconds = (time.perf_counter() - started) / 2
         print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes(side)}), flush=True)
 
 
@@ -228,7 +233,7 @@ class Side:
         self.facts = self._answer()
 
     def run(self) -> dict[str, Any]:
-        """One timed run: its seconds, and the peak memory so far."""
+        """One turn: mean seconds of its timed runs, and the peak memory so far."""
         self._process.stdin.write("run\n")
         self._process.stdin.flush()
         return self._answer()
@@ -246,7 +251,7 @@ class Side:
 
 
 def compare(case: Case, rounds: int) -> dict[str, Any]:
-    """Times both sides, a round of one after a round of the other, each in its own process."""
+    """Times both sides, turn by turn, each in its own process."""
     sides = {side: Side(case, side) for side in SIDES}
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for _ in range(rounds):

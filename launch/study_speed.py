@@ -8,6 +8,7 @@ numbers and OUT.png with the curves. About 20 minutes on two CPU cores.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import jax
@@ -132,8 +133,13 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=150)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num_images", type=int, default=1000)
+    parser.add_argument(
+        "--distributions", nargs="+", choices=DISTRIBUTIONS, default=list(DISTRIBUTIONS)
+    )
     args = parser.parse_args()
     with wiring.readable_errors():
+        if "uniform" not in args.distributions:
+            raise ValueError("--distributions needs uniform, which the others are compared with")
         args.out.parent.mkdir(parents=True, exist_ok=True)
         train = data_lib.to_arrays(data_lib.open_source("digits", "train"))
         test = data_lib.to_arrays(data_lib.open_source("digits", "test"))
@@ -147,11 +153,10 @@ def main() -> None:
         options = {"steps": args.steps, "every": args.every, "num_images": args.num_images}
         curves = {
             name: [curve(name, seed, judge=judge, real=real, **options) for seed in args.seeds]
-            for name in DISTRIBUTIONS
+            for name in args.distributions
         }
         record = {
-            "command": "python launch/study_speed.py "
-            + " ".join(f"--{k}={v}" for k, v in options.items()),
+            "command": " ".join(["python", "launch/study_speed.py", *sys.argv[1:]]),
             "seeds": args.seeds,
             "floor": floor,
             "curves": curves,
