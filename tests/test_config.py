@@ -137,3 +137,11 @@ def test_default_experiment_is_the_papers():
     assert network.flops_per_example / 2 == pytest.approx(118.64e9, rel=1e-3)
     assert (config.training.batch_size, config.optimizer.learning_rate) == (256, 1e-4)
     assert config.ema.decays == (0.9999,) and config.optimizer.weight_decay == 0
+
+
+def test_the_documentation_lists_every_key_with_its_default():
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    listed = [line for line in text.splitlines() if line.startswith("config.")]
+    assert listed == [
+        f"config.{key} = {value!r}" for key, value in config_lib.flatten(default_config())
+    ]
