@@ -161,7 +161,7 @@ def main(argv: list[str]) -> None:
         print(f"saved step {result.step} in {directory}; run the same command to continue")
     else:
         print(f"done: step {result.step}, {result.steps_per_second:.4g} steps/s, in {directory}")
-        print(f"next: python launch/sample.py --workdir={directory}")
+        print(f"next: python launch/sample.py --workdir={directory} --out=samples.png")
 
 
 if __name__ == "__main__":
