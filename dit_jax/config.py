@@ -76,7 +76,7 @@ def default_config() -> ml_collections.ConfigDict:
             },
             "method": {
                 "name": "denoising",
-                "label_dropout": 0.1,  # share of labels replaced by the null class
+                "label_dropout": 0.1,  # share of labels, if any, replaced by the null class
             },
             "data": {
                 "name": "latents",  # digits | image_folder | jpeg_npz | latents | tfds
@@ -136,7 +136,7 @@ def default_config() -> ml_collections.ConfigDict:
                 "batch_size": 64,  # images sampled at once, over all devices
                 "weights": "ema",  # ema: the first average; or raw, or an average's own name
             },
-            "evaluation": {"num_images": 1000, "extractor": "classifier"},
+            "evaluation": {"num_images": 1000},  # samples that launch/evaluate.py scores
             "mesh": {"data": -1},  # devices over which a batch is split; -1: all
         },
         convert_dict=True,
@@ -256,7 +256,7 @@ def differences(old: AnyConfig, new: AnyConfig) -> dict[str, tuple[Any, Any]]:
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
-    """The configuration as JSON text, keys in their documented order."""
+    """The configuration as JSON text."""
     return json.dumps(config.to_dict(), indent=2) + "\n"
 
 

@@ -35,7 +35,7 @@ class DiTConfig:
         num_classes: classes, without the null class; 0 for an unconditional network.
         learn_sigma: whether a second half of output channels interpolates the variance.
         time_frequency_spacing: 'original' or 'diffusers', see `layers.timestep_frequencies`.
-        layer_loop: 'scan', 'unroll' or 'auto' (by backend).
+        layer_loop: 'scan', 'unroll' or 'auto' (`stack.resolve_layer_loop`).
         remat: 'none', 'block' or 'dots' (`stack.rematerialised`).
         attention: kernel of the local attention, see `attention.resolve_implementation`.
         custom_gradients: 'on' for hand-written backward passes (`gradients`), which have no forward

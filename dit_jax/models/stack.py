@@ -16,20 +16,25 @@ LAYER_LOOPS = ("auto", "scan", "unroll")
 REMAT_POLICIES = ("none", "block", "dots")
 
 
-def resolve_layer_loop(layer_loop: str, backend: str | None = None) -> str:
-    """'auto' is 'unroll' on CPUs and 'scan' elsewhere."""
+def resolve_layer_loop(layer_loop: str, backend: str | None = None, *, remat: str = "none") -> str:
+    """'auto' is 'unroll' on CPUs without rematerialisation, and 'scan' elsewhere.
+
+    In an unrolled loop CPU XLA saves nothing by rematerialisation: it keeps what all blocks need.
+    """
     if layer_loop not in LAYER_LOOPS:
         raise ValueError(f"layer_loop={layer_loop!r}: expected one of {LAYER_LOOPS}")
     if layer_loop != "auto":
         return layer_loop
-    return "unroll" if (backend or jax.default_backend()) == "cpu" else "scan"
+    on_cpu = (backend or jax.default_backend()) == "cpu"
+    return "unroll" if on_cpu and remat == "none" else "scan"
 
 
-def rematerialised(function: Callable, remat: str) -> Callable:
+def rematerialised(function: Callable, remat: str, *, prevent_cse: bool = True) -> Callable:
     """Wraps a block so that its backward pass recomputes what the policy does not save.
 
     'none' saves everything, 'block' only the block's inputs, 'dots' the results of matrix products
-    with weights (everything elementwise, and attention scores, are recomputed).
+    with weights (everything elementwise, and attention scores, are recomputed). Outside a scan
+    `prevent_cse` keeps XLA from merging the recomputation with what it was to replace.
     """
     if remat == "none":
         return function
@@ -39,7 +44,7 @@ def rematerialised(function: Callable, remat: str) -> Callable:
     }
     if remat not in policy:
         raise ValueError(f"remat={remat!r}: expected one of {REMAT_POLICIES}")
-    return jax.checkpoint(function, policy=policy[remat], prevent_cse=False)
+    return jax.checkpoint(function, policy=policy[remat], prevent_cse=prevent_cse)
 
 
 def create_stack(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs):
@@ -86,12 +91,13 @@ def run_stack(
         The last activations and the new stacked state (None if none was given).
     """
     graph, parameters = nnx.split(blocks)
+    scanned = resolve_layer_loop(layer_loop, remat=remat) == "scan"
 
-    @functools.partial(rematerialised, remat=remat)
+    @functools.partial(rematerialised, remat=remat, prevent_cse=not scanned)
     def layer(x, parameters, state, args):
         return call(nnx.merge(graph, parameters), x, state, *args)
 
-    if resolve_layer_loop(layer_loop) == "scan":
+    if scanned:
         return jax.lax.scan(lambda x, layer_in: layer(x, *layer_in, args), x, (parameters, state))
     states = []
     unstacked_states = [None] * depth if state is None else _unstack(state, depth)

@@ -106,3 +106,18 @@ def test_the_default_loop_goes_by_backend_and_errors_name_the_choices():
     )
     with pytest.raises(ValueError, match=r"expected one of \('auto', 'scan', 'unroll'\)"):
         stack.resolve_layer_loop("loop")
+
+
+def test_rematerialisation_saves_memory_by_default():
+    def temporary_bytes(remat):
+        network = Network(DiTConfig(**{**SMALL, "depth": 8}, remat=remat))
+        params = jax.eval_shape(network.init, jax.random.key(0))
+        x, t, conditions = random_inputs(network.config, batch=8)
+
+        def loss(params, x):
+            return jnp.square(network.apply(params, x, t, conditions)).mean()
+
+        compiled = jax.jit(jax.grad(loss)).lower(params, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes("block") < temporary_bytes("none") / 2
