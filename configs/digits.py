@@ -19,7 +19,11 @@ def get_config():
     config.model.num_heads = 4
     config.model.num_classes = 10
     config.model.learn_sigma = False
+    # The conventions of diffusers, so that what is trained can be exported to it exactly.
+    config.model.time_frequency_spacing = "diffusers"
     config.process.name = "flow"
+    config.process.flow.network_convention = "flux"
+    config.process.flow.time_scale = 1000.0
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.gradient_clip_norm = 1.0

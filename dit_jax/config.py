@@ -33,6 +33,7 @@ def default_config() -> ml_collections.ConfigDict:
                 "num_classes": 1000,  # 0: unconditional
                 "learn_sigma": True,
                 "time_frequency_spacing": "original",  # original | diffusers
+                "mlp_norm_epsilon": 1e-6,  # 1e-5 in diffusers' default DiT
                 "layer_loop": "auto",  # scan | unroll | auto: by backend
                 "remat": "none",  # none | block | dots
                 "attention": "auto",  # einsum | xla | cudnn | cpu | auto: by backend
@@ -135,6 +136,11 @@ def default_config() -> ml_collections.ConfigDict:
                 "heun": {"s_churn": 0.0, "s_min": 0.0, "s_max": 1e9, "s_noise": 1.0},
                 "batch_size": 64,  # images sampled at once, over all devices
                 "weights": "ema",  # ema: the first average; or raw, or an average's own name
+            },
+            "autoencoder": {
+                "path": "",  # the VAE that decodes latents, a diffusers folder; empty: none
+                "batch_size": 16,  # images decoded at once, over all devices
+                "tile": 0,  # side in latents of tiles to decode large images by; 0: whole images
             },
             "evaluation": {"num_images": 1000},  # samples that launch/evaluate.py scores
             "mesh": {"data": -1},  # devices over which a batch is split; -1: all

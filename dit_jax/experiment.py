@@ -79,6 +79,46 @@ def build_network(config: ml_collections.ConfigDict) -> Network:
     return Network(DiTConfig(**fields))
 
 
+# What of config.model decides shapes or meaning of parameters. The image size does not: positions
+# are computed, and a network may go on at another resolution.
+_ARCHITECTURE = (
+    "name",
+    "in_channels",
+    "patch_size",
+    "hidden_size",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "num_classes",
+    "learn_sigma",
+    "time_frequency_spacing",
+    "mlp_norm_epsilon",
+)
+
+
+def require_same_network(
+    found: ml_collections.ConfigDict, wanted: ml_collections.ConfigDict, source: str
+) -> None:
+    """Refuses parameters of a checkpoint for a configuration whose network is another.
+
+    Args:
+        found: the checkpoint's configuration.
+        wanted: the experiment's.
+        source: the checkpoint, for the error.
+
+    Raises:
+        ConfigError: with the values to set.
+    """
+    flags = [
+        f"  config.model.{key} is {wanted.model[key]!r}, the checkpoint's {found.model[key]!r}: "
+        f"--config.model.{key}={found.model[key]}"
+        for key in _ARCHITECTURE
+        if found.model[key] != wanted.model[key]
+    ]
+    if flags:
+        raise ConfigError(f"{source} is a checkpoint of another network:\n" + "\n".join(flags))
+
+
 def build_process(config: ml_collections.ConfigDict) -> Process:
     """The noising process of `config.process`."""
     process = _choose(PROCESSES, config.process.name, "process.name")

@@ -13,7 +13,7 @@ from pathlib import Path
 from configs import digits
 from dit_jax.training.metrics import format_duration
 from dit_jax.training.workdir import CONFIG_FILE
-from launch import evaluate, train, wiring
+from launch import evaluate, loading, train, wiring
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,14 +39,6 @@ def start_afresh(directory: Path) -> None:
         shutil.rmtree(directory)
 
 
-def table(rows: list[tuple[str, str]]) -> str:
-    """Two aligned columns between rules."""
-    left = max(len(name) for name, _ in rows)
-    right = max(len(value) for _, value in rows)
-    rule = "-" * (left + right + 3)
-    return "\n".join([rule, *(f"{name:<{left}}   {value:>{right}}" for name, value in rows), rule])
-
-
 def main() -> None:
     """Entry point."""
     args = parse_arguments()
@@ -60,7 +52,7 @@ def main() -> None:
         if result.interrupted:
             print(f"interrupted at step {result.step}; run the demo again to start afresh")
             return
-        model = wiring.load_model(directory)
+        model = loading.load_model(directory)
         record, samples, labels, test = evaluate.evaluate(
             model, directory, num_images=args.num_images
         )
@@ -78,7 +70,7 @@ def main() -> None:
         ("samples classified as their label", f"{scores['label_accuracy']['overall']:.1%}"),
         ("  real held-out digits are", f"{real:.1%}"),
     ]
-    print(table(rows))
+    print(wiring.table(rows))
     print(f"samples beside real digits: {picture}")
 
 

@@ -1,9 +1,14 @@
-"""Scores a trained model's samples against held-out real images.
+"""Scores a model's samples against real images.
 
   python launch/evaluate.py --workdir=runs/digits --num_images=1000 --out=metrics.json
+  python launch/evaluate.py --init_from=DiT-XL-2-256x256.pt --vae=sd-vae-ft-ema \\
+      --protocol=dit_final --reference=VIRTUAL_imagenet256_labeled.npz --out=scores.json
+  python launch/evaluate.py --samples=samples.npz --reference=imagenet/val --out=scores.json
 
-Features and label accuracy come from a classifier trained on the training split (kept in the
-workdir), for small images. The scores go to --out as one JSON record that says how they were made.
+Without --reference, for small images: features and label accuracy come from a classifier trained on
+the run's training split (kept in the workdir), the reference is its held-out split. With it: FID,
+sFID, Inception Score, precision, recall and KID by Inception-V3. The scores go to --out as one JSON
+record that says how they were made.
 """
 
 import argparse
@@ -14,7 +19,7 @@ import numpy as np
 
 from dit_jax import data as data_lib
 from dit_jax import evaluation, experiment
-from launch import wiring
+from launch import inception_scores, loading, wiring
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -22,17 +27,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    loading.add_model_arguments(parser)
     wiring.add_sampling_arguments(parser)
+    inception_scores.add_arguments(parser)
     parser.add_argument("--num_images", type=int, help="samples; default: as configured")
     parser.add_argument("--out", type=Path, help="JSON file; default: WORKDIR/metrics_STEP.json")
     parser.add_argument("--picture", type=Path, help="PNG of samples beside real images")
-    parser.add_argument("--rounding", default="nearest", choices=evaluation.ROUNDING_RULES)
+    parser.add_argument(
+        "--rounding", choices=evaluation.ROUNDING_RULES, help="to bytes; default: nearest"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     return parser.parse_args(argv)
 
 
 def evaluate(
-    model: wiring.TrainedModel,
+    model: loading.TrainedModel,
     workdir: Path,
     *,
     num_images: int,
@@ -78,7 +87,7 @@ def evaluate(
         test_labels=test[1],
         rounding=rounding,
         seeds=seed,
-        provenance=wiring.provenance(model, workdir),
+        provenance=loading.provenance(model),
     )
     return record, samples, labels, test
 
@@ -100,18 +109,28 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = parse_arguments(argv)
     with wiring.readable_errors(traceback=args.traceback):
+        inception_scores.check_arguments(args)
         for path in (args.out, args.picture):
             if path:
                 evaluation.check_destination(path, overwrite=args.overwrite)
-        model = wiring.load_model(
-            args.workdir,
-            weights=args.weights,
-            step=args.step,
-            overrides=wiring.sampling_overrides(args),
-        )
+        if args.reference:
+            record, text = inception_scores.score(args)
+            out = args.out or args.workdir / f"inception_{record['provenance']['step']}.json"
+            evaluation.save_json(out, record, overwrite=args.overwrite or args.out is None)
+            print(f"{text}\nrecord: {out}")
+            return
+        if args.workdir is None:
+            raise ValueError(
+                "give --workdir (scores by a classifier of the run's data) or --reference (FID)"
+            )
+        model = loading.load_from_arguments(args, wiring.sampling_overrides(args))
         num_images = args.num_images or model.config.evaluation.num_images
         record, samples, labels, test = evaluate(
-            model, args.workdir, num_images=num_images, seed=args.seed, rounding=args.rounding
+            model,
+            args.workdir,
+            num_images=num_images,
+            seed=args.seed,
+            rounding=args.rounding or "nearest",
         )
         out = args.out or args.workdir / f"metrics_{model.step}.json"
         evaluation.save_json(out, record, overwrite=args.overwrite or args.out is None)

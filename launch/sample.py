@@ -4,17 +4,22 @@
   python launch/sample.py --workdir=runs/digits --labels 3 7 --guidance_scale=2 --out=threes.png
   python launch/sample.py --workdir=runs/digits --num_images=50000 --out=samples.npz
 
+  python launch/sample.py --init_from=DiT-XL-2-256x256.pt --vae=sd-vae-ft-mse --out=samples.png
+
 What --out names decides the format: a .png is a grid, a .npz the ADM evaluator's format (arr_0
-images, arr_1 labels), anything else a folder of numbered PNG files.
+images, arr_1 labels), anything else a folder of numbered PNG files. A .npz or folder is written as
+images are made, with a .json beside it that says how; interrupted, the same command goes on.
 """
 
 import argparse
+import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from dit_jax import evaluation, experiment
-from launch import wiring
+from launch import loading, wiring
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -22,6 +27,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    loading.add_model_arguments(parser)
     wiring.add_sampling_arguments(parser)
     parser.add_argument("--num_images", type=int, default=64)
     parser.add_argument(
@@ -51,14 +57,35 @@ def choose_labels(args: argparse.Namespace, num_classes: int) -> np.ndarray:
     return np.resize(np.asarray(args.labels, np.int32), args.num_images)
 
 
-def save(path: Path, images: np.ndarray, labels: np.ndarray, *, rounding: str, overwrite: bool):
-    """Writes images in the format that `path` names."""
-    options = {"rounding": rounding, "overwrite": overwrite}
-    if path.suffix == ".npz":
-        return evaluation.save_adm_npz(path, images, labels, **options)
-    if path.suffix == ".png":
-        return evaluation.save_grid(path, images, **options)
-    return evaluation.save_png_folder(path, images, **options)
+def sample_to_store(
+    args: argparse.Namespace, model: loading.TrainedModel, labels: np.ndarray, stream, shape
+) -> None:
+    """Samples into `args.out`, going on where an interrupted run stopped."""
+    record = {
+        "seed": args.seed,
+        "rounding": args.rounding,
+        "num_images": len(labels),
+        "labels_hash": evaluation.content_hash(labels),
+        **stream.provenance,
+    }
+    store = evaluation.SampleStore(args.out, len(labels), shape, record, restart=args.overwrite)
+    if store.done:
+        print(f"going on at image {store.done} of {len(labels)}", flush=True)
+    for images in stream(store.done):
+        store.append(evaluation.to_uint8(images, args.rounding))
+    store.finish(labels if model.config.model.num_classes else None, overwrite=args.overwrite)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Everything bound but the first image's number."""
+
+    draw: Callable[[int], Iterator[np.ndarray]]
+    provenance: dict
+
+    def __call__(self, start: int) -> Iterator[np.ndarray]:
+        """Pictures from image `start` on, in batches."""
+        return self.draw(start)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,28 +93,28 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     with wiring.readable_errors(traceback=args.traceback):
         evaluation.check_destination(args.out, overwrite=args.overwrite)
-        model = wiring.load_model(
-            args.workdir,
-            weights=args.weights,
-            step=args.step,
-            overrides=wiring.sampling_overrides(args),
-        )
+        model = loading.load_from_arguments(args, wiring.sampling_overrides(args))
         labels = choose_labels(args, model.config.model.num_classes)
-        if model.config.model.in_channels not in (1, 3):
-            raise ValueError(
-                f"the model makes latents of {model.config.model.in_channels} channels, not "
-                "pictures; decoding them needs a VAE"
-            )
-        images = wiring.sample_images(
-            experiment.build_sampling(model.config),
-            model.params,
-            labels,
-            seed=args.seed,
-            placement=wiring.create_placement(model.config),
-            batch_size=model.config.sampling.batch_size,
+        placement = wiring.create_placement(model.config)
+        decoder = loading.Decoder(model.config, model.autoencoder, placement)
+        plan = experiment.build_sampling(model.config)
+        options = {
+            "seed": args.seed,
+            "placement": placement,
+            "batch_size": model.config.sampling.batch_size,
+            "decode": decoder,
+        }
+        stream = Stream(
+            lambda start: wiring.stream_images(plan, model.params, labels, start=start, **options),
+            loading.provenance(model, decoder),
         )
-        save(args.out, images, labels, rounding=args.rounding, overwrite=args.overwrite)
-        print(f"{len(images)} images of {model.weights}, step {model.step}: {args.out}")
+        if args.out.suffix == ".png":
+            images = np.concatenate(list(stream(0)))
+            evaluation.save_grid(args.out, images, rounding=args.rounding, overwrite=args.overwrite)
+        else:
+            shape = decoder.image_shape(model.network.sample_shape)
+            sample_to_store(args, model, labels, stream, shape)
+        print(f"{len(labels)} images of {model.weights}, step {model.step}: {args.out}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import numpy as np
 from configs import digits
 from dit_jax import data as data_lib
 from dit_jax import evaluation, experiment
+from dit_jax.config import default_config
 from launch import wiring
 
 DISTRIBUTIONS = ("uniform", "speed", "speed_first_release")
@@ -26,7 +27,9 @@ def configure(distribution: str, seed: int, steps: int):
     """The digits model as a DDPM with one distribution of times."""
     config = digits.get_config()
     config.seed = seed
-    config.process.name = "ddpm"
+    defaults = default_config()
+    config.process.update(defaults.process)
+    config.model.time_frequency_spacing = defaults.model.time_frequency_spacing
     config.timesteps.name = distribution
     config.optimizer.schedule = "constant"
     config.ema.decays = (0.99,)

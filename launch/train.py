@@ -3,6 +3,8 @@
   python launch/train.py --config=configs/dit_xl2.py --workdir=runs/dit_xl2 \\
       --config.optimizer.learning_rate=3e-4 --config.training.batch_size=1024
 
+  python launch/train.py --config=configs/dit_xl2.py --workdir=runs/tuned --init_from=DiT-XL-2.pt
+
 Running the same command again continues from the newest checkpoint. Ctrl-C saves and ends.
 """
 
@@ -16,21 +18,37 @@ from ml_collections import config_flags
 from dit_jax import config as config_lib
 from dit_jax import data as data_lib
 from dit_jax import experiment
-from dit_jax.evaluation import save_grid
+from dit_jax.evaluation import save_grid, save_json
 from dit_jax.training import loop, metrics, workdir
 from dit_jax.training.checkpoints import Checkpoints
-from launch import wiring
+from dit_jax.training.saved_weights import choose_weights
+from interop.models import FoundModel
+from launch import loading, wiring
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, a file of configs/; override with --config.key=value."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go.")
+_INIT_FROM = flags.DEFINE_string(
+    "init_from",
+    None,
+    "Start from a checkpoint: .pt of DiT or SiT (sit_pt:FILE), diffusers folder, workdir, hub:...",
+)
 _FORCE = flags.DEFINE_bool("force", False, "Go on in a workdir of another configuration.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show stack traces of errors.")
 
 
-def run(config, directory: Path, *, force: bool = False) -> loop.TrainResult:
-    """Trains the experiment `config` in `directory`, from where it was."""
+def run(
+    config, directory: Path, *, init_from: str | None = None, force: bool = False
+) -> loop.TrainResult:
+    """Trains the experiment `config` in `directory`, from where it was.
+
+    Args:
+        config: of the experiment.
+        directory: the workdir.
+        init_from: a checkpoint whose parameters a new run starts from (`interop.open_model`).
+        force: go on in a workdir of another configuration.
+    """
     config = experiment.resolve_config(config)
     method = experiment.build_method(config)
     plan = experiment.build_sampling(config)
@@ -38,6 +56,8 @@ def run(config, directory: Path, *, force: bool = False) -> loop.TrainResult:
     training = config.training
     placement.check_batch_size(training.batch_size, training.num_microbatches)
     source = experiment.open_data(config, "train")
+    initial = loading.open_initial(init_from, config) if init_from else None
+    decoder = open_decoder(config, placement) if training.preview_every else None
     workdir.prepare(directory, config, force=force)
     key = jax.random.key(config.seed)
     abstract = jax.eval_shape(method.init, key)
@@ -72,7 +92,7 @@ def run(config, directory: Path, *, force: bool = False) -> loop.TrainResult:
         )
         return writers
 
-    preview = make_preview(config, plan, placement, directory, writers)
+    preview = make_preview(config, plan, placement, directory, writers, decoder)
     result = loop.train(
         method,
         iter(loader),
@@ -89,9 +109,31 @@ def run(config, directory: Path, *, force: bool = False) -> loop.TrainResult:
         writers=create_writers,
         preview=preview if training.preview_every else None,
         strict=not force,
+        initial_params=initial and (lambda: read_initial(initial, directory)),
     )
     checkpoints.close()
     return result
+
+
+def read_initial(initial: FoundModel, directory: Path) -> dict:
+    """The parameters to start from; what they are is noted in the workdir."""
+    origin = {
+        "path": str(initial.path),
+        "kind": initial.kind,
+        "weights": initial.weights,
+        "step": initial.step,
+    }
+    print(f"starting from {initial.kind} {initial.path}, weights {initial.weights}", flush=True)
+    for note in initial.notes:
+        print(f"note: {note}", flush=True)
+    save_json(directory / "init_from.json", origin, overwrite=True)
+    return initial.load()
+
+
+def open_decoder(config, placement) -> loading.Decoder | None:
+    """What makes previews of latents pictures: the VAE of config.autoencoder, if there is one."""
+    path = config.autoencoder.path
+    return loading.Decoder(config, Path(path), placement) if path else None
 
 
 def announce_start(config, abstract, source, directory: Path) -> None:
@@ -106,13 +148,13 @@ def announce_start(config, abstract, source, directory: Path) -> None:
     )
 
 
-def make_preview(config, plan, placement, directory: Path, writers: list):
+def make_preview(config, plan, placement, directory: Path, writers: list, decoder):
     """A function that saves a grid of samples of the configured weights as PNG."""
     count = config.training.preview_images
     labels = wiring.balanced_labels(count, config.model.num_classes)
 
     def preview(step: int, weights: dict) -> None:
-        name = wiring.choose_weights(weights, config.sampling.weights)
+        name = choose_weights(weights, config.sampling.weights)
         images = wiring.sample_images(
             plan,
             weights[name],
@@ -120,9 +162,10 @@ def make_preview(config, plan, placement, directory: Path, writers: list):
             seed=config.seed,
             placement=placement,
             batch_size=config.sampling.batch_size,
+            decode=decoder,
             announce=False,
         )
-        if config.model.in_channels not in (1, 3):
+        if images.shape[-1] not in (1, 3):
             images = images[..., :3]  # latents without a decoder: their first channels
         path = directory / "previews" / f"step_{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
@@ -156,7 +199,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     directory = Path(_WORKDIR.value).absolute()
     with wiring.readable_errors(traceback=_TRACEBACK.value):
-        result = run(_CONFIG.value, directory, force=_FORCE.value)
+        result = run(_CONFIG.value, directory, init_from=_INIT_FROM.value, force=_FORCE.value)
     if result.interrupted:
         print(f"saved step {result.step} in {directory}; run the same command to continue")
     else:

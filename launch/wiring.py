@@ -2,10 +2,8 @@
 
 import argparse
 import contextlib
-import dataclasses
 import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +14,7 @@ from dit_jax import experiment
 from dit_jax.config import ConfigError
 from dit_jax.sampling import generate
 from dit_jax.training import metrics, workdir
-from dit_jax.training.checkpoints import CheckpointError, Checkpoints
+from dit_jax.training.checkpoints import CheckpointError
 from dit_jax.training.loop import NonFiniteError
 from parallel.mesh import DataParallel, create_mesh
 
@@ -50,62 +48,8 @@ def create_placement(config: ml_collections.ConfigDict) -> DataParallel:
     return DataParallel(create_mesh(**config.mesh.to_dict()))
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainedModel:
-    """A run's configuration and one set of its weights.
-
-    Attributes:
-        config: the run's resolved configuration.
-        params: the network's parameters.
-        weights: their name, 'raw' or an average's.
-        step: updates they have seen.
-    """
-
-    config: ml_collections.ConfigDict
-    params: Any
-    weights: str
-    step: int
-
-
-def load_model(
-    directory: Path, *, weights: str = "", step: int | None = None, overrides: dict | None = None
-) -> TrainedModel:
-    """Restores what a workdir's newest checkpoint (or that of `step`) holds for sampling.
-
-    Args:
-        directory: the workdir.
-        weights: 'raw', 'ema' (the first average), or an average's name; empty: as configured.
-        step: which checkpoint.
-        overrides: configuration values to change, as {'sampling.steps': 50}.
-
-    Raises:
-        WorkdirError: it is no workdir.
-        CheckpointError: it has no such checkpoint or no such weights.
-    """
-    config = workdir.load_config(directory).copy_and_resolve_references()
-    config = experiment.resolve_config(_override(config.to_dict(), overrides or {}))
-    method = experiment.build_method(config)
-    placement = create_placement(config)
-    key = jax.random.key(config.seed)
-    abstract = jax.eval_shape(method.init, key)
-    target = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement.replicated),
-        {"state": abstract, "key": jax.eval_shape(jax.random.key_data, key)},
-    )
-    saved = Path(directory) / workdir.CHECKPOINTS
-    restored = None
-    if saved.is_dir():
-        checkpoints = Checkpoints(saved, read_only=True)
-        restored = checkpoints.restore(target, step)
-        checkpoints.close()
-    if restored is None:
-        raise CheckpointError(f"{directory} has no checkpoint yet: train first")
-    available = method.weights(restored.state["state"])
-    name = choose_weights(available, weights or config.sampling.weights)
-    return TrainedModel(config, available[name], name, restored.step)
-
-
-def _override(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def override(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's values with some replaced, as {'sampling.steps': 50}."""
     for path, value in overrides.items():
         section = values
         *parents, leaf = path.split(".")
@@ -123,20 +67,7 @@ def _override(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str,
     return values
 
 
-def choose_weights(available: Mapping[str, Any], wanted: str) -> str:
-    """The name in `available` (`Method.weights`) that `wanted` means; 'ema' is the first average.
-
-    Raises:
-        CheckpointError: there are no such weights, with those there are.
-    """
-    averages = [name for name in available if name != "raw"]
-    name = averages[0] if wanted == "ema" and averages else wanted
-    if name not in available:
-        raise CheckpointError(f"no weights {wanted!r}; there are {', '.join(available)}")
-    return name
-
-
-def sample_images(
+def stream_images(
     plan: experiment.SamplingPlan,
     params: Any,
     labels: np.ndarray,
@@ -144,30 +75,51 @@ def sample_images(
     seed: int,
     placement: DataParallel,
     batch_size: int,
+    decode: Callable[[np.ndarray], np.ndarray] | None = None,
+    start: int = 0,
     announce: bool = True,
-) -> np.ndarray:
+) -> Iterator[np.ndarray]:
     """Samples one image a label, in batches over all devices.
 
-    Returns:
-        float32 [n, h, w, c].
+    Args:
+        plan: how.
+        params: the network's.
+        labels: classes, one an image.
+        seed: image i depends on it and i only.
+        placement: the devices.
+        batch_size: images at once, rounded up to a multiple of the devices.
+        decode: from samples to pictures (`loading.Decoder`).
+        start: number of the first image wanted.
+        announce: print progress.
+
+    Yields:
+        float32 [b, h, w, c], images `start` to the last.
     """
     batch_size = -(-min(batch_size, len(labels)) // placement.num_devices) * placement.num_devices
     draw = plan.bind(params)
 
     def sample(keys, labels):
-        keys = jax.device_put(keys, placement.split)
-        return draw(keys, labels)
+        samples = draw(jax.device_put(keys, placement.split), labels)
+        return decode(np.asarray(samples)) if decode else samples
 
     def progress(done: int, seconds: float) -> None:
-        left = metrics.format_duration((len(labels) - done) * seconds / done)
-        print(
-            f"sampled {done}/{len(labels)}  {done / seconds:.4g} images/s  ETA {left}", flush=True
-        )
+        rate = (done - start) / seconds
+        left = metrics.format_duration((len(labels) - done) / rate)
+        print(f"sampled {done}/{len(labels)}  {rate:.4g} images/s  ETA {left}", flush=True)
 
-    batches = generate(
-        sample, labels, seed=seed, batch_size=batch_size, progress=progress if announce else None
+    yield from generate(
+        sample,
+        labels,
+        seed=seed,
+        batch_size=batch_size,
+        start=start,
+        progress=progress if announce else None,
     )
-    return np.concatenate(list(batches))
+
+
+def sample_images(plan, params, labels: np.ndarray, **options: Any) -> np.ndarray:
+    """All of `stream_images` as one array, float32 [n, h, w, c]."""
+    return np.concatenate(list(stream_images(plan, params, labels, **options)))
 
 
 def balanced_labels(count: int, num_classes: int) -> np.ndarray:
@@ -176,12 +128,8 @@ def balanced_labels(count: int, num_classes: int) -> np.ndarray:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that choose a trained model and how to sample it; by default as it was configured."""
-    model = parser.add_argument_group("model")
-    model.add_argument("--workdir", type=Path, required=True, help="directory of a training run")
-    model.add_argument("--step", type=int, help="which checkpoint; default: the newest")
-    model.add_argument("--weights", default="", help="raw, ema (the first average) or its name")
-    group = parser.add_argument_group("sampling (defaults: the run's config.sampling)")
+    """Options of how to sample; by default as the model was configured."""
+    group = parser.add_argument_group("sampling (defaults: the model's config.sampling)")
     group.add_argument("--solver", help="ddpm, ddim, euler, heun or dpmpp_2m")
     group.add_argument("--steps", type=int, help="solver steps")
     group.add_argument("--spacing", help="of the solver's times, see dit_jax.diffusion.schedules")
@@ -213,12 +161,9 @@ def sampling_overrides(args: argparse.Namespace) -> dict[str, Any]:
     return overrides
 
 
-def provenance(model: TrainedModel, directory: Path) -> dict[str, Any]:
-    """How images were made, for records: run, checkpoint, weights and sampling settings."""
-    return {
-        "experiment": model.config.name,
-        "workdir": str(directory),
-        "step": model.step,
-        "weights": model.weights,
-        "sampling": model.config.sampling.to_dict(),
-    }
+def table(rows: list[tuple[str, str]]) -> str:
+    """Two aligned columns between rules."""
+    left = max(len(name) for name, _ in rows)
+    right = max(len(value) for _, value in rows)
+    rule = "-" * (left + right + 3)
+    return "\n".join([rule, *(f"{name:<{left}}   {value:>{right}}" for name, value in rows), rule])

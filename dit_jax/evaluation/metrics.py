@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Int, Shaped
 
 from dit_jax.evaluation.features import FeatureExtractor, batches_of, feature_statistics
 from dit_jax.evaluation.frechet import frechet_distance
-from dit_jax.evaluation.images import AnyArray, check_images, to_uint8
+from dit_jax.evaluation.images import AnyArray, to_uint8
 from dit_jax.evaluation.memorization import memorization_summary
 from dit_jax.evaluation.record import build_record, content_hash
 
@@ -25,32 +25,6 @@ class LabelPredictor(Protocol):
     def predict(self, images: Shaped[AnyArray, "n h w c"]) -> Int[np.ndarray, " n"]:
         """The class of each image."""
         ...
-
-
-def psnr(a: AnyArray, b: AnyArray) -> Float[np.ndarray, " n"]:
-    """Peak signal-to-noise ratio of each pair of images, 10 log10(range^2 / mean square error).
-
-    The range is 255 for uint8, and 2 for floating point in [-1, 1] (which is not clipped here).
-
-    Args:
-        a: Images [n, h, w, c].
-        b: The images to compare with, of the same shape and kind.
-
-    Returns:
-        Decibels, float64 [n]; infinite where two images are equal.
-
-    Raises:
-        ValueError: Different shapes, or bytes against floating point.
-    """
-    a, b = check_images(a, "first images"), check_images(b, "second images")
-    if a.shape != b.shape:
-        raise ValueError(f"PSNR compares equal shapes, got {a.shape} and {b.shape}")
-    if (a.dtype == np.uint8) != (b.dtype == np.uint8):
-        raise ValueError(f"PSNR compares images of one kind, got {a.dtype} and {b.dtype}")
-    data_range = 255.0 if a.dtype == np.uint8 else 2.0
-    error = np.square(a.astype(np.float64) - b.astype(np.float64)).mean(axis=(1, 2, 3))
-    with np.errstate(divide="ignore"):
-        return 10.0 * np.log10(data_range**2 / error)
 
 
 def label_accuracy(

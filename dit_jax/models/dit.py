@@ -35,6 +35,8 @@ class DiTConfig:
         num_classes: classes, without the null class; 0 for an unconditional network.
         learn_sigma: whether a second half of output channels interpolates the variance.
         time_frequency_spacing: 'original' or 'diffusers', see `layers.timestep_frequencies`.
+        mlp_norm_epsilon: of the normalisation before the MLP: 1e-6 in the original, 1e-5 by default
+            in diffusers (whose other norms have 1e-6 all the same).
         layer_loop: 'scan', 'unroll' or 'auto' (`stack.resolve_layer_loop`).
         remat: 'none', 'block' or 'dots' (`stack.rematerialised`).
         attention: kernel of the local attention, see `attention.resolve_implementation`.
@@ -54,6 +56,7 @@ class DiTConfig:
     num_classes: int = 1000
     learn_sigma: bool = True
     time_frequency_spacing: str = "original"
+    mlp_norm_epsilon: float = 1e-6
     layer_loop: str = "auto"
     remat: str = "none"
     attention: str = "auto"
@@ -81,6 +84,8 @@ class DiTConfig:
                 f"model.time_frequency_spacing={self.time_frequency_spacing!r}: expected one of "
                 f"{layers.TIME_FREQUENCY_SPACINGS}"
             )
+        if not self.mlp_norm_epsilon > 0:
+            raise ValueError(f"model.mlp_norm_epsilon={self.mlp_norm_epsilon}: expected above 0")
         stack.resolve_layer_loop(self.layer_loop)
         stack.rematerialised(lambda: None, self.remat)
         gradients.resolve_custom_gradients(self.custom_gradients)
@@ -158,6 +163,7 @@ class DiTBlock(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: Any):
         dim = config.hidden_size
+        self.mlp_norm_epsilon = config.mlp_norm_epsilon
         self.attn = SelfAttention(dim, config.num_heads, rngs=rngs, dtype=dtype)
         self.custom_gradients = gradients.resolve_custom_gradients(config.custom_gradients)
         self.mlp = layers.Mlp(
@@ -186,7 +192,8 @@ class DiTBlock(nnx.Module):
         h = layers.modulated_layer_norm(x, shift_msa, scale_msa, **custom)
         h, state = self.attn(h, attention, state)
         x = layers.gated_residual(x, h, gate_msa, **custom)
-        h = layers.modulated_layer_norm(x, shift_mlp, scale_mlp, **custom)
+        epsilon = self.mlp_norm_epsilon
+        h = layers.modulated_layer_norm(x, shift_mlp, scale_mlp, epsilon=epsilon, **custom)
         return layers.gated_residual(x, self.mlp(h), gate_mlp, **custom), state
 
 

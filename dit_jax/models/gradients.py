@@ -9,6 +9,7 @@ A hand-written backward pass has no forward mode: under `jax.jvp` these raise. O
 a Jacobian-vector product use networks with `custom_gradients='off'`.
 """
 
+import functools
 import math
 import os
 from typing import Any
@@ -40,15 +41,18 @@ def _sum_tokens(x: Float[Array, "b l d"]) -> Float[Array, "b d"]:
     return jnp.matmul(jnp.ones((x.shape[0], 1, x.shape[1]), x.dtype), x)[:, 0]
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def modulated_layer_norm(
-    x: Float[Array, "b l d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]
+    x: Float[Array, "b l d"],
+    shift: Float[Array, "b d"],
+    scale: Float[Array, "b d"],
+    epsilon: float = 1e-6,
 ) -> Float[Array, "b l d"]:
     """layer_norm(x) (1 + scale) + shift, the normalisation in float32."""
-    return _norm_forward(x, shift, scale)[0]
+    return _norm_forward(x, shift, scale, epsilon)[0]
 
 
-def _norm_forward(x, shift, scale, epsilon=1e-6):
+def _norm_forward(x, shift, scale, epsilon):
     x32 = x.astype(jnp.float32)
     mean = x32.mean(axis=-1, keepdims=True)
     variance = jnp.square(x32 - mean).mean(axis=-1, keepdims=True)
@@ -57,7 +61,7 @@ def _norm_forward(x, shift, scale, epsilon=1e-6):
     return y.astype(x.dtype), (x, mean, inverse, scale)
 
 
-def _norm_backward(residuals, dy):
+def _norm_backward(epsilon, residuals, dy):
     # With n = (x - mean) inverse and dn = dy (1 + scale):
     # dx = inverse (dn - mean_d(dn) - n mean_d(dn n)), every mean a product with (1 + scale).
     x, mean, inverse, scale = residuals

@@ -67,12 +67,13 @@ def modulated_layer_norm(
     shift: Float[Array, "b d"],
     scale: Float[Array, "b d"],
     *,
+    epsilon: float = 1e-6,
     custom_gradients: bool = False,
 ) -> Float[Array, "b l d"]:
     """adaLN: `modulate(layer_norm(x), shift, scale)`, with either backward pass."""
     if custom_gradients:
-        return gradients.modulated_layer_norm(x, shift, scale)
-    return modulate(layer_norm(x), shift, scale)
+        return gradients.modulated_layer_norm(x, shift, scale, epsilon)
+    return modulate(layer_norm(x, epsilon), shift, scale)
 
 
 def gated_residual(

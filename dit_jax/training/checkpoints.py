@@ -60,18 +60,23 @@ def fingerprint(tree: Any) -> list[int]:
     return [int(s) for s in np.asarray(_bit_sums(tree))]
 
 
-def _by_path(tree: Any) -> dict[str, Any]:
-    """Leaves by paths such as 'state/params/blocks/mlp/fc1/kernel', however nodes are typed."""
-
+def _path(entries: tuple) -> str:
     def name(entry) -> str:
         for attribute in ("name", "key", "idx"):
             if hasattr(entry, attribute):
                 return str(getattr(entry, attribute))
         raise TypeError(f"unknown path entry {entry!r}")
 
-    return {
-        "/".join(map(name, path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    return "/".join(map(name, entries))
+
+
+def paths_of(tree: Any) -> Any:
+    """A tree of its leaves' paths, as 'state/params/blocks/mlp/fc1/kernel', however typed."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: _path(path), tree)
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    return {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 class Checkpoints:
@@ -222,6 +227,25 @@ class Checkpoints:
             raise MismatchError(
                 f"checkpoint {self.path(step)} belongs to another configuration:\n{shown}"
             )
+
+    def inspect(self, target: Any, step: int) -> list[int]:
+        """The fingerprint of a checkpoint that was written from a tree like `target`.
+
+        Raises:
+            MismatchError: it was not.
+            CheckpointError: its description cannot be read.
+        """
+        try:
+            self._refuse_other_shapes(target, step)
+            arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
+            return self._manager.restore(step, args=arguments)["meta"]["fingerprint"]
+        except MismatchError:
+            raise
+        except Exception as error:  # whatever orbax and tensorstore raise on damaged files
+            reason = str(error).strip().split("\n")[0] or repr(error)
+            raise CheckpointError(
+                f"checkpoint {self.path(step)} cannot be read: {reason}"
+            ) from error
 
     def _read(self, target: Any, step: int) -> Any:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)

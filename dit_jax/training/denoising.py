@@ -55,9 +55,9 @@ class Denoising:
         """Forward and backward pass, the backward counted as two forwards."""
         return 3 * self.denoiser.network.flops_per_example
 
-    def init(self, key: Key[Array, ""]) -> TrainState:
-        """Fresh parameters, their averages and the optimizer's state."""
-        params = self.denoiser.network.init(key)
+    def init(self, key: Key[Array, ""], params: Any = None) -> TrainState:
+        """Fresh parameters (or `params`), their averages and the optimizer's state."""
+        params = self.denoiser.network.init(key) if params is None else params
         return TrainState(
             step=jnp.int32(0),
             params=params,

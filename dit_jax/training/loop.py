@@ -135,6 +135,7 @@ def train(
     preview: Callable[[int, dict[str, Any]], None] | None = None,
     announce: Callable[[str], None] = lambda text: print(text, flush=True),
     strict: bool = True,
+    initial_params: Callable[[], Any] | None = None,
 ) -> TrainResult:
     """Trains `method` up to `options.num_steps`, from the newest checkpoint if there is one.
 
@@ -149,6 +150,7 @@ def train(
         preview: called with (step, weights) every `preview_every` steps.
         announce: prints a line for the person watching.
         strict: refuse to continue from a checkpoint made with another seed or other data.
+        initial_params: reads the parameters to start from, if there is no checkpoint yet.
 
     Raises:
         ValueError: the checkpoint is of another seed or other data, and `strict`.
@@ -158,7 +160,9 @@ def train(
     shardings = placement.state_shardings(abstract)
     restored = _restore(checkpoints, abstract, shardings, placement, data, key, strict)
     if restored is None:
-        state, step = jax.jit(method.init, out_shardings=shardings)(key), 0
+        given = (initial_params(),) if initial_params else ()
+        state, step = jax.jit(method.init, out_shardings=shardings)(key, *given), 0
+        del given
     else:
         state, step = restored.state["state"], restored.step
         announce(f"continuing from step {step} ({checkpoints.path(step)})")

@@ -38,8 +38,13 @@ class TrainState:
 class Method(Protocol):
     """An objective. Both functions are pure; the loop jits them and places their arrays."""
 
-    def init(self, key: Key[Array, ""]) -> Any:
-        """The state before the first update; it has an int32 leaf `step`, here 0."""
+    def init(self, key: Key[Array, ""], params: Any = None) -> Any:
+        """The state before the first update; it has an int32 leaf `step`, here 0.
+
+        Args:
+            key: of everything random in it.
+            params: the trained network's parameters to start from, instead of fresh ones.
+        """
         ...
 
     def update(self, state: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Any, Metrics]:

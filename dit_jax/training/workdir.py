@@ -23,6 +23,7 @@ _FREE = (
     "name",
     "sampling.",
     "evaluation.",
+    "autoencoder.",
     "mesh.",
     "data.num_workers",
     "training.num_steps",

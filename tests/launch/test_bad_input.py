@@ -10,7 +10,7 @@ from PIL import Image
 from dit_jax import config as config_lib
 from dit_jax.evaluation import load_adm_npz
 from dit_jax.training import workdir as workdir_lib
-from launch import evaluate, sample, train, wiring
+from launch import evaluate, loading, sample, train, wiring
 from tests.launch.conftest import tiny_config
 
 
@@ -102,15 +102,15 @@ def test_a_truncated_checkpoint_gives_way_to_the_one_before(capsys, trained, tmp
     train.run(tiny_config(**{"training.num_steps": 8}), workdir)
     for file in (workdir / "checkpoints" / "8").rglob("d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    model = wiring.load_model(workdir)
+    model = loading.load_model(workdir)
     assert model.step == 4 and (workdir / "checkpoints" / "8").is_dir()
-    error = refusal(capsys, wiring.load_model, workdir, step=8)
+    error = refusal(capsys, loading.load_model, workdir, step=8)
     assert str(workdir / "checkpoints" / "8") in error and "cannot be read" in error
     capsys.readouterr()
     result = train.run(tiny_config(**{"training.num_steps": 8}), workdir)
     assert result.step == 8 and "continuing from step 4" in capsys.readouterr().out
     assert (workdir / "checkpoints" / "8.damaged").is_dir()
-    assert wiring.load_model(workdir).step == 8
+    assert loading.load_model(workdir).step == 8
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,142 @@
+"""Samples on their way to a file: kept on disk as they are made, so that nothing is made twice.
+
+Tens of thousands of images take hours and do not fit into memory. They go, as bytes, into a
+memory-mapped array in a hidden folder beside the destination; a note of how many are complete is
+renewed after every batch. An interrupted run finds both and goes on, if it would make the same
+images.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from dit_jax.evaluation.files import (
+    atomic_file,
+    check_destination,
+    save_json,
+    save_png_folder,
+)
+
+
+class SampleStore:
+    """Images number 0 to n - 1 of one way of sampling.
+
+    Args:
+        path: the destination: .npz for the ADM evaluator's format, else a folder of PNGs. A record
+            goes beside it as `path` with the suffix .json.
+        count: n.
+        image_shape: (height, width, channels).
+        record: everything that decides the images; JSON values.
+        restart: discard what an earlier run left.
+
+    Attributes:
+        done: images that are complete.
+
+    Raises:
+        FileExistsError: an interrupted run of other settings is there; they are named.
+        OSError: there is no space, or no permission.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        count: int,
+        image_shape: tuple[int, int, int],
+        record: Mapping[str, Any],
+        *,
+        restart: bool = False,
+    ):
+        self.path, self.count = Path(path), count
+        self.record = json.loads(json.dumps(record))  # as it will be read back
+        self._folder = self.path.with_name(f".{self.path.name}.partial")
+        self._progress = self._folder / "progress.json"
+        self._file = self._folder / "images.npy"
+        if restart:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        shape = (count, *image_shape)
+        self.done = self._resume(shape)
+        if not self.done:
+            self._require_space(int(np.prod(shape)))
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._images = np.lib.format.open_memmap(self._file, "w+", np.uint8, shape)
+            self._note()
+        else:
+            self._images = np.lib.format.open_memmap(self._file, "r+")
+
+    def _resume(self, shape: tuple[int, ...]) -> int:
+        if not self._progress.is_file() or not self._file.is_file():
+            return 0
+        try:
+            noted = json.loads(self._progress.read_text())
+            record, done = noted["record"], int(noted["done"])
+            found = np.load(self._file, mmap_mode="r", allow_pickle=False).shape
+        except (ValueError, KeyError, TypeError):
+            return 0  # cut off while it was begun: nothing to keep
+        changed = sorted(
+            key
+            for key in record.keys() | self.record.keys()
+            if record.get(key) != self.record.get(key)
+        )
+        if changed or found != shape:
+            listed = ", ".join(changed) or f"shape {found} instead of {shape}"
+            raise FileExistsError(
+                f"an interrupted run left {done} images for {self.path}, made in another way "
+                f"({listed}): go on with its settings, give another --out, or --overwrite to "
+                "discard them"
+            )
+        return done
+
+    def _require_space(self, wanted: int) -> None:
+        check_destination(self.path, overwrite=True)
+        free = shutil.disk_usage(self.path.parent).free
+        if 2 * wanted > free:  # the array and the finished file
+            raise OSError(
+                f"{self.path.parent} has {free / 2**30:.2f} GiB free; {self.count} images need "
+                f"{2 * wanted / 2**30:.2f} GiB while they are made"
+            )
+
+    def _note(self) -> None:
+        temporary = self._progress.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"done": self.done, "record": self.record}))
+        os.replace(temporary, self._progress)
+
+    def append(self, images: UInt8[np.ndarray, "b h w c"]) -> None:
+        """Adds the next images; they are safe on disk when it returns."""
+        self._images[self.done : self.done + len(images)] = images
+        self._images.flush()
+        self.done += len(images)
+        self._note()
+
+    def finish(self, labels: Int[np.ndarray, " n"] | None, *, overwrite: bool = False) -> None:
+        """Writes the destination and its record, and removes what was temporary.
+
+        Raises:
+            ValueError: images are missing.
+        """
+        if self.done != self.count:
+            raise ValueError(f"{self.done} of {self.count} images are there")
+        if self.path.suffix == ".npz":
+            arrays = {"arr_0": self._images}
+            if labels is not None:
+                arrays["arr_1"] = np.asarray(labels, np.int64)
+            with atomic_file(self.path, overwrite=overwrite) as file:
+                np.savez(file, **arrays)  # in pieces; never the whole array in memory
+        else:
+            save_png_folder(self.path, self._images, overwrite=overwrite)
+        save_json(record_path(self.path), self.record, overwrite=True)
+        del self._images
+        shutil.rmtree(self._folder)
+
+
+def record_path(path: Path) -> Path:
+    """Where the record of samples at `path` is: 'x.npz' and the folder 'x' have 'x.json'."""
+    path = Path(path)
+    return (
+        path.with_suffix(".json") if path.suffix == ".npz" else path.with_name(f"{path.name}.json")
+    )

@@ -1,0 +1,170 @@
+"""Reading one set of weights out of a run's checkpoint, array by array.
+
+A checkpoint holds four or more trees of the network's size (parameters, averages, the optimizer's
+moments). Sampling and conversion need one of them, and conversion one array of it at a time.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+from dit_jax.training import workdir
+from dit_jax.training.checkpoints import (
+    CheckpointError,
+    Checkpoints,
+    MismatchError,
+    fingerprint,
+    paths_of,
+)
+from dit_jax.training.method import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedWeights:
+    """One set of weights of one checkpoint; nothing is read before it is asked for.
+
+    Attributes:
+        directory: the checkpoint's.
+        name: of the weights, 'raw' or an average's.
+        step: updates they have seen.
+        leaves: nested like the parameters, the path in the checkpoint of each.
+        fingerprints: by path in the checkpoint.
+    """
+
+    directory: Path
+    name: str
+    step: int
+    leaves: Any
+    fingerprints: Mapping[str, int]
+
+    def read(self, path: str) -> np.ndarray:
+        """Reads one array, in host memory.
+
+        Args:
+            path: in the checkpoint, a leaf of `leaves`.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        item: Any = jax.ShapeDtypeStruct((), np.float32)
+        options: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+        for part in reversed(path.split("/")):
+            item, options = {part: item}, {part: options}
+        try:
+            arguments = ocp.args.PyTreeRestore(item, restore_args=options, partial_restore=True)
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                found = checkpointer.restore(self.directory / "state", args=arguments)
+        except Exception as error:  # whatever orbax and tensorstore raise on damaged files
+            reason = str(error).strip().split("\n")[0] or repr(error)
+            raise CheckpointError(
+                f"checkpoint {self.directory} cannot be read at {path}: {reason}"
+            ) from error
+        (array,) = jax.tree.leaves(found)
+        if fingerprint(array)[0] != self.fingerprints[path]:
+            raise CheckpointError(
+                f"checkpoint {self.directory} is damaged: {path} is not what was written"
+            )
+        return array
+
+    def load(self, put: Callable[[np.ndarray], Any] = lambda array: array) -> Any:
+        """Reads all arrays, each handed to `put` before the next is read."""
+        return jax.tree.map(lambda path: put(self.read(path)), self.leaves)
+
+
+def choose_weights(available: Mapping[str, Any], wanted: str) -> str:
+    """The name in `available` (`Method.weights`) that `wanted` means; 'ema' is the first average.
+
+    Raises:
+        CheckpointError: there are no such weights, with those there are.
+    """
+    averages = [name for name in available if name != "raw"]
+    name = averages[0] if wanted == "ema" and averages else wanted
+    if name not in available:
+        raise CheckpointError(f"no weights {wanted!r}; there are {', '.join(available)}")
+    return name
+
+
+class RunWeights:
+    """A set of weights in all checkpoints of a run.
+
+    Args:
+        directory: the run's workdir.
+        method: the run's, for the structure of its state.
+        weights: 'raw', 'ema' (the first average), or an average's name.
+
+    Attributes:
+        steps: of the checkpoints, ascending.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or no such weights.
+    """
+
+    def __init__(self, directory: Path, method: Method, weights: str = "ema"):
+        self._saved = Path(directory) / workdir.CHECKPOINTS
+        if not self._saved.is_dir():
+            raise CheckpointError(f"{directory} has no checkpoint yet: train first")
+        self._checkpoints = Checkpoints(self._saved, read_only=True)
+        self.steps = self._checkpoints.steps()
+        if not self.steps:
+            raise CheckpointError(f"{directory} has no checkpoint yet: train first")
+        key = jax.random.key(0)
+        self._state = {
+            "state": jax.eval_shape(method.init, key),
+            "key": jax.eval_shape(jax.random.key_data, key),
+        }
+        self._paths = paths_of(self._state)
+        # A Method's weights are parts of its state: of a state of paths they are the paths.
+        available = method.weights(self._paths["state"])
+        self._name = choose_weights(available, weights)
+        self._leaves = available[self._name]
+
+    def open(self, step: int | None = None) -> SavedWeights:
+        """The weights of the checkpoint of `step`, by default the newest.
+
+        Raises:
+            CheckpointError: there is none of that step, or its description is damaged.
+            MismatchError: it is of another configuration.
+        """
+        step = self.steps[-1] if step is None else step
+        if step not in self.steps:
+            raise CheckpointError(
+                f"no checkpoint of step {step} in {self._saved}; there are {self.steps}"
+            )
+        found = self._checkpoints.inspect(self._state, step)
+        names = jax.tree.leaves(self._paths)
+        return SavedWeights(
+            self._checkpoints.path(step),
+            self._name,
+            step,
+            self._leaves,
+            dict(zip(names, found, strict=True)),
+        )
+
+    def load(
+        self, put: Callable[[np.ndarray], Any], step: int | None = None
+    ) -> tuple[SavedWeights, Any]:
+        """Reads all arrays of the newest checkpoint that can be read, or of `step`.
+
+        Returns:
+            Where they are from, and the arrays as `put` made them, nested like the parameters.
+
+        Raises:
+            CheckpointError: none can be read, or that of `step` cannot.
+        """
+        for candidate in self.steps[::-1] if step is None else [step]:
+            try:
+                saved = self.open(candidate)
+                return saved, saved.load(put)
+            except MismatchError:
+                raise
+            except CheckpointError as error:
+                if step is not None:
+                    raise
+                logging.warning("%s; trying the one before it", error)
+        raise CheckpointError(f"none of the checkpoints {self.steps} in {self._saved} can be read")

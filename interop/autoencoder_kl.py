@@ -1,0 +1,286 @@
+"""Autoencoders in diffusers folders and in bare weights files: configuration, reading, writing."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, Params
+from interop.autoencoder_tables import diffusers_table, original_table
+from interop.recognise import description
+from interop.table import (
+    abstract_params,
+    export_arrays,
+    export_specs,
+    flat_shapes,
+    flatten,
+    load_params,
+)
+from interop.tensors import InteropError, TensorFile, open_tensors, write_safetensors
+
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+
+# Architectures by name, for files that hold weights and no configuration. The scaling factors of
+# others with the same tensors differ (SDXL 0.13025, SD3 1.5305 and 0.0609): hence the warning.
+KNOWN = {
+    "sd": AutoencoderKLConfig(scaling_factor=0.18215),
+    "flux": AutoencoderKLConfig(
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        latent_channels=16,
+        sample_size=1024,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ),
+}
+
+
+# Keys of config.json that are ours under the same name, with diffusers' defaults.
+_DEFAULTS = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": (64,),
+    "layers_per_block": 1,
+    "norm_num_groups": 32,
+    "sample_size": 32,
+    "scaling_factor": 0.18215,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+    "force_upcast": True,
+}
+
+
+def config_from_diffusers(
+    values: Mapping[str, Any], *, dtype: str = "auto", where: str = CONFIG
+) -> AutoencoderKLConfig:
+    """An `AutoencoderKL`'s config.json as ours.
+
+    Args:
+        values: the JSON's values; absent ones have diffusers' defaults (sd-vae-ft-mse and -ema,
+            whose files are older than the key scaling_factor, rely on 0.18215).
+        dtype: of the computation, see `AutoencoderKLConfig`.
+        where: for errors.
+
+    Raises:
+        InteropError: another class, an option this network does not have, or a value out of range.
+    """
+    if values.get("_class_name") != "AutoencoderKL":
+        raise InteropError(
+            f"{where} describes a {values.get('_class_name')}; expected an AutoencoderKL"
+        )
+    count = len(values.get("block_out_channels", (64,)))
+    fixed = {
+        "act_fn": "silu",
+        "down_block_types": ["DownEncoderBlock2D"] * count,
+        "up_block_types": ["UpDecoderBlock2D"] * count,
+        "latents_mean": None,
+        "latents_std": None,
+    }
+    for name, wanted in fixed.items():
+        found = values.get(name, wanted)
+        if (list(found) if isinstance(found, list | tuple) else found) != wanted:
+            raise InteropError(
+                f"{where}: {name}={found!r}; this AutoencoderKL has {wanted!r} and nothing else"
+            )
+    chosen = {name: values.get(name, default) for name, default in _DEFAULTS.items()}
+    chosen["block_out_channels"] = tuple(chosen["block_out_channels"])
+    size = chosen["sample_size"]
+    chosen["sample_size"] = size if isinstance(size, int) else min(size)
+    try:
+        return AutoencoderKLConfig(
+            **chosen, shift_factor=values.get("shift_factor") or 0.0, dtype=dtype
+        )
+    except (TypeError, ValueError) as error:
+        raise InteropError(f"{where}: {error}") from error
+
+
+def config_to_diffusers(config: AutoencoderKLConfig) -> dict[str, Any]:
+    """The config.json of the `AutoencoderKL` with the same function."""
+    count = len(config.block_out_channels)
+    values = {name: getattr(config, name) for name in _DEFAULTS}
+    values["block_out_channels"] = list(config.block_out_channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "down_block_types": ["DownEncoderBlock2D"] * count,
+        "up_block_types": ["UpDecoderBlock2D"] * count,
+        "latents_mean": None,
+        "latents_std": None,
+        "shift_factor": config.shift_factor or None,
+        **values,
+    }
+
+
+def identify(file: TensorFile) -> str:
+    """Which of `KNOWN` the tensors of a file without configuration look like.
+
+    Raises:
+        InteropError: none, with what its shapes say.
+    """
+    channels = _latent_channels(file)
+    for name, config in KNOWN.items():
+        if config.latent_channels == channels:
+            return name
+    raise InteropError(
+        f"{file.path}: latents of {channels} channels are neither Stable Diffusion's (4) nor "
+        f"Flux's (16): give the diffusers folder, whose {CONFIG} describes it"
+    )
+
+
+def _latent_channels(file: TensorFile) -> int:
+    for prefix in ("", "first_stage_model."):
+        spec = file.specs.get(f"{prefix}decoder.conv_in.weight")
+        if spec is not None and len(spec.shape) == 4:
+            return spec.shape[1]
+    raise InteropError(f"{file.path} holds no AutoencoderKL: {description(file.specs)}")
+
+
+def load_autoencoder(
+    path: str | os.PathLike,
+    *,
+    which: str = "",
+    dtype: str = "auto",
+    sharding: Any = None,
+) -> tuple[AutoencoderKL, Params, str]:
+    """Reads an autoencoder.
+
+    Args:
+        path: a diffusers folder (config.json and weights), a pipeline's folder (its vae/), or a
+            bare weights file in either layout.
+        which: for a bare file: 'sd' or 'flux' (`KNOWN`); default: by its tensors, with a warning
+            that names the scaling factor thereby assumed.
+        dtype: of the computation, see `AutoencoderKLConfig`.
+        sharding: where the parameters are put; default: the first device.
+
+    Returns:
+        The autoencoder, its float32 parameters, and the SHA-256 of the weights file.
+
+    Raises:
+        InteropError: no autoencoder there, another architecture, or weights that differ from the
+            configuration (one error with all differences).
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        folder = path / "vae" if (path / "vae" / CONFIG).is_file() else path
+        if which:
+            raise InteropError(f"which={which!r} is for bare weights; {folder} has a {CONFIG}")
+        config, weights = _read_config(folder, dtype), _find_weights(folder)
+        file = open_tensors(weights)
+    elif path.is_file():
+        file, weights = open_tensors(path), path
+        config = _known_config(file, which, dtype)
+    else:
+        raise InteropError(f"no autoencoder at {path}: expected a diffusers folder or a file")
+    _latent_channels(file)  # another architecture is told as such, not as a thousand differences
+    autoencoder = AutoencoderKL(config)
+    original = any("mid.block_1." in name for name in file.specs)
+    table = (original_table if original else diffusers_table)(config)
+    params = load_params(
+        table,
+        abstract_params(autoencoder),
+        file,
+        put=lambda path, array: jax.device_put(array, sharding),
+    )
+    return autoencoder, params, _sha256(weights)
+
+
+def _read_config(folder: Path, dtype: str) -> AutoencoderKLConfig:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise InteropError(f"{folder} has no {CONFIG}: it is no autoencoder saved by diffusers")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise InteropError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise InteropError(f"{path} holds no JSON object")
+    return config_from_diffusers(values, dtype=dtype, where=str(path))
+
+
+def _find_weights(folder: Path) -> Path:
+    for name in (WEIGHTS, "diffusion_pytorch_model.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    variants = sorted(folder.glob("*.safetensors"))
+    if len(variants) == 1:
+        return variants[0]
+    found = f"several: {', '.join(v.name for v in variants)}" if variants else "none"
+    raise InteropError(f"expected {WEIGHTS} in {folder}; found {found}. Give a file's path instead")
+
+
+def _known_config(file: TensorFile, which: str, dtype: str) -> AutoencoderKLConfig:
+    if which and which not in KNOWN:
+        raise InteropError(f"which={which!r}: expected one of {', '.join(KNOWN)}")
+    name = which or identify(file)
+    config = KNOWN[name]
+    if not which:
+        warnings.warn(
+            f"{file.path} has no {CONFIG}: taken for the {name!r} autoencoder, scaling factor "
+            f"{config.scaling_factor}, shift {config.shift_factor}",
+            stacklevel=3,
+        )
+    return AutoencoderKLConfig(**{**vars(config), "dtype": dtype})
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_autoencoder(
+    folder: str | os.PathLike,
+    autoencoder: AutoencoderKL,
+    params: Params,
+    *,
+    dtype: Any = np.float32,
+    layout: str = "diffusers",
+) -> str:
+    """Writes an autoencoder for diffusers' `AutoencoderKL.from_pretrained(folder)`.
+
+    Args:
+        folder: must not exist; it appears complete or not at all.
+        autoencoder: what to write.
+        params: its parameters.
+        dtype: of the tensors.
+        layout: 'diffusers', or 'original' for the original names (with our config.json beside).
+
+    Returns:
+        The SHA-256 of the weights file.
+
+    Raises:
+        FileExistsError: `folder` exists.
+        ValueError: `layout` is unknown.
+    """
+    tables = {"diffusers": diffusers_table, "original": original_table}
+    if layout not in tables:
+        raise ValueError(f"layout={layout!r}: expected one of {', '.join(tables)}")
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: delete it or choose another folder")
+    table, shapes = tables[layout](autoencoder.config), flat_shapes(params)
+    leaves = dict(flatten(params))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        arrays = export_arrays(table, shapes, lambda path: np.asarray(leaves[path]), dtype)
+        specs = export_specs(table, shapes, dtype)
+        metadata = {"format": "pt"}
+        digest = write_safetensors(temporary / WEIGHTS, specs, arrays, metadata=metadata)
+        text = json.dumps(config_to_diffusers(autoencoder.config), indent=2)
+        (temporary / CONFIG).write_text(text + "\n")
+        temporary.chmod(0o755)
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return digest

@@ -1,0 +1,322 @@
+"""Writing a model in another format: state dicts of the original code, diffusers pipelines, ours.
+
+Parameters go from the source to the destination one at a time. A destination appears whole or not
+at all. What the other side would compute differently is an error, or, for diffusers, written into
+the model card, the summary and `dit_jax.json`, from which `interop.pipelines` mends it.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax import __version__, experiment
+from dit_jax import config as config_lib
+from dit_jax.diffusion.process import DDPM, RectifiedFlow
+from dit_jax.evaluation.files import atomic_file, atomic_folder, check_destination
+from interop import dit
+from interop.autoencoder_kl import load_autoencoder, save_autoencoder
+from interop.model_card import model_card
+from interop.models import CARD, FORMAT, KINDS, WEIGHTS, FoundModel
+from interop.pixel_autoencoder import TOLERANCE, pixel_autoencoder
+from interop.schedulers import scheduler_config
+from interop.table import (
+    Table,
+    abstract_params,
+    export_arrays,
+    export_specs,
+    flat_shapes,
+    native_table,
+)
+from interop.tensors import InteropError, TensorSpec, write_pt, write_safetensors
+
+DTYPES = ("float32", "bfloat16", "float16")
+TRANSFORMER_WEIGHTS = "diffusion_pytorch_model.safetensors"
+PIPELINE_VERSION = "0.42.1"  # of diffusers, with which exports were tested
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What was (or, in a dry run, would be) written.
+
+    Attributes:
+        kind: the destination's.
+        path: the destination.
+        tensors: how many.
+        parameters: numbers in all tensors.
+        dtype: of the tensors.
+        sha256: of the weights file; empty in a dry run.
+        notes: what differs from what a user may expect.
+    """
+
+    kind: str
+    path: Path
+    tensors: int
+    parameters: int
+    dtype: str
+    sha256: str
+    notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """A destination's tensors and everything else it will hold."""
+
+    table: Table
+    notes: tuple[str, ...]
+    num_embeds: int | None = None
+
+
+def write_model(
+    model: FoundModel,
+    kind: str,
+    destination: str | Path,
+    *,
+    dtype: str = "float32",
+    autoencoder: str | Path | None = None,
+    class_names: Sequence[str] = (),
+    metrics: Mapping[str, Any] | None = None,
+    allow_inexact: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Summary:
+    """Writes a model as `kind`.
+
+    Args:
+        model: from `open_model`.
+        kind: 'dit_jax' and 'diffusers' make a folder, 'dit_pt' and 'sit_pt' a file (.safetensors by
+            its suffix, else .pt).
+        destination: must not exist, unless `overwrite`.
+        dtype: of the tensors.
+        autoencoder: the VAE of a pipeline; by default the one that came with the model.
+        class_names: one a class for a pipeline's id2label; by default the model's, or numbers.
+        metrics: an evaluation's record, for the model card.
+        allow_inexact: write a state dict although the original code would compute something else
+            with it than this model does.
+        overwrite: replace an earlier export.
+        dry_run: check everything that can be checked, write nothing.
+
+    Raises:
+        InteropError: the format cannot hold this model, or its code would compute something else.
+        FileExistsError: the destination exists.
+    """
+    if kind not in KINDS:
+        raise InteropError(f"--to={kind}: expected one of {', '.join(KINDS)}")
+    if dtype not in DTYPES:
+        raise InteropError(f"--dtype={dtype}: expected one of {', '.join(DTYPES)}")
+    destination = Path(destination)
+    _refuse_destination(model, destination, overwrite)
+    plan = _plan(model, kind, allow_inexact)
+    shapes = flat_shapes(abstract_params(model.network))
+    specs = export_specs(plan.table, shapes, jnp.dtype(dtype))
+    vae, vae_note = None, ()
+    if kind == "diffusers":
+        vae, vae_note = _pipeline_autoencoder(model, autoencoder)
+    elif autoencoder:
+        raise InteropError(f"--vae does not apply to --to={kind}: only a pipeline holds one")
+    summary = Summary(
+        kind,
+        destination,
+        len(specs),
+        sum(spec.size for spec in specs.values()),
+        dtype,
+        "",
+        (*model.notes, *plan.notes, *vae_note),
+    )
+    if dry_run:
+        return summary
+    writer = _Writer(model, plan, shapes, specs, jnp.dtype(dtype))
+    if kind in ("dit_pt", "sit_pt"):
+        with atomic_file(destination, overwrite=overwrite) as file:
+            digest = writer.write(Path(file.name), destination.suffix == ".safetensors")
+    else:
+        names = tuple(class_names) or model.class_names
+        names = names or tuple(map(str, range(model.network.num_classes)))
+        if len(names) != model.network.num_classes:
+            raise InteropError(f"{len(names)} class names for {model.network.num_classes} classes")
+        card = _card(model, names, dtype)
+        with atomic_folder(destination, overwrite=overwrite) as folder:
+            if kind == "dit_jax":
+                digest = writer.write(folder / WEIGHTS, True)
+            else:
+                digest = _write_pipeline(folder, model, plan, writer, vae, names)
+            _write_json(folder / CARD, card | {"sha256": digest})
+            text = model_card(model, kind, plan.notes + vae_note, digest, metrics)
+            (folder / "README.md").write_text(text)
+    return dataclasses.replace(summary, sha256=digest)
+
+
+def _refuse_destination(model: FoundModel, destination: Path, overwrite: bool) -> None:
+    check_destination(destination, overwrite=overwrite)
+    if not destination.exists():
+        return
+    if destination.resolve() == model.path.resolve():
+        raise InteropError(f"{destination} is the model being read: choose another destination")
+    if model.path.resolve().is_relative_to(destination.resolve()):
+        raise InteropError(f"{destination} contains the model being read")
+    if destination.is_dir() and any(destination.iterdir()) and not (destination / CARD).is_file():
+        raise InteropError(
+            f"{destination} is a folder that no conversion wrote (it has no {CARD}): --overwrite "
+            "does not delete it. Choose another destination or remove it"
+        )
+
+
+def _plan(model: FoundModel, kind: str, allow_inexact: bool) -> _Plan:
+    network = model.network.config
+    process = experiment.build_process(model.config)
+    if kind == "dit_jax":
+        return _Plan(native_table(flat_shapes(abstract_params(model.network))), ())
+    if kind == "diffusers":
+        scheduler_config(process)  # whether there is one
+        return _plan_diffusers(network)
+    differences = _differences_from_original(network, process, kind)
+    if differences and not allow_inexact:
+        listed = "\n".join(f"  {line}" for line in differences)
+        raise InteropError(
+            f"the original code would compute something else with these weights:\n{listed}\n"
+            "--allow_inexact writes them all the same"
+        )
+    notes = tuple(f"not what the original code computes: {line}" for line in differences)
+    return _Plan(dit.original_table(network), notes)
+
+
+def _differences_from_original(network: Any, process: Any, kind: str) -> list[str]:
+    height, width = network.input_size
+    lines = []
+    if network.time_frequency_spacing != "original":
+        lines.append(
+            f"its time frequencies are spaced as diffusers', "
+            f"model.time_frequency_spacing={network.time_frequency_spacing!r}"
+        )
+    if network.mlp_norm_epsilon != 1e-6:
+        lines.append(f"model.mlp_norm_epsilon={network.mlp_norm_epsilon:g}, the original's is 1e-6")
+    if height != width:
+        lines.append(f"the input is {height}x{width}, the original's square")
+    if not network.num_classes:
+        lines.append("it is unconditional, the original needs classes")
+    if kind == "dit_pt":
+        wanted = DDPM(learned_variance=network.learn_sigma)
+        if not isinstance(process, DDPM) or process != wanted:
+            lines.append(f"it denoises {process}, the original {wanted}")
+    elif not isinstance(process, RectifiedFlow) or process != RectifiedFlow():
+        lines.append(f"it denoises {process}, SiT {RectifiedFlow()}")
+    return lines
+
+
+def _plan_diffusers(network: Any) -> _Plan:
+    notes = []
+    if network.time_frequency_spacing != "diffusers":
+        notes.append(
+            "INEXACT in plain diffusers: it spaces the time frequencies by 1/127, this model by "
+            "1/128, and no transform of weights makes up for it. Load it with "
+            "interop.pipelines.load_pipeline, which sets the spacing"
+        )
+    num_embeds = None
+    count = network.num_classes
+    if 0 < count < dit.PIPELINE_NULL_CLASS:
+        num_embeds = dit.PIPELINE_NULL_CLASS
+        notes.append(
+            f"the class table is filled up with zeros from {count} to {num_embeds} classes, since "
+            f"DiTPipeline takes index {num_embeds} for no class"
+        )
+    elif count > dit.PIPELINE_NULL_CLASS:
+        notes.append(
+            f"INEXACT with guidance in plain diffusers: DiTPipeline takes class "
+            f"{dit.PIPELINE_NULL_CLASS} for no class, this model {count}"
+        )
+    dit.config_to_diffusers(network)  # whether the class can have this shape
+    return _Plan(dit.diffusers_table(network, num_embeds), tuple(notes), num_embeds)
+
+
+def _pipeline_autoencoder(model: FoundModel, given: str | Path | None) -> tuple[Any, tuple]:
+    """The autoencoder with its parameters, or None, and what to say of it."""
+    channels, path = model.network.config.in_channels, given or model.autoencoder
+    if path:
+        autoencoder, params, _ = load_autoencoder(path)
+        found = autoencoder.config.latent_channels
+        if found != channels:
+            raise InteropError(
+                f"the VAE {path} makes latents of {found} channels, the model takes {channels}"
+            )
+        if autoencoder.config.shift_factor:
+            raise InteropError(
+                f"the VAE {path} has shift_factor={autoencoder.config.shift_factor}, which "
+                "DiTPipeline does not apply"
+            )
+        return (autoencoder, params), ()
+    if channels in (1, 3):
+        note = (
+            f"the model makes pixels: the pipeline's VAE is the identity, to within {TOLERANCE:g}"
+        )
+        return pixel_autoencoder(channels), (note,)
+    note = "no VAE inside (--vae): load with DiTPipeline.from_pretrained(folder, vae=...)"
+    return None, (note,)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Writer:
+    model: FoundModel
+    plan: _Plan
+    shapes: Mapping[str, tuple[int, ...]]
+    specs: Mapping[str, TensorSpec]
+    dtype: np.dtype
+
+    def write(self, path: Path, safetensors: bool) -> str:
+        arrays = export_arrays(self.plan.table, self.shapes, self.model.read, self.dtype)
+        if not safetensors:
+            return write_pt(path, self.specs, arrays)
+        return write_safetensors(path, self.specs, arrays, metadata={"format": "pt"})
+
+
+def _card(model: FoundModel, class_names: Sequence[str], dtype: str) -> dict[str, Any]:
+    """What a folder of ours says about itself, enough to read it back exactly."""
+    return {
+        "format": FORMAT,
+        "dit_jax_version": __version__,
+        "weights": model.weights,
+        "step": model.step,
+        "dtype": dtype,
+        "num_classes": model.network.num_classes,
+        "time_frequency_spacing": model.network.config.time_frequency_spacing,
+        "class_names": list(class_names),
+        "pixels": model.autoencoder is None and model.network.config.in_channels in (1, 3),
+        "config": json.loads(config_lib.to_json(model.config)),
+    }
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _write_pipeline(
+    folder: Path,
+    model: FoundModel,
+    plan: _Plan,
+    writer: _Writer,
+    vae: Any,
+    class_names: Sequence[str],
+) -> str:
+    process = experiment.build_process(model.config)
+    scheduler = scheduler_config(process)
+    transformer = dit.config_to_diffusers(model.network.config, plan.num_embeds)
+    version = {"_diffusers_version": PIPELINE_VERSION}
+    for name in ("transformer", "scheduler"):
+        (folder / name).mkdir()
+    _write_json(folder / "transformer" / "config.json", transformer | version)
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler | version)
+    index: dict[str, Any] = {
+        "_class_name": "DiTPipeline",
+        **version,
+        "id2label": {str(i): name for i, name in enumerate(class_names)},
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "transformer": ["diffusers", "DiTTransformer2DModel"],
+    }
+    if vae:
+        index["vae"] = ["diffusers", "AutoencoderKL"]
+        save_autoencoder(folder / "vae", *vae)
+    _write_json(folder / "model_index.json", index)
+    return writer.write(folder / "transformer" / TRANSFORMER_WEIGHTS, True)

@@ -1,0 +1,91 @@
+"""The README.md of an exported model: what it is, how it was made, how to use it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from interop.models import FoundModel
+
+
+def model_card(
+    model: FoundModel,
+    kind: str,
+    notes: Sequence[str],
+    sha256: str,
+    metrics: Mapping[str, Any] | None,
+) -> str:
+    """Markdown that names data, training steps, measured scores and what differs."""
+    config, network = model.config, model.network.config
+    height, width = network.input_size
+    lines = [
+        "---",
+        "library_name: " + ("diffusers" if kind == "diffusers" else "dit-jax"),
+        "pipeline_tag: unconditional-image-generation",
+        "---",
+        "",
+        f"# {config.name or 'A diffusion transformer'}",
+        "",
+        f"DiT of depth {network.depth}, width {network.hidden_size}, {network.num_heads} heads, "
+        f"patches of {network.patch_size}, on inputs of {height}x{width}x{network.in_channels}; "
+        f"{network.num_classes or 'no'} classes. Converted by dit-jax from {model.kind}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| data | {_data(config) if model.step else 'not recorded in the source'} |",
+        f"| training steps | {model.step or 'not recorded in the source'} |",
+        f"| weights | {model.weights} |",
+        f"| process | {config.process.name} |",
+        f"| learned variance | {network.learn_sigma} |",
+        f"| time-frequency spacing | {network.time_frequency_spacing} |",
+        f"| sha256 of the weights file | {sha256} |",
+        "",
+        "## Scores",
+        "",
+        *_scores(metrics),
+        "",
+        "## Differences to know",
+        "",
+        *([f"- {note}" for note in notes] or ["None."]),
+        "",
+        "## Use",
+        "",
+        *(_DIFFUSERS_USE if kind == "diffusers" else _OWN_USE),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _data(config: Any) -> str:
+    name = config.data.name
+    options = config.data[name].to_dict() if name in config.data else {}
+    source = options.get("dataset") or options.get("path")
+    return f"{name} ({source})" if source else name
+
+
+def _scores(metrics: Mapping[str, Any] | None) -> list[str]:
+    if not metrics:
+        return ["None were given."]
+    return ["```json", json.dumps(metrics.get("scores", metrics), indent=2), "```"]
+
+
+_DIFFUSERS_USE = [
+    "```python",
+    "from diffusers import DiTPipeline",
+    "",
+    'pipeline = DiTPipeline.from_pretrained("path/to/this/folder")',
+    "images = pipeline(class_labels=[0, 1], guidance_scale=1.5, num_inference_steps=50).images",
+    "```",
+    "",
+    "If the time-frequency spacing above is `original`, plain diffusers computes another function;",
+    "with dit-jax installed:",
+    "",
+    "```python",
+    "from interop.pipelines import load_pipeline",
+    "",
+    'pipeline = load_pipeline("path/to/this/folder")',
+    "```",
+]
+_OWN_USE = [
+    "```",
+    "python launch/sample.py --init_from=path/to/this/folder --out=samples.png",
+    "```",
+]

@@ -1,0 +1,374 @@
+"""A diffusion transformer on disk, in any of the formats known here, opened as one thing.
+
+    model = open_model("DiT-XL-2-256x256.pt")    # or a diffusers folder, a workdir, hub:owner/name
+    params = model.load()                        # nested, float32, in host memory
+    network = experiment.build_network(model.config)
+
+Kinds: 'dit_jax' (a training run's workdir, or a folder that `launch/convert.py --to=dit_jax`
+wrote), 'dit_pt' and 'sit_pt' (state dicts of the original code, fast-DiT and SiT, as .pt or
+.safetensors), and 'diffusers' (a pipeline or the folder of its transformer).
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from dit_jax import experiment
+from dit_jax.config import default_config, from_json
+from dit_jax.models import Network
+from dit_jax.training import workdir
+from dit_jax.training.saved_weights import RunWeights
+from interop import dit, hub
+from interop.recognise import description, recognise
+from interop.schedulers import process_from_scheduler
+from interop.table import (
+    ParameterReader,
+    Table,
+    abstract_params,
+    flat_shapes,
+    flatten,
+    native_table,
+    unflatten,
+)
+from interop.tensors import InteropError, TensorFile, open_tensors
+
+KINDS = ("dit_jax", "dit_pt", "sit_pt", "diffusers")
+CARD = "dit_jax.json"  # what a folder of ours says about itself
+WEIGHTS = "weights.safetensors"
+FORMAT = "dit-jax-model/1"
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundModel:
+    """A model on disk: what it is, and its parameters one by one.
+
+    Attributes:
+        kind: one of `KINDS`.
+        path: where it is.
+        config: a resolved configuration whose model and process are the file's.
+        read: our parameter of a dotted path, float32, in host memory.
+        paths: of all parameters.
+        weights: which of several sets they are ('ema', 'raw', ...).
+        step: updates they have seen; 0 where the file does not say.
+        autoencoder: folder of the VAE that came with it.
+        class_names: by class index, where known.
+        notes: what a user should know about how the file was understood.
+    """
+
+    kind: str
+    path: Path
+    config: ml_collections.ConfigDict
+    read: Callable[[str], np.ndarray]
+    paths: tuple[str, ...]
+    weights: str = "ema"
+    step: int = 0
+    autoencoder: Path | None = None
+    class_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def network(self) -> Network:
+        """The network whose parameters these are."""
+        return experiment.build_network(self.config)
+
+    def load(self, put: Callable[[str, np.ndarray], Any] | None = None) -> dict[str, Any]:
+        """All parameters, nested.
+
+        Args:
+            put: (path, array) -> leaf, called for each before the next is read, for instance to
+                place it on (sharded) devices.
+        """
+        put = put or (lambda path, array: array)
+        return unflatten((path, put(path, self.read(path))) for path in self.paths)
+
+
+def open_model(
+    source: str | Path,
+    kind: str = "auto",
+    *,
+    weights: str = "",
+    step: int | None = None,
+    num_heads: int | None = None,
+    time_frequency_spacing: str = "",
+    methods: Mapping[str, Any] = experiment.METHODS,
+) -> FoundModel:
+    """Opens a model without reading its parameters yet.
+
+    Args:
+        source: a path, or 'hub:owner/name[@revision][:path]'; 'KIND:' may stand before it.
+        kind: one of `KINDS`, or 'auto' to tell by the content.
+        weights: of a run 'raw', 'ema' or an average's name, of a training checkpoint 'ema' or
+            'model'; by default the first average where there is one.
+        step: of a run's checkpoints, which one.
+        num_heads: of a .pt, where its width does not tell.
+        time_frequency_spacing: 'original' or 'diffusers', where it is known to differ from what
+            the format's own code computes.
+        methods: builders of the Methods a workdir may have been trained by.
+
+    Raises:
+        InteropError: nothing there, damaged, another architecture, or tensors and configuration
+            contradict each other; everything wrong with the tensors in one list.
+    """
+    prefix, colon, rest = str(source).partition(":")
+    if colon and prefix in KINDS:
+        source, kind = rest, prefix
+    if kind not in ("auto", *KINDS):
+        raise InteropError(f"unknown kind {kind!r}: expected {', '.join(KINDS)}")
+    path = hub.resolve(str(source))
+    if not path.exists():
+        raise InteropError(f"{path} does not exist")
+    kind = _tell_kind(path) if kind == "auto" else kind
+    _require(kind == "dit_jax" or step is None, "step", step, kind, "has no checkpoints by step")
+    is_pt = kind in ("dit_pt", "sit_pt")
+    _require(is_pt or not num_heads, "num_heads", num_heads, kind, "knows its number of heads")
+    if kind == "dit_jax":
+        _require(not time_frequency_spacing, "time_frequency_spacing", "", kind, "knows its own")
+        if (path / CARD).is_file():
+            _require(step is None, "step", step, kind, "folder holds one set of weights")
+            _require(not weights, "weights", weights, kind, "folder holds one set of weights")
+            return _open_folder(path)
+        return _open_workdir(path, weights, step, methods)
+    if is_pt:
+        return _open_original(path, kind, weights, num_heads, time_frequency_spacing)
+    _require(not weights, "weights", weights, kind, "holds one set of weights")
+    return _open_diffusers(path, time_frequency_spacing)
+
+
+def _require(condition: bool, name: str, value: Any, kind: str, reason: str) -> None:
+    if not condition:
+        raise InteropError(f"--{name}={value} does not apply: a {kind} {reason}")
+
+
+def _tell_kind(path: Path) -> str:
+    if path.is_dir():
+        if (path / WEIGHTS).is_file() or (path / workdir.CHECKPOINTS).is_dir():
+            return "dit_jax"
+        if (path / workdir.CONFIG_FILE).is_file() or (path / "model_index.json").is_file():
+            return "diffusers"
+        if (path / "transformer").is_dir():
+            return "diffusers"
+        raise InteropError(
+            f"{path} is neither a workdir of dit-jax ({workdir.CONFIG_FILE} and checkpoints/), nor "
+            f"a folder it converted to ({CARD}, {WEIGHTS}), nor a diffusers pipeline "
+            "(model_index.json)"
+        )
+    file = open_tensors(path)
+    if recognise(file.specs) == "DiT or SiT in the original layout":
+        arguments = file.metadata.get("args") or {}
+        return "sit_pt" if {"path_type", "prediction"} <= set(arguments) else "dit_pt"
+    if recognise(file.specs) == "DiT in diffusers' layout":
+        raise InteropError(
+            f"{path} lies in a diffusers folder: give the folder, with its config.json"
+        )
+    raise InteropError(f"{path} holds no DiT: {description(file.specs)}")
+
+
+def _configured(model: Mapping[str, Any], **sections: Mapping[str, Any]) -> Any:
+    """A resolved configuration: the defaults with these sections' values."""
+    config = default_config()
+    for section, values in {"model": model, **sections}.items():
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                config[section][name].update(value)
+            else:
+                config[section][name] = value
+    return experiment.resolve_config(config)
+
+
+def model_section(network_config: Any) -> dict[str, Any]:
+    """The part of a DiTConfig that the architecture decides, as values of `config.model`."""
+    values = dataclasses.asdict(network_config)
+    for name in ("layer_loop", "remat", "attention", "custom_gradients", "dtype"):
+        del values[name]
+    return values
+
+
+def _found(
+    kind: str, path: Path, config: Any, table: Table | None, file: TensorFile, **more: Any
+) -> FoundModel:
+    shapes = flat_shapes(abstract_params(experiment.build_network(config)))
+    reader = ParameterReader(table or native_table(shapes), shapes, file)
+    return FoundModel(kind, path, config, reader, tuple(reader.paths()), **more)
+
+
+def _open_workdir(path: Path, weights: str, step: int | None, methods: Any) -> FoundModel:
+    config = experiment.resolve_config(workdir.load_config(path))
+    method = experiment.build_method(config, methods)
+    saved = RunWeights(path, method, weights or config.sampling.weights).open(step)
+    leaves = dict(flatten(saved.leaves))
+    found_autoencoder = Path(config.autoencoder.path) if config.autoencoder.path else None
+    return FoundModel(
+        "dit_jax",
+        path,
+        config,
+        lambda name: saved.read(leaves[name]),
+        tuple(leaves),
+        saved.name,
+        saved.step,
+        found_autoencoder,
+    )
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """What a folder of ours says about itself; {} if it is not one.
+
+    Raises:
+        InteropError: it cannot be read, or a later version wrote it.
+    """
+    file = folder / CARD
+    if not file.is_file():
+        return {}
+    try:
+        card = json.loads(file.read_text())
+    except ValueError as error:
+        raise InteropError(f"{file} is damaged: {error}") from error
+    if not isinstance(card, dict) or card.get("format") != FORMAT:
+        raise InteropError(f"{file}: expected the format {FORMAT!r}")
+    return card
+
+
+def _card_config(folder: Path, card: Mapping[str, Any]) -> Any:
+    try:
+        return experiment.resolve_config(from_json(json.dumps(card["config"])))
+    except (KeyError, ValueError) as error:
+        raise InteropError(f"{folder / CARD}: its configuration cannot be used: {error}") from error
+
+
+def _open_folder(path: Path) -> FoundModel:
+    card = read_card(path)
+    file = open_tensors(path / WEIGHTS)
+    config = _card_config(path, card)
+    return _found(
+        "dit_jax",
+        path,
+        config,
+        None,
+        file,
+        weights=card.get("weights", "ema"),
+        step=card.get("step", 0),
+        class_names=tuple(card.get("class_names", ())),
+        autoencoder=Path(config.autoencoder.path) if config.autoencoder.path else None,
+    )
+
+
+def _open_original(
+    path: Path, kind: str, weights: str, num_heads: int | None, spacing: str
+) -> FoundModel:
+    file = open_tensors(path, weights={"": "auto", "raw": "model"}.get(weights, weights))
+    if recognise(file.specs) != "DiT or SiT in the original layout":
+        raise InteropError(f"{path} holds no DiT in the original layout: {description(file.specs)}")
+    network = dit.config_from_original(file, num_heads=num_heads)
+    if spacing:
+        network = dataclasses.replace(network, time_frequency_spacing=spacing)
+    if kind == "sit_pt":
+        sections = {
+            "process": {"name": "flow"},
+            "sampling": {"solver": "heun", "steps": 125, "weights": "ema"},
+        }
+    else:
+        sections = {"process": {"name": "ddpm"}, "sampling": {"solver": "ddpm", "steps": 250}}
+    config = _configured(model_section(network), **sections)
+    arguments = file.metadata.get("args") or {}
+    if kind == "sit_pt":
+        _refuse_other_sit(path, arguments)
+    return _found(
+        kind,
+        path,
+        config,
+        dit.original_table(network),
+        file,
+        weights=file.metadata.get("weights") or "ema",
+    )
+
+
+def _refuse_other_sit(path: Path, arguments: Mapping[str, Any]) -> None:
+    for name, wanted in (("path_type", "Linear"), ("prediction", "velocity")):
+        if arguments.get(name, wanted) != wanted:
+            raise InteropError(
+                f"{path} was trained with {name}={arguments[name]!r}; this library's flow is "
+                f"{name}={wanted!r}"
+            )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise InteropError(f"{file} is missing") from error
+    except ValueError as error:
+        raise InteropError(f"{file} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise InteropError(f"{file}: expected a JSON object")
+    return values
+
+
+def _open_diffusers(path: Path, spacing: str) -> FoundModel:
+    is_pipeline = (path / "model_index.json").is_file() or (path / "transformer").is_dir()
+    folder = path / "transformer" if is_pipeline else path
+    card = read_card(path)
+    values = _read_json(folder / "config.json")
+    network = dit.config_from_diffusers(
+        values,
+        num_classes=card.get("num_classes"),
+        time_frequency_spacing=spacing or card.get("time_frequency_spacing") or "diffusers",
+        where=str(folder / "config.json"),
+    )
+    notes = []
+    if card:
+        config = _card_config(path, card)
+        config = _agree(path, config, network, spacing)
+    else:
+        scheduler = path / "scheduler" / "scheduler_config.json"
+        if scheduler.is_file():
+            process = process_from_scheduler(_read_json(scheduler), str(scheduler))
+        else:
+            process = process_from_scheduler({"_class_name": "DDIMScheduler"}, "")
+            notes.append("no scheduler beside it: taken as DDPM with the linear schedule")
+        config = _configured(model_section(network), **process)
+        notes.append(
+            "taken with diffusers' spacing of time frequencies, which is what diffusers computes; "
+            "weights trained by the original code need --time_frequency_spacing=original"
+        )
+    table = dit.diffusers_table(network, values.get("num_embeds_ada_norm", 1000))
+    names = _class_names(path, network.num_classes) if is_pipeline else ()
+    vae = path / "vae"
+    return _found(
+        "diffusers",
+        path,
+        config,
+        table,
+        open_tensors(folder),
+        weights=card.get("weights", "ema"),
+        step=card.get("step", 0),
+        autoencoder=None if card.get("pixels") or not vae.is_dir() else vae,
+        class_names=names,
+        notes=tuple(notes),
+    )
+
+
+def _agree(path: Path, config: Any, network: Any, spacing: str) -> Any:
+    """The card's configuration, whose model must be the transformer's."""
+    config = config.copy_and_resolve_references()
+    if spacing:
+        config.model.time_frequency_spacing = spacing
+    wanted = model_section(network)
+    for name, value in wanted.items():
+        if config.model[name] != value:
+            raise InteropError(
+                f"{path}: {CARD} says model.{name}={config.model[name]!r}, transformer/config.json "
+                f"{value!r}: which one is right? Correct it, or remove {CARD}"
+            )
+    return config
+
+
+def _class_names(path: Path, count: int) -> tuple[str, ...]:
+    index = path / "model_index.json"
+    names = _read_json(index).get("id2label") or {} if index.is_file() else {}
+    if not isinstance(names, dict) or not all(str(i) in names for i in range(count)):
+        return ()
+    return tuple(str(names[str(i)]) for i in range(count))

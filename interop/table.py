@@ -1,0 +1,467 @@
+"""The mechanism of every conversion: one table an architecture, read in both directions.
+
+A table says, parameter by parameter, which foreign tensors hold it and by which bijection. Import,
+export and the errors about tensors that are missing, unexpected or of another shape all come from
+the same rows, so that what was imported is exported bit for bit.
+
+Nothing here holds more than one row's tensors at a time: a row is read, transformed and handed on.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from interop.tensors import InteropError, TensorFile, TensorSpec
+
+LAYER = "{layer}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """A bijection between one foreign tensor and (a layer's part of) one of our parameters.
+
+    Attributes:
+        forward: foreign to ours.
+        inverse: ours to foreign; with `forward` the identity on ours, bit for bit.
+        accepts: whether a foreign tensor of the first shape will do where the second is expected.
+    """
+
+    forward: Callable[[np.ndarray], np.ndarray]
+    inverse: Callable[[np.ndarray], np.ndarray]
+    accepts: Callable[[tuple[int, ...], tuple[int, ...]], bool] = lambda found, wanted: (
+        found == wanted
+    )
+
+    def then(self, other: "Transform") -> "Transform":
+        """This transform, then `other` on its result."""
+        return Transform(
+            lambda a: other.forward(self.forward(a)),
+            lambda a: self.inverse(other.inverse(a)),
+            self.accepts,
+        )
+
+
+def identity() -> Transform:
+    """Biases, embedding tables, scales."""
+    return Transform(lambda a: a, lambda a: a)
+
+
+def linear() -> Transform:
+    """PyTorch's weight [out, in] and our kernel [in, out]."""
+    return Transform(lambda a: a.T, lambda a: a.T)
+
+
+def linear_or_pointwise() -> Transform:
+    """As `linear`; on import also the same map stored as a 1x1 convolution [out, in, 1, 1]."""
+    return Transform(
+        lambda a: a.reshape(a.shape[:2]).T,
+        lambda a: a.T,
+        lambda found, wanted: found in (wanted, (*wanted, 1, 1)),
+    )
+
+
+def pointwise_conv() -> Transform:
+    """A 1x1 convolution [out, in, 1, 1] and our kernel [in, out]."""
+    return Transform(lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None])
+
+
+def conv() -> Transform:
+    """A convolution's weight [out, in, rows, columns] and our kernel [rows, columns, in, out]."""
+    return Transform(lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1))
+
+
+def patch_conv(patch_size: int) -> Transform:
+    """A patch embedder's convolution [out, in, p, p] and our kernel [p p in, out].
+
+    Our patches are flattened as (row, column, channel).
+    """
+
+    def forward(a):
+        return a.transpose(2, 3, 1, 0).reshape(-1, a.shape[0])
+
+    def inverse(a):
+        return a.reshape(patch_size, patch_size, -1, a.shape[-1]).transpose(3, 2, 0, 1)
+
+    return Transform(forward, inverse)
+
+
+def swap_halves(axis: int) -> Transform:
+    """Exchanges the two halves of an axis: (shift, scale) and (scale, shift)."""
+
+    def swap(a):
+        first, second = np.split(a, 2, axis=axis)
+        return np.concatenate([second, first], axis=axis)
+
+    return Transform(swap, swap)
+
+
+def padded_rows(positions: tuple[int, ...], count: int) -> Transform:
+    """A foreign table of `count` rows, of which ours are those at `positions`; the rest are 0."""
+    chosen = np.asarray(positions)
+
+    def inverse(a):
+        padded = np.zeros((count, *a.shape[1:]), a.dtype)
+        padded[chosen] = a
+        return padded
+
+    return Transform(lambda a: a[chosen], inverse)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One of our parameters and the foreign tensors that hold it.
+
+    Attributes:
+        ours: path in our parameters, 'blocks.attn.qkv.kernel'.
+        theirs: foreign name, or several names whose tensors are joined along `axis` (a fused qkv).
+            With '{layer}' in it, one tensor a layer: ours has the layers as its leading axis, or,
+            with `copies`, is what all of them hold equally. Alternatives of one name are separated
+            by '|'; the first is written, any is read.
+        transform: of every single foreign tensor.
+        axis: of ours (without the layer axis) along which parts are joined.
+        copies: number of equal copies a '{layer}' name stands for; 0: it stands for layers.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    transform: Transform
+    axis: int = -1
+    copies: int = 0
+
+    def __post_init__(self):
+        if isinstance(self.theirs, str):
+            object.__setattr__(self, "theirs", (self.theirs,))
+
+    @property
+    def layered(self) -> bool:
+        """Whether there is a foreign tensor a layer (or a copy)."""
+        return LAYER in self.theirs[0]
+
+    def layers(self, shape: tuple[int, ...]) -> int:
+        """How often each name occurs, for our parameter's `shape`."""
+        return (self.copies or shape[0]) if self.layered else 1
+
+    @property
+    def stacked(self) -> bool:
+        """Whether ours has a leading layer axis."""
+        return self.layered and not self.copies
+
+    def parts(self, ours: np.ndarray) -> list[np.ndarray]:
+        """Views of the parts of ours (of one layer) that the foreign tensors hold."""
+        return np.split(ours, len(self.theirs), axis=self.axis) if len(self.theirs) > 1 else [ours]
+
+
+def affine(ours: str, theirs: str | tuple[str, ...], transform: Transform, **options) -> list[Row]:
+    """The rows of a layer's kernel and bias, named '.weight' and '.bias' outside."""
+    theirs = (theirs,) if isinstance(theirs, str) else theirs
+
+    def names(leaf):
+        return tuple("|".join(f"{n}.{leaf}" for n in name.split("|")) for name in theirs)
+
+    return [
+        Row(f"{ours}.kernel", names("weight"), transform, **options),
+        Row(f"{ours}.bias", names("bias"), identity(), **options),
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """A foreign tensor that is no parameter here: written as computed, checked when read.
+
+    Attributes:
+        theirs: foreign name.
+        value: computes it, float32.
+        tolerance: largest accepted deviation of a file's values.
+    """
+
+    theirs: str
+    value: Callable[[], np.ndarray]
+    tolerance: float = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """An architecture's parameters in another library's layout.
+
+    Attributes:
+        architecture: its name for people.
+        rows: one a parameter of ours.
+        constants: foreign tensors without a parameter of ours; they may be absent from a file.
+        ignored: regular expressions of foreign names without meaning (counters, buffers).
+    """
+
+    architecture: str
+    rows: tuple[Row, ...]
+    constants: tuple[Constant, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def flat_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """{'blocks.mlp.fc1.bias': (12, 1536), ...} of nested parameters or their abstract shapes."""
+    return {path: tuple(leaf.shape) for path, leaf in flatten(tree)}
+
+
+def flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Pairs of dotted path and leaf of nested dictionaries."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def unflatten(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves:
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def native_table(shapes: Shapes) -> Table:
+    """Our own layout: every parameter under its path."""
+    rows = tuple(Row(path, (path,), identity()) for path in shapes)
+    return Table("dit-jax", rows)
+
+
+def _foreign_shapes(row: Row, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Shapes of the row's parts: the inverse applied to an array that takes no memory."""
+    ours = np.broadcast_to(np.float32(0), shape[1:] if row.stacked else shape)
+    return [tuple(row.transform.inverse(part).shape) for part in row.parts(ours)]
+
+
+def _check_rows(table: Table, shapes: Shapes) -> None:
+    """A table that does not cover the parameters exactly is a mistake of this library."""
+    covered = [row.ours for row in table.rows]
+    if sorted(covered) != sorted(shapes):
+        difference = sorted(set(covered) ^ set(shapes))
+        raise AssertionError(
+            f"the table of {table.architecture} and the network differ in {difference}"
+        )
+
+
+def resolve_names(table: Table, shapes: Shapes, file: TensorFile) -> dict[str, list[str]]:
+    """Finds every tensor of the table in a file.
+
+    Returns:
+        For each of our paths the names to read: layer by layer, part by part.
+
+    Raises:
+        InteropError: one error with all that is missing, unexpected or of another shape.
+    """
+    _check_rows(table, shapes)
+    names: dict[str, list[str]] = {}
+    used: set[str] = set()
+    problems: list[str] = []
+    for row in table.rows:
+        wanted = _foreign_shapes(row, shapes[row.ours])
+        names[row.ours], missing, misshaped = [], {}, {}
+        for layer in range(row.layers(shapes[row.ours])):
+            for pattern, shape in zip(row.theirs, wanted, strict=True):
+                options = [o.replace(LAYER, str(layer)) for o in pattern.split("|")]
+                name = next((o for o in options if o in file.specs), None)
+                if name is None:
+                    missing.setdefault((pattern, shape), []).append(layer)
+                    continue
+                used.add(name)
+                names[row.ours].append(name)
+                found = file.specs[name].shape
+                if not row.transform.accepts(found, shape):
+                    misshaped.setdefault((pattern, shape, found), []).append(layer)
+        for (pattern, shape), layers in missing.items():
+            named = _with_layers(pattern, layers)
+            problems.append(f"  missing: {named} {list(shape)} (ours: {row.ours})")
+        for (pattern, shape, found), layers in misshaped.items():
+            named = _with_layers(pattern, layers)
+            problems.append(
+                f"  shape: {named} is {list(found)}, expected {list(shape)} (ours: {row.ours} "
+                f"{list(shapes[row.ours])})"
+            )
+    used |= {constant.theirs for constant in table.constants}
+    for name in sorted(set(file.specs) - used):
+        if not any(re.fullmatch(pattern, name) for pattern in table.ignored):
+            problems.append(f"  unexpected: {name} {list(file.specs[name].shape)}")
+    if problems:
+        raise InteropError(
+            f"{file.path} does not hold the {table.architecture} that its configuration describes "
+            f"({len(problems)} differences):\n" + "\n".join(problems)
+        )
+    return names
+
+
+def _with_layers(pattern: str, layers: list[int]) -> str:
+    name = pattern.split("|")[0]
+    if LAYER not in name:
+        return name
+    if len(layers) == 1:
+        return name.replace(LAYER, str(layers[0]))
+    whole = layers == list(range(layers[0], layers[-1] + 1))
+    shown = f"{layers[0]}..{layers[-1]}" if whole else ",".join(map(str, layers))
+    return name.replace(LAYER, "{" + shown + "}")
+
+
+class ParameterReader:
+    """Our parameters, read one at a time from a file of another layout.
+
+    Everything that can be wrong with names, shapes and constants is found on construction, before
+    any large tensor is read.
+
+    Args:
+        table: the file's layout.
+        shapes: of our parameters by path.
+        file: the tensors.
+
+    Raises:
+        InteropError: see `resolve_names`; or a constant has other values than expected.
+    """
+
+    def __init__(self, table: Table, shapes: Shapes, file: TensorFile):
+        self.table, self.shapes, self.file = table, dict(shapes), file
+        self._rows = {row.ours: row for row in table.rows}
+        self._names = resolve_names(table, shapes, file)
+        for constant in table.constants:
+            if constant.theirs in file.specs:
+                self._check_constant(constant)
+
+    def paths(self) -> list[str]:
+        """Our paths, in the table's order."""
+        return list(self._rows)
+
+    def __call__(self, path: str) -> np.ndarray:
+        """Reads one parameter, float32; at most it and one foreign tensor are held.
+
+        Raises:
+            InteropError: integers where weights belong; copies that should be equal differ.
+        """
+        row, shape = self._rows[path], self.shapes[path]
+        arrays = self.file.read(self._names[path])
+        if not row.layered and len(row.theirs) == 1:  # no second copy of a large tensor
+            array = self._weights(next(arrays), self._names[path][0])
+            return np.ascontiguousarray(row.transform.forward(array), np.float32)
+        ours = np.empty(shape, np.float32)
+        layers = row.layers(shape)
+        for layer in range(layers):
+            target = ours[layer] if row.stacked else ours
+            parts = row.parts(target)
+            for index, part in enumerate(parts):
+                name = self._names[path][layer * len(parts) + index]
+                value = row.transform.forward(self._weights(next(arrays), name))
+                if row.copies and layer:
+                    _require_equal(value.astype(np.float32), part, name, self.file)
+                else:
+                    part[...] = value
+        return ours
+
+    def _weights(self, array: np.ndarray, name: str) -> np.ndarray:
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise InteropError(f"{self.file.path}: {name} holds {array.dtype}, not weights")
+        return array
+
+    def _check_constant(self, constant: Constant) -> None:
+        (found,) = self.file.read([constant.theirs])
+        expected = constant.value()
+        if found.shape != expected.shape:
+            raise InteropError(
+                f"{self.file.path}: {constant.theirs} is {list(found.shape)}, expected "
+                f"{list(expected.shape)}"
+            )
+        deviation = float(np.abs(found.astype(np.float32) - expected).max(initial=0.0))
+        precision = float(jnp.finfo(found.dtype).eps)
+        if not deviation <= max(constant.tolerance, precision):
+            raise InteropError(
+                f"{self.file.path}: {constant.theirs} is fixed in the {self.table.architecture}, "
+                f"but the file's values differ from it by up to {deviation:.3g}: this is another "
+                "architecture (learned or interpolated positions?)"
+            )
+
+
+def _require_equal(value: np.ndarray, first: np.ndarray, name: str, file: TensorFile) -> None:
+    if not np.array_equal(value, first, equal_nan=True):
+        raise InteropError(
+            f"{file.path}: {name} differs from its copy in the first block (by up to "
+            f"{np.abs(value - first).max():.3g}). Here all blocks share one; a model whose copies "
+            "were trained apart cannot be represented"
+        )
+
+
+def load_params(
+    table: Table,
+    abstract: Any,
+    file: TensorFile,
+    *,
+    put: Callable[[str, np.ndarray], Any] | None = None,
+) -> dict[str, Any]:
+    """Reads all parameters, one at a time.
+
+    Args:
+        table: the file's layout.
+        abstract: nested `jax.ShapeDtypeStruct`s of the parameters (`jax.eval_shape(init, key)`).
+        file: the tensors.
+        put: (path, float32 array) -> leaf, for instance onto sharded devices; by default arrays
+            stay in host memory.
+
+    Returns:
+        The nested parameters.
+
+    Raises:
+        InteropError: see `ParameterReader`.
+    """
+    reader = ParameterReader(table, flat_shapes(abstract), file)
+    put = put or (lambda path, array: array)
+    return unflatten((path, put(path, reader(path))) for path in reader.paths())
+
+
+def export_specs(table: Table, shapes: Shapes, dtype: Any = np.float32) -> dict[str, TensorSpec]:
+    """The foreign tensors of a table in the order in which `export_arrays` makes them."""
+    _check_rows(table, shapes)
+    specs: dict[str, TensorSpec] = {}
+    dtype = np.dtype(dtype)
+    for row in table.rows:
+        wanted = _foreign_shapes(row, shapes[row.ours])
+        for layer in range(row.layers(shapes[row.ours])):
+            for pattern, shape in zip(row.theirs, wanted, strict=True):
+                name = pattern.split("|")[0].replace(LAYER, str(layer))
+                specs[name] = TensorSpec(shape, dtype)
+    for constant in table.constants:
+        specs[constant.theirs] = TensorSpec(tuple(constant.value().shape), dtype)
+    return specs
+
+
+def export_arrays(
+    table: Table, shapes: Shapes, get: Callable[[str], np.ndarray], dtype: Any = np.float32
+) -> Iterator[np.ndarray]:
+    """The foreign tensors, contiguous, in the order of `export_specs`.
+
+    Args:
+        table: the layout to write.
+        shapes: of our parameters by path.
+        get: our parameter of a path, float32; called once a row, its result let go after it.
+        dtype: of the tensors.
+    """
+    dtype = np.dtype(dtype)
+    for row in table.rows:
+        ours = np.asarray(get(row.ours))
+        for layer in range(row.layers(shapes[row.ours])):
+            one = ours[layer] if row.stacked else ours
+            for part in row.parts(one):
+                yield np.ascontiguousarray(row.transform.inverse(part).astype(dtype, copy=False))
+        del ours, one, part
+    for constant in table.constants:
+        yield constant.value().astype(dtype)
+
+
+def abstract_params(network: Any) -> Any:
+    """Shapes of a network's parameters, without making them."""
+    return jax.eval_shape(network.init, jax.random.key(0))

@@ -1,0 +1,108 @@
+"""Converts a model between this library, PyTorch state dicts and diffusers.
+
+  python launch/convert.py --from=dit_pt --to=dit_jax DiT-XL-2-256x256.pt models/dit_xl2
+  python launch/convert.py --from=dit_jax --to=diffusers runs/dit_xl2 exported --vae=sd-vae-ft-ema
+  python launch/convert.py --to=dit_pt hub:facebook/DiT-XL-2-256 dit_xl2.pt --allow_inexact
+
+Kinds: dit_jax (a run's workdir, or a folder converted to), dit_pt (facebookresearch/DiT, fast-DiT),
+sit_pt (SiT), diffusers (a pipeline's folder or its transformer's). Parameters pass one at a time;
+nothing in a file is executed; the destination appears whole or not at all.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from interop.export import DTYPES, Summary, write_model
+from interop.models import KINDS, open_model
+from interop.tensors import InteropError
+from launch import loading, wiring
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="SRC", help="a path, or hub:owner/name[@revision][:path]")
+    parser.add_argument("destination", metavar="DST", type=Path)
+    parser.add_argument("--from", dest="source_kind", default="auto", choices=["auto", *KINDS])
+    parser.add_argument("--to", dest="kind", required=True, choices=KINDS)
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the tensors")
+    parser.add_argument("--weights", default="", help="ema, raw, model or an average's name")
+    parser.add_argument("--step", type=int, help="of a workdir: which checkpoint")
+    parser.add_argument("--num_heads", type=int, help="of a .pt of a width not in the paper")
+    parser.add_argument(
+        "--time_frequency_spacing",
+        default="",
+        choices=["", "original", "diffusers"],
+        help="where it is known to be another than the format's own code computes",
+    )
+    parser.add_argument("--vae", help="VAE of a pipeline: a diffusers folder or hub:owner/name")
+    parser.add_argument("--class_names", type=Path, help="JSON list of names, for a pipeline")
+    parser.add_argument("--metrics", type=Path, help="an evaluation's JSON, for the model card")
+    parser.add_argument(
+        "--allow_inexact", action="store_true", help="write what the other side computes otherwise"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="check everything, write nothing")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
+    parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
+    return parser.parse_args(argv)
+
+
+def _read_json(path: Path | None, kind: type):
+    if path is None:
+        return None
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise InteropError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise InteropError(f"{path}: expected a JSON {'list' if kind is list else 'object'}")
+    return value
+
+
+def show(summary: Summary, dry_run: bool) -> str:
+    """The summary as a table, and the notes."""
+    rows = [
+        ("kind", summary.kind),
+        ("tensors", f"{summary.tensors:,}"),
+        ("parameters", f"{summary.parameters:,}"),
+        ("dtype", summary.dtype),
+        ("sha256", summary.sha256 or "(dry run: nothing was written)"),
+    ]
+    notes = "".join(f"note: {note}\n" for note in summary.notes)
+    verb = "would write" if dry_run else "wrote"
+    return f"{notes}{verb} {summary.path}\n{wiring.table(rows)}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    args = parse_arguments(argv)
+    with wiring.readable_errors(traceback=args.traceback):
+        model = open_model(
+            args.source,
+            args.source_kind,
+            weights=args.weights,
+            step=args.step,
+            num_heads=args.num_heads,
+            time_frequency_spacing=args.time_frequency_spacing,
+        )
+        print(f"read {model.path} as {model.kind}", flush=True)
+        summary = write_model(
+            model,
+            args.kind,
+            args.destination,
+            dtype=args.dtype,
+            autoencoder=loading.resolve_source(args.vae),
+            class_names=_read_json(args.class_names, list) or (),
+            metrics=_read_json(args.metrics, dict),
+            allow_inexact=args.allow_inexact,
+            overwrite=args.overwrite,
+            dry_run=args.dry_run,
+        )
+        print(show(summary, args.dry_run))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Models for sampling and scoring: from a workdir or any checkpoint, with their decoder."""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from dit_jax import experiment
+from dit_jax.models import Network
+from dit_jax.training import workdir
+from dit_jax.training.checkpoints import fingerprint
+from dit_jax.training.saved_weights import RunWeights
+from interop import hub
+from interop.autoencoder_kl import load_autoencoder
+from interop.models import FoundModel, open_model
+from launch import wiring
+from parallel.mesh import DataParallel
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """A configuration and one set of weights, on the devices.
+
+    Attributes:
+        config: the resolved configuration.
+        params: the network's parameters.
+        weights: their name, 'raw' or an average's.
+        step: updates they have seen; 0 where a checkpoint does not say.
+        source: where they are from.
+        autoencoder: path of the VAE that decodes the model's latents; None for pixels, or unknown.
+    """
+
+    config: ml_collections.ConfigDict
+    params: Any
+    weights: str
+    step: int
+    source: str
+    autoencoder: Path | None = None
+
+    @property
+    def network(self) -> Network:
+        """The network the parameters are of."""
+        return experiment.build_network(self.config)
+
+    def weights_hash(self) -> str:
+        """A hash of all parameters, the same on any number of devices."""
+        sums = json.dumps(fingerprint(self.params)).encode()
+        return hashlib.sha256(sums).hexdigest()[:16]
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that choose a trained model."""
+    group = parser.add_argument_group("model (one of --workdir and --init_from)")
+    group.add_argument("--workdir", type=Path, help="directory of a training run")
+    group.add_argument(
+        "--init_from",
+        metavar="[KIND:]SRC",
+        help="a checkpoint: .pt of DiT or SiT (sit_pt:FILE), diffusers folder, converted folder, "
+        "workdir, hub:owner/name[@revision]",
+    )
+    group.add_argument("--step", type=int, help="of a workdir: which checkpoint; default: newest")
+    group.add_argument("--weights", default="", help="raw, ema (the first average) or its name")
+    group.add_argument("--num_heads", type=int, help="of a .pt of a width not in the paper")
+    group.add_argument("--vae", help="VAE that decodes latents: a diffusers folder, or hub:...")
+
+
+def load_from_arguments(args: argparse.Namespace, overrides: dict[str, Any]) -> TrainedModel:
+    """The model that `add_model_arguments`' options choose.
+
+    Raises:
+        ValueError: neither or both of --workdir and --init_from.
+        WorkdirError, CheckpointError, InteropError: it cannot be read.
+    """
+    if (args.workdir is None) == (args.init_from is None):
+        raise ValueError("give one of --workdir (a training run) and --init_from (a checkpoint)")
+    if args.workdir and args.num_heads:
+        raise ValueError("--num_heads does not apply to --workdir: its config.json knows")
+    vae = resolve_source(args.vae)
+    if args.workdir:
+        return load_model(
+            args.workdir, weights=args.weights, step=args.step, overrides=overrides, vae=vae
+        )
+    found = open_model(
+        args.init_from, weights=args.weights, step=args.step, num_heads=args.num_heads
+    )
+    for note in found.notes:
+        print(f"note: {note}", flush=True)
+    return load_found(found, overrides=overrides, vae=vae)
+
+
+def resolve_source(source: str | None) -> Path | None:
+    """A local path for a path or 'hub:owner/name'."""
+    return hub.resolve(source) if source else None
+
+
+def load_model(
+    directory: Path,
+    *,
+    weights: str = "",
+    step: int | None = None,
+    overrides: dict | None = None,
+    vae: Path | None = None,
+) -> TrainedModel:
+    """Reads what a workdir's newest checkpoint (or that of `step`) holds for sampling.
+
+    Args:
+        directory: the workdir.
+        weights: 'raw', 'ema' (the first average), or an average's name; empty: as configured.
+        step: which checkpoint.
+        overrides: configuration values to change, as {'sampling.steps': 50}.
+        vae: the decoder of latents, instead of config.autoencoder.path.
+
+    Raises:
+        WorkdirError: it is no workdir.
+        CheckpointError: it has no such checkpoint or no such weights.
+    """
+    config = workdir.load_config(directory).copy_and_resolve_references()
+    config = experiment.resolve_config(wiring.override(config.to_dict(), overrides or {}))
+    run = RunWeights(directory, experiment.build_method(config), weights or config.sampling.weights)
+    saved, params = run.load(_placer(config), step)
+    autoencoder = vae or (Path(config.autoencoder.path) if config.autoencoder.path else None)
+    return TrainedModel(config, params, saved.name, saved.step, str(directory), autoencoder)
+
+
+def load_found(
+    found: FoundModel, *, overrides: dict | None = None, vae: Path | None = None
+) -> TrainedModel:
+    """Reads a model that `interop.open_model` found onto the devices, array by array."""
+    values = wiring.override(found.config.to_dict(), overrides or {})
+    config = experiment.resolve_config(values)
+    put = _placer(config)
+    params = found.load(lambda path, array: put(array))
+    source = f"{found.kind}:{found.path}"
+    return TrainedModel(config, params, found.weights, found.step, source, vae or found.autoencoder)
+
+
+def _placer(config: ml_collections.ConfigDict) -> Callable[[np.ndarray], jax.Array]:
+    placement = wiring.create_placement(config)
+    return lambda array: jax.device_put(array, placement.replicated)
+
+
+def open_initial(source: str, config: ml_collections.ConfigDict) -> FoundModel:
+    """The checkpoint from which a training run of `config` is to start; nothing is read yet.
+
+    Raises:
+        ConfigError: the checkpoint's network is another, with the values to set.
+        InteropError: it cannot be read.
+    """
+    found = open_model(source)
+    experiment.require_same_network(found.config, config, str(found.path))
+    return found
+
+
+class Decoder:
+    """From a model's samples to pictures: a VAE's decoder over all devices, or nothing to do.
+
+    Args:
+        config: of the model whose samples they are.
+        path: of the VAE; None where the samples are pixels.
+        placement: the devices.
+
+    Raises:
+        ValueError: latents and no VAE, or one of another number of channels.
+    """
+
+    def __init__(
+        self, config: ml_collections.ConfigDict, path: Path | None, placement: DataParallel
+    ):
+        channels = config.model.in_channels
+        self._settings, self._placement, self.path = config.autoencoder, placement, path
+        self.autoencoder, self.fingerprint = None, ""
+        if path is None:
+            if channels not in (1, 3):
+                raise ValueError(
+                    f"the model makes latents of {channels} channels; give the VAE that decodes "
+                    "them, --vae=FOLDER (a diffusers folder, for instance of sd-vae-ft-mse)"
+                )
+            return
+        self.autoencoder, self._params, self.fingerprint = load_autoencoder(
+            path, sharding=placement.replicated
+        )
+        found = self.autoencoder.config.latent_channels
+        if found != channels:
+            raise ValueError(
+                f"the VAE {path} decodes latents of {found} channels, the model makes {channels}"
+            )
+        self._decode = jax.jit(self._decode_batch)
+
+    def _decode_batch(self, params, latents):
+        return self.autoencoder.decode(params, self.autoencoder.from_latents(latents))
+
+    def image_shape(self, sample_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(height, width, channels) of the picture of a sample."""
+        if self.autoencoder is None:
+            return sample_shape
+        factor, channels = self.autoencoder.downsampling_factor, self.autoencoder.config
+        return (sample_shape[0] * factor, sample_shape[1] * factor, channels.out_channels)
+
+    def __call__(self, samples: np.ndarray) -> np.ndarray:
+        """Pictures, float32 in about [-1, 1], of samples [n, h, w, c]; few at a time."""
+        if self.autoencoder is None:
+            return samples
+        if self._settings.tile:
+            raw = self.autoencoder.from_latents(samples)
+            return self.autoencoder.decode_tiled(self._params, raw, tile=self._settings.tile)
+        devices = self._placement.num_devices
+        size = -(-self._settings.batch_size // devices) * devices
+        pictures = []
+        for start in range(0, len(samples), size):
+            part = samples[start : start + size]
+            filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
+            placed = jax.device_put(filled, self._placement.split)
+            pictures.append(np.asarray(self._decode(self._params, placed))[: len(part)])
+        return np.concatenate(pictures)
+
+
+def provenance(model: TrainedModel, decoder: Decoder | None = None) -> dict[str, Any]:
+    """How images were made, for records: source, weights, sampling settings, decoder."""
+    record = {
+        "experiment": model.config.name,
+        "source": model.source,
+        "step": model.step,
+        "weights": model.weights,
+        "weights_hash": model.weights_hash(),
+        "model": model.config.model.to_dict(),
+        "sampling": model.config.sampling.to_dict(),
+    }
+    if decoder:
+        record["image_size"] = decoder.image_shape(model.network.sample_shape)[0]
+    if decoder and decoder.autoencoder:
+        record["autoencoder"] = {
+            "path": str(decoder.path),
+            "sha256": decoder.fingerprint,
+            "tile": model.config.autoencoder.tile,
+        }
+    return record
