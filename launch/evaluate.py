@@ -57,7 +57,10 @@ def evaluate(
     train = data_lib.to_arrays(experiment.open_data(config, "train"))
     test = data_lib.to_arrays(experiment.open_data(config, "test"))
     if train[0].dtype != np.uint8:
-        raise ValueError("the data are latents: evaluating them needs a VAE's decoder")
+        raise ValueError(
+            "the run's data are latents, which the classifier cannot see: score its pictures with "
+            "--reference=IMAGES --vae=FOLDER"
+        )
     if not config.model.num_classes:
         raise ValueError("the classifier's features need labelled data; this model has no classes")
     classifier = evaluation.train_classifier(

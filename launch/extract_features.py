@@ -368,6 +368,8 @@ def main(argv: list[str] | None = None) -> None:
         folder, header = run(args)
         size = sum(file.stat().st_size for file in folder.iterdir())
         print(f"done: {folder}, {size / 2**20:.4g} MiB")
+        if header.split != "train":
+            return
         height, _, channels = header.latent_shape
         flip = "" if header.flip == "pairs" else " --config.data.horizontal_flip=False"
         print(

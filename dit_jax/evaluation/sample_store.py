@@ -39,7 +39,8 @@ class SampleStore:
         done: images that are complete.
 
     Raises:
-        FileExistsError: an interrupted run of other settings is there; they are named.
+        FileExistsError: an interrupted run of other settings is there, which are named; or
+            something else stands where the record goes.
         OSError: there is no space, or no permission.
     """
 
@@ -62,6 +63,7 @@ class SampleStore:
         shape = (count, *image_shape)
         self.done = self._resume(shape)
         if not self.done:
+            check_destination(record_path(self.path), overwrite=restart)
             self._require_space(int(np.prod(shape)))
             self._folder.mkdir(parents=True, exist_ok=True)
             self._images = np.lib.format.open_memmap(self._file, "w+", np.uint8, shape)
