@@ -118,6 +118,9 @@ def write_model(
         vae, vae_note = _pipeline_autoencoder(model, autoencoder)
     elif autoencoder:
         raise InteropError(f"--vae does not apply to --to={kind}: only a pipeline holds one")
+    if kind in ("dit_pt", "sit_pt") and (class_names or metrics):
+        option = "class_names" if class_names else "metrics"
+        raise InteropError(f"--{option} does not apply to --to={kind}: a state dict has no room")
     summary = Summary(
         kind,
         destination,

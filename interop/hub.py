@@ -10,6 +10,7 @@ holds can change: the commit it stands for is logged, to be named instead.
 from __future__ import annotations
 
 import glob
+import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -111,6 +112,8 @@ def fetch(source: HubSource) -> HubFiles:
     Raises:
         InteropError: As `resolve`.
     """
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise InteropError(f"{source} needs huggingface_hub: pip install -e '.[interop]'")
     import huggingface_hub
 
     try:

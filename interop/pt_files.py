@@ -12,6 +12,7 @@ write it: fast-DiT's {"model", "ema", "opt", "args"}. Its `TensorFile.metadata`:
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -113,8 +114,10 @@ def open_pt(path: Path, *, weights: str = "auto") -> PtFile:
 
     Raises:
         InteropError: If the file is damaged, names classes other than those of tensors and plain
-            data, or has no such weights.
+            data, or has no such weights; or torch is not installed.
     """
+    if importlib.util.find_spec("torch") is None:
+        raise InteropError(f"reading {path} needs torch: pip install -e '.[interop]'")
     return PtFile(path, weights)
 
 

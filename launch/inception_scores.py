@@ -13,6 +13,9 @@ from interop.inception import default_cache_dir, load_extractor
 from launch import loading, wiring
 from parallel.mesh import create_mesh
 
+# Options that make samples, besides those of `wiring.sampling_overrides`.
+_OF_SAMPLING = ("num_images", "rounding", "seed", "vae", "step", "weights", "num_heads")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the Inception scores."""
@@ -52,20 +55,24 @@ def check_arguments(args: argparse.Namespace) -> None:
         ValueError: naming them.
     """
     if not args.reference:
-        given = ["--samples"] * bool(args.samples) + ["--protocol"] * bool(args.protocol)
-        given += ["--scores"] * bool(args.scores) + ["--inception"] * bool(args.inception)
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        defaults = vars(parser.parse_args([]))
+        given = [name for name, value in defaults.items() if getattr(args, name) != value]
         if given:
-            raise ValueError(f"{given[0]} needs --reference: what to compare with")
+            raise ValueError(f"--{given[0]} needs --reference: what to compare with")
         return
     if args.picture:
         raise ValueError("--picture shows the classifier's data; it does not go with --reference")
     if args.samples and (args.workdir or args.init_from):
         raise ValueError("--samples are scored as they are; leave --workdir and --init_from out")
-    if args.samples and wiring.sampling_overrides(args):
-        option = next(iter(wiring.sampling_overrides(args))).partition(".")[2]
-        raise ValueError(f"--{option} does not apply to --samples: they are made")
-    if args.samples and args.num_images:
-        raise ValueError("--num_images does not apply to --samples: all of them are scored")
+    if args.samples:
+        given = [key.partition(".")[2] for key in wiring.sampling_overrides(args)]
+        given += [name for name in _OF_SAMPLING if getattr(args, name)]
+        if given:
+            raise ValueError(
+                f"--{given[0]} does not apply to --samples: they are made, and all are scored"
+            )
     if not args.out and not args.workdir:
         raise ValueError("say where the record goes: --out=scores.json")
 
