@@ -1,1 +1,17 @@
-"""Objectives that need a teacher or a critic; each file one Method of the one training loop."""
+"""Distillation: methods that turn a many-step teacher into a student of one to four steps.
+
+`METHODS` names them for configs, beside those of `dit_jax.experiment`.
+"""
+
+from distill import consistency, dmd2, f_distill, kd, ladd, mean_flow, scm, tcm
+
+METHODS = {
+    "kd": kd.build,
+    "consistency": consistency.build,
+    "tcm": tcm.build,
+    "scm": scm.build,
+    "mean_flow": mean_flow.build,
+    "dmd2": dmd2.build,
+    "f_distill": f_distill.build,
+    "ladd": ladd.build,
+}

@@ -15,6 +15,27 @@ import ml_collections
 AnyConfig = Mapping | ml_collections.ConfigDict  # the latter is not registered as the former
 
 
+# Keys of the methods with a discriminator.
+_ADVERSARIAL = {
+    "student_update_frequency": 5,  # updates of a round: one of the student, the rest its critics'
+    "student_input": "data",  # data (renoised) | simulation (the student's own), of several steps
+    "discriminator_learning_rate": 0.0,  # 0: config.optimizer's
+    "feature_indices": (),  # feature maps it reads; empty: a U-Net's last, a transformer's middle
+    "same_noise": False,  # renoise real and generated data alike
+    "r1_weight": 0.0,  # of the approximate R1 penalty (APT); 0: none
+    "r1_noise": 0.1,  # its perturbation of data
+}
+
+_DMD2 = {
+    **_ADVERSARIAL,
+    "fake_score_learning_rate": 0.0,  # 0: config.optimizer's
+    "fake_score_loss": "raw",  # raw (the process's own) | x0 | eps | velocity
+    "gan_weight": 0.001,  # of the student's GAN loss; 0: no discriminator
+    "gan_critic_weight": 1.0,  # of the discriminator's loss beside the fake score's
+    "features_of": "teacher",  # teacher | fake_score: whose features the discriminator reads
+}
+
+
 def default_config() -> ml_collections.ConfigDict:
     """The default experiment: DiT-XL/2 on 256-pixel ImageNet latents, as in the paper."""
     return ml_collections.ConfigDict(
@@ -22,23 +43,47 @@ def default_config() -> ml_collections.ConfigDict:
             "name": "",  # shown in logs and reports
             "seed": 0,  # of initialisation, noise, and data order
             "model": {
-                "name": "dit",
+                "name": "dit",  # dit | song_unet | dhariwal_unet
                 "image_size": 32,  # input side: latents are 32 for 256 pixels, 64 for 512
                 "in_channels": 4,
+                "num_classes": 1000,  # 0: unconditional
+                "second_time": "none",  # none | r | t-r: what else of time the network sees
+                "augment_dim": 0,  # labels of config.augmentation that the network sees
+                "remat": "none",  # none | block | dots
+                "attention": "auto",  # einsum | xla | cudnn | cpu | auto: by backend
+                "custom_gradients": "auto",  # on | off (where jax.jvp is needed) | auto: on on CPUs
+                "dtype": "auto",  # of matrix products; auto: bfloat16 on accelerators
+                # Of dit only, as are the keys up to layer_loop.
                 "patch_size": 2,
                 "hidden_size": 1152,
                 "depth": 28,
                 "num_heads": 16,
                 "mlp_ratio": 4.0,
-                "num_classes": 1000,  # 0: unconditional
                 "learn_sigma": True,
                 "time_frequency_spacing": "original",  # original | diffusers
                 "mlp_norm_epsilon": 1e-6,  # 1e-5 in diffusers' default DiT
                 "layer_loop": "auto",  # scan | unroll | auto: by backend
-                "remat": "none",  # none | block | dots
-                "attention": "auto",  # einsum | xla | cudnn | cpu | auto: by backend
-                "custom_gradients": "auto",  # on | off (where jax.jvp is needed) | auto: on on CPUs
-                "dtype": "auto",  # of matrix products; auto: bfloat16 on accelerators
+                "song_unet": {  # EDM's DDPM++ (these defaults) and NCSN++
+                    "model_channels": 128,
+                    "channel_mult": (2, 2, 2),
+                    "channel_mult_emb": 4,
+                    "num_blocks": 4,
+                    "attn_resolutions": (16,),
+                    "dropout": 0.10,
+                    "embedding_type": "positional",  # positional | fourier (NCSN++)
+                    "channel_mult_noise": 1,  # 2 for NCSN++
+                    "encoder_type": "standard",  # standard | skip | residual (NCSN++)
+                    "decoder_type": "standard",  # standard | skip
+                    "resample_filter": (1, 1),  # (1, 3, 3, 1) for NCSN++
+                },
+                "dhariwal_unet": {  # ADM
+                    "model_channels": 192,
+                    "channel_mult": (1, 2, 3, 4),
+                    "channel_mult_emb": 4,
+                    "num_blocks": 3,
+                    "attn_resolutions": (32, 16, 8),
+                    "dropout": 0.10,
+                },
             },
             "process": {
                 "name": "ddpm",  # ddpm | flow | edm
@@ -52,13 +97,48 @@ def default_config() -> ml_collections.ConfigDict:
                     "network_convention": "sit",  # sit | flux
                     "time_scale": 1.0,  # multiplies the time the network sees
                 },
-                "edm": {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0},
+                "edm": {
+                    "sigma_data": 0.5,
+                    "sigma_min": 0.002,  # where sampling ends, before 0
+                    "sigma_max": 80.0,  # where sampling starts
+                    "preconditioning": "edm",  # edm | vp | ve | iddpm: how the network is wrapped
+                    "vp_beta_d": 19.9,
+                    "vp_beta_min": 0.1,
+                    "vp_epsilon_t": 1e-5,
+                    "ve_sigma_min": 0.02,
+                    "ve_sigma_max": 100.0,
+                    "iddpm_c_1": 0.001,
+                    "iddpm_c_2": 0.008,
+                    "num_timesteps": 1000,  # M of vp and iddpm
+                },
             },
             "timesteps": {
-                # uniform | log_normal | logit_normal | speed | speed_first_release
+                # uniform | log_normal | logit_normal | truncated_log_normal | log_student_t |
+                # polynomial | speed | speed_first_release
                 "name": "uniform",
                 "log_normal": {"mean": -1.2, "std": 1.2},
                 "logit_normal": {"mean": 0.0, "std": 1.0},
+                # Between two times; 0: the process's own first or last.
+                "truncated_log_normal": {
+                    "mean": -1.1,
+                    "std": 2.0,
+                    "min_time": 0.0,
+                    "max_time": 0.0,
+                },
+                "log_student_t": {
+                    "mean": 0.0,
+                    "std": 0.2,
+                    "min_time": 0.0,
+                    "max_time": 0.0,
+                    "df": 0.01,
+                },
+                # EDM's sampling schedule of that many noise levels, without its ends.
+                "polynomial": {
+                    "rho": 7.0,
+                    "num_levels": 1000,
+                    "min_fraction": 0.002,
+                    "max_fraction": 0.998,
+                },
                 "speed": {  # as in the paper; for flow and edm, by the process's own increments
                     "asymmetric": True,
                     "weighted": True,
@@ -75,12 +155,97 @@ def default_config() -> ml_collections.ConfigDict:
                 "min_snr": {"gamma": 5.0},
                 "vlb_weight": 1.0,  # of the variance term, when model.learn_sigma
             },
+            "teacher": {  # of the methods that distil
+                "path": "",  # [KIND:]SRC as for --init_from: workdir, .pt, folder, hub:...
+                "weights": "ema",  # ema: the first average; or raw, or an average's own name
+                "initialize_student": True,  # start from it (unless --init_from says otherwise)
+                "guidance_scale": 1.0,  # of the teacher's answers; 1: none
+                "guidance_interval": (),  # (low, high) in process time; empty: always
+            },
             "method": {
+                # denoising | kd | consistency | tcm | scm | mean_flow | dmd2 | f_distill | ladd
                 "name": "denoising",
                 "label_dropout": 0.1,  # share of labels, if any, replaced by the null class
+                "consistency": {
+                    "trajectory": "data",  # data (training) | teacher (distillation): x at time r
+                    "solver": "euler",  # euler | heun: of the teacher's step from t to r
+                    "target": "student",  # whose x0 at r: student (its own), or an average's name
+                    "growth": 2.0,  # q: the ratio r / t is 1 - growth^-(stage + 1)
+                    "ratio_limit": 0.999,  # its largest value
+                    "images_per_stage": 6_400_000,
+                    "min_r": 0.0,  # smallest noise level of r; 0: clean data
+                    "quantize": False,  # t and r are indices (process.name = ddpm)
+                    "distance": "pseudo_huber",  # pseudo_huber | l2 | squared_l2
+                    "huber_constant": 1e-8,
+                    "weighting": "default",  # default: 1 / (t - r) | c_out | c_out_sq | sigma_sq |
+                    # sqrt: 1 / sqrt(t - r) | one
+                },
+                "tcm": {  # the second stage; times are those of config.timesteps
+                    "stage1": "",  # the first stage, a consistency model: [KIND:]SRC
+                    "stage1_weights": "ema",  # ema: the first average; or raw, or an average's name
+                    "transition": 1.0,  # time from which the student takes over
+                    "boundary_probability": 0.25,  # share of examples at the transition
+                    "boundary_weight": 0.1,  # of their loss
+                    "growth": 2.0,  # this and the others as for consistency
+                    "ratio_limit": 0.999,
+                    "images_per_stage": 1_000_000,
+                    "images_before": 0,  # that count as seen, so that the ratio goes on from there
+                    "min_r": 0.0,
+                    "distance": "pseudo_huber",
+                    "huber_constant": 1e-8,
+                    "weighting": "default",
+                },
+                "scm": {
+                    "velocity": "teacher",  # teacher (sCD) | data (sCT): which flow is followed
+                    "sigma_data": 0.5,  # standard deviation of the data, for TrigFlow
+                    "tangent_warmup_steps": 10_000,  # over which the derivative comes in
+                    "tangent": "normalize",  # normalize: g / (|g| + constant) | clip: to [-1, 1]
+                    "tangent_constant": 0.1,
+                    "spatially_invariant": True,  # |g| a root mean square, not of the sum
+                    "adaptive_weighting": True,  # learn a log variance of the loss by noise level
+                    "prior_weighting": True,  # divide the loss by sigma / alpha
+                    "divide_by_dimension": True,  # the mean square by the values of an example
+                    "derivative": "jvp",  # jvp | finite_difference
+                    "derivative_dtype": "",  # float32 | bfloat16; empty: as model.dtype
+                    "finite_difference_step": 1e-3,  # in log(sigma / alpha)
+                },
+                "mean_flow": {
+                    "velocity": "data",  # data | teacher: whose velocity is learned
+                    "direction": "velocity",  # velocity (MeanFlow) | network (improved MeanFlow)
+                    "interval_share": 0.25,  # of examples with r < t; of the others r = t
+                    "r_distribution": "same",  # same (as timesteps) | uniform | logit_normal
+                    "r_mean": 0.0,  # of logit_normal
+                    "r_std": 1.0,
+                    "guidance_omega": 1.0,  # guidance of scale omega / (1 - kappa), from data only
+                    "guidance_kappa": 0.0,
+                    "guidance_interval": (),  # (low, high) times of that; empty: always
+                    "loss": "l2",  # l2 | opt_grad
+                    "weight_power": 1.0,  # of the adaptive loss weight; 0: none
+                    "weight_constant": 0.01,  # kept from the weight's pole
+                    "scale_by_dimension": False,  # errors by the root of the pixels, in opt_grad
+                    "tangent_warmup_steps": 0,  # over which the derivative comes in
+                    "derivative": "jvp",  # jvp | finite_difference
+                    "derivative_dtype": "",  # float32 | bfloat16; empty: as model.dtype
+                    "finite_difference_step": 1e-3,  # in t
+                },
+                "kd": {
+                    "loss": "mse",  # mse: half the mean square | pseudo_huber
+                    "huber_c": 0.0,  # of pseudo_huber; 0: 0.00054 sqrt(values of an example)
+                },
+                "dmd2": _DMD2,
+                "f_distill": {
+                    **_DMD2,
+                    "divergence": "js",  # js | kl | rkl | sh | neyman | jf | sf
+                    "ratio_lower": 0.1,  # real over generated density is clipped to these
+                    "ratio_upper": 20.0,
+                    "ratio_normalization": True,  # divide it by its recent mean at like times
+                    "ratio_bins": 10,  # of time
+                    "ratio_decay": 0.0,  # share of the old mean kept; 0: the batch's own
+                },
+                "ladd": _ADVERSARIAL,
             },
             "data": {
-                "name": "latents",  # digits | image_folder | jpeg_npz | latents | tfds
+                "name": "latents",  # digits | image_folder | jpeg_npz | latents | pairs | tfds
                 "horizontal_flip": False,  # mirror half of the training images
                 "num_workers": 0,  # processes that read and decode; 0: a thread of this one
                 "latents": {"path": "", "moments": "sample"},
@@ -92,10 +257,37 @@ def default_config() -> ml_collections.ConfigDict:
                     "index_cache": "",  # where the result of that is kept; empty: beside the data
                 },
                 "jpeg_npz": {"path": ""},  # with {split} where the split's name stands
+                "pairs": {"path": ""},  # noise and a teacher's samples, of launch/write_pairs.py
                 "tfds": {"dataset": "", "data_dir": "", "resize": "adm"},
             },
+            "augmentation": {  # EDM's, on the device, told to the network (model.augment_dim)
+                "probability": 0.0,  # of each transformation, times its multiplier; 0: none
+                "xflip": 1e8,  # multipliers, 0 for leaving a transformation out; 1e8: a fair coin
+                "yflip": 1.0,
+                "rotate_int": 0.0,
+                "translate_int": 0.0,
+                "scale": 1.0,
+                "rotate_frac": 1.0,
+                "aniso": 1.0,
+                "translate_frac": 1.0,
+                "brightness": 0.0,
+                "contrast": 0.0,
+                "lumaflip": 0.0,
+                "hue": 0.0,
+                "saturation": 0.0,
+                "translate_int_max": 0.125,  # of the side
+                "scale_std": 0.2,  # of log2
+                "rotate_frac_max": 1.0,  # of 180 degrees
+                "aniso_std": 0.2,  # of log2
+                "aniso_rotate_prob": 0.5,
+                "translate_frac_std": 0.125,  # of the side
+                "brightness_std": 0.2,
+                "contrast_std": 0.5,  # of log2
+                "hue_max": 1.0,  # of 180 degrees
+                "saturation_std": 1.0,  # of log2
+            },
             "optimizer": {
-                "name": "adamw",  # adamw | lion
+                "name": "adamw",  # adamw | radam | lion
                 "learning_rate": 1e-4,
                 "schedule": "constant",  # constant | cosine | linear, after the warm-up
                 "warmup_steps": 0,
@@ -103,6 +295,7 @@ def default_config() -> ml_collections.ConfigDict:
                 "weight_decay": 0.0,
                 "gradient_clip_norm": 0.0,  # 0: no clipping
                 "adamw": {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8},
+                "radam": {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8},
                 "lion": {"beta1": 0.9, "beta2": 0.99},
             },
             "ema": {
@@ -123,8 +316,9 @@ def default_config() -> ml_collections.ConfigDict:
                 "wandb": False,
             },
             "sampling": {
-                "solver": "ddpm",  # ddpm | ddim | euler | heun | dpmpp_2m
+                "solver": "ddpm",  # ddpm | ddim | euler | heun | dpmpp_2m | consistency | mean_flow
                 "steps": 250,
+                "times": (),  # explicit process times from noise to clean, instead of a spacing
                 "guidance_scale": 1.0,
                 "guidance_interval": (),  # (low, high) in process time; empty: always
                 "guidance_channels": "all",  # all | first3 (the original DiT's)
@@ -151,6 +345,8 @@ def default_config() -> ml_collections.ConfigDict:
 
 # Sections in which one of several namespaces is chosen, and the key that chooses.
 _SELECTORS = {
+    "model": "name",
+    "method": "name",
     "process": "name",
     "timesteps": "name",
     "loss": "weighting",
@@ -158,6 +354,19 @@ _SELECTORS = {
     "optimizer": "name",
     "sampling": "solver",
 }
+
+# Keys of config.model that only DiT has.
+DIT_KEYS = (
+    "patch_size",
+    "hidden_size",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "learn_sigma",
+    "time_frequency_spacing",
+    "mlp_norm_epsilon",
+    "layer_loop",
+)
 
 
 class ConfigError(ValueError):
@@ -218,6 +427,10 @@ def resolve(config: AnyConfig) -> ml_collections.ConfigDict:
         for part in section.split(".") if section else ():
             parent = parent[part]
         parent[leaf] = value
+    if resolved.model.name != "dit":
+        # Only DiT can; U-Nets of iDDPM's preconditioning have its channels, and leave them unused.
+        process = resolved.process
+        resolved.model.learn_sigma = (process.name, process.edm.preconditioning) == ("edm", "iddpm")
     _refuse_unused(resolved, defaults)
     return resolved
 
@@ -233,12 +446,42 @@ def _refuse_unused(config: ml_collections.ConfigDict, defaults: dict[str, Any]) 
                     f"config.{full}={value!r} would do nothing: config.{section}.{selector} is "
                     f"{chosen!r}. Set config.{section}.{selector}={namespace!r} or leave it out"
                 )
+    if config.model.name != "dit":
+        for key in DIT_KEYS:
+            if config.model[key] != defaults[f"model.{key}"] and key != "learn_sigma":
+                raise ConfigError(
+                    f"config.model.{key}={config.model[key]!r} would do nothing: it is of "
+                    f"config.model.name='dit', not {config.model.name!r}"
+                )
+    if config.method.name != "denoising":
+        scores = config.method.name in ("dmd2", "f_distill")  # their fake score is a denoiser
+        _refuse_changed(
+            config,
+            defaults,
+            ("loss.vlb_weight",) if scores else ("loss.",),
+            "it is of config.method.name='denoising'",
+        )
+        if config.timesteps.name.startswith("speed"):
+            raise ConfigError(
+                f"config.timesteps.name={config.timesteps.name!r} weights the loss of "
+                f"config.method.name='denoising', which {config.method.name!r} has not: choose "
+                "another distribution"
+            )
+    if config.method.name == "kd":
+        _refuse_changed(config, defaults, ("timesteps.",), "pairs have times of their own")
+    augmenting = config.method.name in ("denoising", "mean_flow")
+    if config.augmentation.probability and not augmenting:
+        raise ConfigError(
+            f"config.augmentation.probability={config.augmentation.probability} would do nothing: "
+            f"config.method.name={config.method.name!r} augments no images"
+        )
     if config.optimizer.schedule == "constant" and config.optimizer.final_learning_rate:
         raise ConfigError(
             "config.optimizer.final_learning_rate would do nothing with schedule='constant': "
             "set config.optimizer.schedule to 'cosine' or 'linear'"
         )
-    if config.model.learn_sigma and config.process.name == "edm":
+    is_iddpm = config.process.edm.preconditioning == "iddpm"
+    if config.model.learn_sigma and config.process.name == "edm" and not is_iddpm:
         raise ConfigError(
             "config.model.learn_sigma=True would do nothing with config.process.name='edm', which "
             "has no learned variance: set config.model.learn_sigma=False"
@@ -249,6 +492,14 @@ def _refuse_unused(config: ml_collections.ConfigDict, defaults: dict[str, Any]) 
             "config.loss.vlb_weight would do nothing: it needs config.process.name='ddpm' and "
             "config.model.learn_sigma=True"
         )
+
+
+def _refuse_changed(
+    config: ml_collections.ConfigDict, defaults: dict[str, Any], prefixes: tuple, reason: str
+) -> None:
+    for path, value in flatten(config):
+        if path.startswith(prefixes) and value != defaults[path]:
+            raise ConfigError(f"config.{path}={value!r} would do nothing: {reason}")
 
 
 def differences(old: AnyConfig, new: AnyConfig) -> dict[str, tuple[Any, Any]]:

@@ -5,22 +5,30 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
 from dit_jax import data as data_lib
-from dit_jax.config import AnyConfig, ConfigError, resolve
+from dit_jax.config import DIT_KEYS, AnyConfig, ConfigError, default_config, resolve
+from dit_jax.data.augmentation import Augmentation
 from dit_jax.denoiser import Denoiser
-from dit_jax.diffusion import LOSS_WEIGHTS, PROCESSES, TIME_DISTRIBUTIONS
+from dit_jax.diffusion import LOSS_WEIGHTS, PROCESSES, TIME_DISTRIBUTIONS, TimeDistribution
 from dit_jax.diffusion.process import DDPM, Process
 from dit_jax.diffusion.samplers import make_solver, schedule
-from dit_jax.models import DiTConfig, Network
+from dit_jax.models import NETWORK_CONFIGS, Network
 from dit_jax.sampling import Sampler
 from dit_jax.training import ema, optimizer
 from dit_jax.training.denoising import Denoising
 from dit_jax.training.method import Method
 
 
-def resolve_config(config: AnyConfig) -> ml_collections.ConfigDict:
+def resolve_config(
+    config: AnyConfig, methods: dict[str, Any] | None = None
+) -> ml_collections.ConfigDict:
     """`config.resolve`, then builds everything that needs no data, so that mistakes stop here.
+
+    Args:
+        config: complete or not.
+        methods: builders by name; by default those of this library alone (`METHODS`).
 
     Raises:
         ConfigError: a value no object accepts, or a combination that cannot work.
@@ -29,7 +37,7 @@ def resolve_config(config: AnyConfig) -> ml_collections.ConfigDict:
     _check_counts(config)
     _check_weights(config)
     try:
-        build_method(config)
+        build_method(config, methods)
         build_sampling(config)
     except ConfigError:
         raise
@@ -75,25 +83,36 @@ def _choose(choices: dict[str, Any], name: str, key: str) -> Any:
 def build_network(config: ml_collections.ConfigDict) -> Network:
     """The network of `config.model`."""
     fields = config.model.to_dict()
-    _choose({"dit": DiTConfig}, fields.pop("name"), "model.name")
-    return Network(DiTConfig(**fields))
+    name = fields.pop("name")
+    create = _choose(NETWORK_CONFIGS, name, "model.name")
+    fields.update(fields.get(name, {}))
+    wanted = {field.name for field in dataclasses.fields(create)}
+    return Network(create(**{key: fields[key] for key in fields if key in wanted}))
 
 
-# What of config.model decides shapes or meaning of parameters. The image size does not: positions
-# are computed, and a network may go on at another resolution.
-_ARCHITECTURE = (
-    "name",
-    "in_channels",
-    "patch_size",
-    "hidden_size",
-    "depth",
-    "num_heads",
-    "mlp_ratio",
-    "num_classes",
-    "learn_sigma",
-    "time_frequency_spacing",
-    "mlp_norm_epsilon",
-)
+# What of config.model decides neither shapes nor meaning of parameters: how a network is run. The
+# image size neither: positions are computed, and a network may go on at another resolution.
+_EXECUTION = ("image_size", "remat", "attention", "custom_gradients", "dtype", "layer_loop")
+# What a network may have beyond one whose parameters it starts from: its parameters start fresh,
+# and where they make no difference at first.
+_ADDITIONS = {"second_time": "none", "augment_dim": 0}
+_NOTHING = object()
+
+
+def architecture(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The values of `config.model` that decide shapes and meaning of parameters, by flat key."""
+    chosen = config.model.name
+    values = {}
+    for key, value in config.model.items():
+        if isinstance(value, AnyConfig):
+            if key == chosen:
+                values.update({f"{key}.{name}": v for name, v in value.items()})
+        elif key == "image_size" and chosen != "dit":
+            values[key] = value  # U-Nets name their layers by it
+        elif key not in _EXECUTION and (chosen == "dit" or key not in DIT_KEYS):
+            values[key] = tuple(value) if isinstance(value, list) else value
+    values.pop(f"{chosen}.dropout", None)  # of training alone
+    return values
 
 
 def require_same_network(
@@ -109,11 +128,12 @@ def require_same_network(
     Raises:
         ConfigError: with the values to set.
     """
+    found, wanted = architecture(found), architecture(wanted)
     flags = [
-        f"  config.model.{key} is {wanted.model[key]!r}, the checkpoint's {found.model[key]!r}: "
-        f"--config.model.{key}={found.model[key]}"
-        for key in _ARCHITECTURE
-        if found.model[key] != wanted.model[key]
+        f"  config.model.{key} is {wanted.get(key)!r}, the checkpoint's {found.get(key)!r}: "
+        f"--config.model.{key}={found.get(key)}"
+        for key in sorted(found.keys() | wanted.keys())
+        if found.get(key) != wanted.get(key) and found.get(key) != _ADDITIONS.get(key, _NOTHING)
     ]
     if flags:
         raise ConfigError(f"{source} is a checkpoint of another network:\n" + "\n".join(flags))
@@ -143,7 +163,7 @@ def build_optimizer(config: ml_collections.ConfigDict):
         num_steps=config.training.num_steps,
         final_learning_rate=c.final_learning_rate,
     )
-    _choose({"adamw": 1, "lion": 1}, c.name, "optimizer.name")
+    _choose({"adamw": 1, "radam": 1, "lion": 1}, c.name, "optimizer.name")
     return optimizer.create_optimizer(
         c.name,
         rate,
@@ -153,34 +173,64 @@ def build_optimizer(config: ml_collections.ConfigDict):
     )
 
 
-def build_denoising(config: ml_collections.ConfigDict) -> Denoising:
-    """The Method 'denoising'."""
-    denoiser = build_denoiser(config)
+def build_timesteps(config: ml_collections.ConfigDict) -> TimeDistribution:
+    """The training distribution of times of `config.timesteps`."""
     times = config.timesteps
     distribution = _choose(TIME_DISTRIBUTIONS, times.name, "timesteps.name")
     options = times[times.name].to_dict() if times.name in times else {}
     if "tau" in options:
         options["tau"] = options["tau"] or None
+    return distribution(build_process(config), **options)
+
+
+def build_averages(config: ml_collections.ConfigDict) -> tuple[ema.Average, ...]:
+    """The averages of the parameters of `config.ema`."""
+    return tuple(ema.averages(config.ema.decays, config.ema.power_stds))
+
+
+def build_augmentation(config: ml_collections.ConfigDict) -> Augmentation | None:
+    """The augmentation of `config.augmentation`, None with probability 0.
+
+    Raises:
+        ConfigError: with probability 0 the other keys would do nothing.
+    """
+    options = config.augmentation.to_dict()
+    if options["probability"]:
+        return Augmentation(**options)
+    for key, default in default_config().augmentation.items():
+        if options[key] != default:
+            raise ConfigError(
+                f"config.augmentation.{key}={options[key]!r} would do nothing with "
+                "config.augmentation.probability=0.0"
+            )
+    return None
+
+
+def build_denoising(config: ml_collections.ConfigDict) -> Denoising:
+    """The Method 'denoising'."""
     weighting = config.loss.weighting
     weight = _choose(LOSS_WEIGHTS, weighting, "loss.weighting")
     return Denoising(
-        denoiser=denoiser,
-        timesteps=distribution(denoiser.process, **options),
+        denoiser=build_denoiser(config),
+        timesteps=build_timesteps(config),
         weighting=weight(**(config.loss[weighting].to_dict() if weighting in config.loss else {})),
         optimizer=build_optimizer(config),
-        averages=tuple(ema.averages(config.ema.decays, config.ema.power_stds)),
+        averages=build_averages(config),
         label_dropout=config.method.label_dropout,
         num_microbatches=config.training.num_microbatches,
         vlb_weight=config.loss.vlb_weight,
+        augmentation=build_augmentation(config),
     )
 
 
 METHODS = {"denoising": build_denoising}
 
 
-def build_method(config: ml_collections.ConfigDict, methods: dict[str, Any] = METHODS) -> Method:
+def build_method(
+    config: ml_collections.ConfigDict, methods: dict[str, Any] | None = None
+) -> Method:
     """The Method of `config.method.name` among `methods` (name -> builder from a config)."""
-    return _choose(methods, config.method.name, "method.name")(config)
+    return _choose(methods or METHODS, config.method.name, "method.name")(config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,8 +271,7 @@ def build_sampling(config: ml_collections.ConfigDict) -> SamplingPlan:
     options = c[c.solver].to_dict() if c.solver in c else {}
     try:
         solver = make_solver(c.solver, **options)
-        spacing = c.spacing or _default_spacing(c.solver, denoiser.process)
-        times = schedule(denoiser.process, c.steps, spacing, shift=c.shift, rho=c.rho)
+        times = _sampling_times(c, denoiser.process)
         solver.init(denoiser.process, jax.numpy.zeros((1, *denoiser.network.sample_shape)))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"config.sampling: {error}") from error
@@ -245,14 +294,43 @@ def build_sampling(config: ml_collections.ConfigDict) -> SamplingPlan:
             f"config.sampling.guidance_scale={c.guidance_scale} needs a class-conditional model; "
             "config.model.num_classes is 0"
         )
+    if c.solver == "mean_flow" and not denoiser.network.has_second_time:
+        raise ConfigError(
+            "config.sampling.solver='mean_flow' needs a network of average velocities, which sees "
+            "a second time: set config.model.second_time='r' or 't-r', or another solver"
+        )
     sampler = Sampler(denoiser, solver, c.guidance_channels)
     return SamplingPlan(sampler, times, c.guidance_scale, interval or None)
+
+
+def _sampling_times(c: ml_collections.ConfigDict, process: Process) -> np.ndarray:
+    if not c.times:
+        spacing = c.spacing or _default_spacing(c.solver, process)
+        return schedule(process, c.steps, spacing, shift=c.shift, rho=c.rho)
+    for key, default in (("spacing", ""), ("shift", 1.0), ("rho", 7.0)):
+        if c[key] != default:
+            raise ValueError(f"{key}={c[key]!r} would do nothing beside explicit times")
+    times = np.asarray(c.times, np.float32)
+    if len(times) != c.steps + 1:
+        raise ValueError(
+            f"times={tuple(c.times)} are of {len(times) - 1} steps, but steps={c.steps}: give "
+            "steps + 1 times, from noise to clean"
+        )
+    if (np.diff(times) >= 0).any() or times[-1] != process.clean_time:
+        raise ValueError(
+            f"times={tuple(c.times)}: expected decreasing times that end with the process's clean "
+            f"time {process.clean_time}"
+        )
+    if times[0] > process.noise_time:
+        raise ValueError(f"times start at {times[0]}, beyond the noisiest {process.noise_time}")
+    return times
 
 
 def _default_spacing(solver: str, process: Process) -> str | None:
     # Multistep extrapolation over the long last step of evenly spaced indices misses badly at 20
     # steps and fewer; ending on evenly spaced ones from T - 1 downwards does not.
-    return "trailing" if solver == "dpmpp_2m" and isinstance(process, DDPM) else None
+    few_steps = solver in ("dpmpp_2m", "consistency")
+    return "trailing" if few_steps and isinstance(process, DDPM) else None
 
 
 def open_data(config: ml_collections.ConfigDict, split: str):
@@ -273,6 +351,11 @@ def open_data(config: ml_collections.ConfigDict, split: str):
         options.update(image_size=model.image_size, channels=model.in_channels)
     elif name == "jpeg_npz":
         options.update(channels=model.in_channels)
+    elif name == "pairs":
+        process = config.process[config.process.name].to_dict()
+        options.update(process={"name": config.process.name, **process})
+        if config.method.name == "kd":
+            options.update(times=build_sampling(config).times[:-1].tolist())
     source = data_lib.open_source(name, split, **options)
     info = source.info
     wanted = (model.image_size, model.image_size, model.in_channels)

@@ -59,6 +59,47 @@ class Sampler:
         Raises:
             ValueError: guidance asked of an unconditional network; a label out of range.
         """
+        return _sample(
+            self,
+            *self._inputs(params, keys, labels, times, guidance_scale, guidance_interval),
+        )
+
+    def path(
+        self,
+        params: Any,
+        keys: Key[Array, " b"],
+        labels: Int[Array | np.ndarray, " b"] | None,
+        times: Float[Array | np.ndarray, " n"],
+        kept: tuple[int, ...] = (),
+        guidance_scale: float | Float[Array, ""] | Float[Array, " b"] = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"], Float[Array, "b k h w c"]]:
+        """Samples one batch, and tells the way.
+
+        Args:
+            params: as for a call, like all that is not named here.
+            keys: see there.
+            labels: see there.
+            times: see there.
+            kept: numbers of the times of which the states are wanted, from 1.
+            guidance_scale: see there.
+            guidance_interval: see there.
+
+        Returns:
+            The standard normal noise it started from, the samples (those of a call), and the states
+            in the order of `kept`.
+
+        Raises:
+            ValueError: as a call; or there is no such state.
+        """
+        return _sample_path(
+            self,
+            tuple(kept),
+            *self._inputs(params, keys, labels, times, guidance_scale, guidance_interval),
+        )
+
+    def _inputs(self, params, keys, labels, times, guidance_scale, guidance_interval):
+        """The compiled functions' arguments, checked."""
         num_classes = self.denoiser.network.num_classes
         guided = not (np.isscalar(guidance_scale) and float(guidance_scale) == 1.0)
         if guided and not num_classes:
@@ -71,8 +112,7 @@ class Sampler:
                     f"label {outside.flat[0]} is out of range: the network knows 0 to "
                     f"{num_classes - 1}, and {num_classes} for no class"
                 )
-        return _sample(
-            self,
+        return (
             guided,
             params,
             keys,
@@ -84,7 +124,20 @@ class Sampler:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _sample(sampler, guided, params, keys, conditions, times, scale, interval):
+def _sample(sampler, guided, *inputs):
+    _, start = _prepare(sampler, guided, *inputs)
+    return samplers.sample(sampler.solver, sampler.denoiser.process, *start)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _sample_path(sampler, kept, guided, *inputs):
+    noise, start = _prepare(sampler, guided, *inputs)
+    x, path = samplers.sample_path(sampler.solver, sampler.denoiser.process, *start, kept)
+    return noise, x, path
+
+
+def _prepare(sampler, guided, params, keys, conditions, times, scale, interval):
+    """The noise, and (denoise, x, times, keys) of the solver."""
     denoiser, process = sampler.denoiser, sampler.denoiser.process
 
     def raw(x, t, conditions, carry):
@@ -95,22 +148,23 @@ def _sample(sampler, guided, params, keys, conditions, times, scale, interval):
     if guided:
         evaluate = guidance_lib.guided(
             raw,
-            denoiser.network.null_conditions(conditions),
+            denoiser.network.null_conditions,
             scale,
             interval=None if interval is None else (interval[0], interval[1]),
             channels=sampler.guided_channels,
         )
 
-    def denoise(x, t, carry):
-        out, carry = evaluate(x, t, conditions, carry)
+    def denoise(x, t, carry, r=None):
+        told = conditions if r is None else {**conditions, "r": jnp.broadcast_to(r, x.shape[:1])}
+        out, carry = evaluate(x, t, told, carry)
         return process.interpret(out, x, t), carry
 
     shape = denoiser.network.sample_shape
     prior_keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
     solver_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
     noise = jax.vmap(lambda key: jax.random.normal(key, shape))(prior_keys)
-    x = noise * process.prior_scale
-    return samplers.sample(sampler.solver, process, denoise, x, times, solver_keys)[0]
+    x = noise * process.start_scale(times[0])
+    return noise, (denoise, x, times, solver_keys)
 
 
 def image_keys(seed: int, indices: Int[np.ndarray, " b"]) -> Key[Array, " b"]:

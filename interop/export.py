@@ -16,9 +16,10 @@ import numpy as np
 
 from dit_jax import __version__, experiment
 from dit_jax import config as config_lib
-from dit_jax.diffusion.process import DDPM, RectifiedFlow
+from dit_jax.diffusion.process import DDPM, EDM, RectifiedFlow
 from dit_jax.evaluation.files import atomic_file, atomic_folder, check_destination
-from interop import dit
+from dit_jax.models import DiTConfig
+from interop import dit, edm
 from interop.autoencoder_kl import load_autoencoder, save_autoencoder
 from interop.model_card import model_card
 from interop.models import CARD, FORMAT, KINDS, WEIGHTS, FoundModel
@@ -26,14 +27,15 @@ from interop.pixel_autoencoder import TOLERANCE, pixel_autoencoder
 from interop.schedulers import scheduler_config
 from interop.table import (
     Table,
-    abstract_params,
     export_arrays,
     export_specs,
-    flat_shapes,
     native_table,
+    parameter_shapes,
 )
 from interop.tensors import InteropError, TensorSpec, write_pt, write_safetensors
 
+DESTINATIONS = tuple(kind for kind in KINDS if kind != "edm_pkl")
+_STATE_DICTS = ("dit_pt", "sit_pt", "edm_pt")
 DTYPES = ("float32", "bfloat16", "float16")
 TRANSFORMER_WEIGHTS = "diffusion_pytorch_model.safetensors"
 PIPELINE_VERSION = "0.42.1"  # of diffusers, with which exports were tested
@@ -104,21 +106,26 @@ def write_model(
         InteropError: the format cannot hold this model, or its code would compute something else.
         FileExistsError: the destination exists.
     """
-    if kind not in KINDS:
-        raise InteropError(f"--to={kind}: expected one of {', '.join(KINDS)}")
+    if kind == "edm_pkl":
+        raise InteropError(
+            "--to=edm_pkl: such a pickle holds the code of its network; --to=edm_pt writes the "
+            "state dict that EDM's network loads"
+        )
+    if kind not in DESTINATIONS:
+        raise InteropError(f"--to={kind}: expected one of {', '.join(DESTINATIONS)}")
     if dtype not in DTYPES:
         raise InteropError(f"--dtype={dtype}: expected one of {', '.join(DTYPES)}")
     destination = Path(destination)
     _refuse_destination(model, destination, overwrite)
     plan = _plan(model, kind, allow_inexact)
-    shapes = flat_shapes(abstract_params(model.network))
+    shapes = parameter_shapes(model.network)
     specs = export_specs(plan.table, shapes, jnp.dtype(dtype))
     vae, vae_note = None, ()
     if kind == "diffusers":
         vae, vae_note = _pipeline_autoencoder(model, autoencoder)
     elif autoencoder:
         raise InteropError(f"--vae does not apply to --to={kind}: only a pipeline holds one")
-    if kind in ("dit_pt", "sit_pt") and (class_names or metrics):
+    if kind in _STATE_DICTS and (class_names or metrics):
         option = "class_names" if class_names else "metrics"
         raise InteropError(f"--{option} does not apply to --to={kind}: a state dict has no room")
     summary = Summary(
@@ -133,7 +140,7 @@ def write_model(
     if dry_run:
         return summary
     writer = _Writer(model, plan, shapes, specs, jnp.dtype(dtype))
-    if kind in ("dit_pt", "sit_pt"):
+    if kind in _STATE_DICTS:
         with atomic_file(destination, overwrite=overwrite) as file:
             digest = writer.write(Path(file.name), destination.suffix == ".safetensors")
     else:
@@ -172,7 +179,22 @@ def _plan(model: FoundModel, kind: str, allow_inexact: bool) -> _Plan:
     network = model.network.config
     process = experiment.build_process(model.config)
     if kind == "dit_jax":
-        return _Plan(native_table(flat_shapes(abstract_params(model.network))), ())
+        return _Plan(native_table(parameter_shapes(model.network)), ())
+    name = type(network).__name__.removesuffix("Config")
+    if isinstance(network, DiTConfig) == (kind == "edm_pt"):
+        wanted = "an EDM U-Net" if kind == "edm_pt" else "a DiT"
+        others = "dit_pt, sit_pt, diffusers" if name == "DiT" else "edm_pt"
+        raise InteropError(
+            f"--to={kind} holds {wanted}; this model is a {name}: choose dit_jax, {others}"
+        )
+    if kind == "edm_pt":
+        return _plan_edm(model, process, allow_inexact)
+    for key, value in (("second_time", network.second_time), ("augment_dim", network.augment_dim)):
+        if value not in ("none", 0):
+            raise InteropError(
+                f"--to={kind}: this model has parameters for config.model.{key}={value!r}, which "
+                "the format has no place for: choose dit_jax"
+            )
     if kind == "diffusers":
         scheduler_config(process)  # whether there is one
         return _plan_diffusers(network)
@@ -185,6 +207,20 @@ def _plan(model: FoundModel, kind: str, allow_inexact: bool) -> _Plan:
         )
     notes = tuple(f"not what the original code computes: {line}" for line in differences)
     return _Plan(dit.original_table(network), notes)
+
+
+def _plan_edm(model: FoundModel, process: Any, allow_inexact: bool) -> _Plan:
+    network = model.network.config
+    table = edm.edm_table(network, parameter_shapes(model.network), process=process)
+    if isinstance(process, EDM):
+        return _Plan(table, (f"load it into {edm.constructor(network, process)}",))
+    difference = f"it denoises {process}, the original {EDM()}"
+    if not allow_inexact:
+        raise InteropError(
+            f"the original code would compute something else with these weights: {difference}\n"
+            "--allow_inexact writes them all the same"
+        )
+    return _Plan(table, (f"not what the original code computes: {difference}",))
 
 
 def _differences_from_original(network: Any, process: Any, kind: str) -> list[str]:
@@ -284,11 +320,17 @@ def _card(model: FoundModel, class_names: Sequence[str], dtype: str) -> dict[str
         "step": model.step,
         "dtype": dtype,
         "num_classes": model.network.num_classes,
-        "time_frequency_spacing": model.network.config.time_frequency_spacing,
+        **_time_frequency_spacing(model.network.config),
         "class_names": list(class_names),
         "pixels": model.autoencoder is None and model.network.config.in_channels in (1, 3),
         "config": json.loads(config_lib.to_json(model.config)),
     }
+
+
+def _time_frequency_spacing(network: Any) -> dict[str, str]:
+    """For `pipelines.load_pipeline`, which knows DiT alone."""
+    is_dit = isinstance(network, DiTConfig)
+    return {"time_frequency_spacing": network.time_frequency_spacing} if is_dit else {}
 
 
 def _write_json(path: Path, values: Any) -> None:

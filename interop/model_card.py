@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dit_jax.models import DiTConfig
 from interop.models import FoundModel
 
 
@@ -23,10 +24,9 @@ def model_card(
         "pipeline_tag: unconditional-image-generation",
         "---",
         "",
-        f"# {config.name or 'A diffusion transformer'}",
+        f"# {config.name or 'A diffusion model'}",
         "",
-        f"DiT of depth {network.depth}, width {network.hidden_size}, {network.num_heads} heads, "
-        f"patches of {network.patch_size}, on inputs of {height}x{width}x{network.in_channels}; "
+        f"{_architecture(network)}, on inputs of {height}x{width}x{network.in_channels}; "
         f"{network.num_classes or 'no'} classes. Converted by dit-jax from {model.kind}.",
         "",
         "| | |",
@@ -36,7 +36,7 @@ def model_card(
         f"| weights | {model.weights} |",
         f"| process | {config.process.name} |",
         f"| learned variance | {network.learn_sigma} |",
-        f"| time-frequency spacing | {network.time_frequency_spacing} |",
+        *_time_frequency_spacing(network),
         f"| sha256 of the weights file | {sha256} |",
         "",
         "## Scores",
@@ -52,6 +52,25 @@ def model_card(
         *(_DIFFUSERS_USE if kind == "diffusers" else _OWN_USE),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _architecture(network: Any) -> str:
+    if isinstance(network, DiTConfig):
+        return (
+            f"DiT of depth {network.depth}, width {network.hidden_size}, {network.num_heads} "
+            f"heads, patches of {network.patch_size}"
+        )
+    widths = ", ".join(str(network.model_channels * m) for m in network.channel_mult)
+    return (
+        f"{type(network).__name__.removesuffix('Config')} of EDM, widths {widths}, "
+        f"{network.num_blocks} blocks a resolution"
+    )
+
+
+def _time_frequency_spacing(network: Any) -> list[str]:
+    if not isinstance(network, DiTConfig):
+        return []
+    return [f"| time-frequency spacing | {network.time_frequency_spacing} |"]
 
 
 def _data(config: Any) -> str:

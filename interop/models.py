@@ -1,4 +1,4 @@
-"""A diffusion transformer on disk, in any of the formats known here, opened as one thing.
+"""A diffusion model on disk, in any of the formats known here, opened as one thing.
 
     model = open_model("DiT-XL-2-256x256.pt")    # or a diffusers folder, a workdir, hub:owner/name
     params = model.load()                        # nested, float32, in host memory
@@ -6,7 +6,8 @@
 
 Kinds: 'dit_jax' (a training run's workdir, or a folder that `launch/convert.py --to=dit_jax`
 wrote), 'dit_pt' and 'sit_pt' (state dicts of the original code, fast-DiT and SiT, as .pt or
-.safetensors), and 'diffusers' (a pipeline or the folder of its transformer).
+.safetensors), 'diffusers' (a pipeline or the folder of its transformer), 'edm_pkl' (a network
+pickle of EDM's training loop) and 'edm_pt' (a state dict of such a network).
 """
 
 import dataclasses
@@ -23,21 +24,21 @@ from dit_jax.config import default_config, from_json
 from dit_jax.models import Network
 from dit_jax.training import workdir
 from dit_jax.training.saved_weights import RunWeights
-from interop import dit, hub
+from interop import dit, edm, hub
+from interop.edm_pickle import looks_like_network_pickle, open_network_pickle
 from interop.recognise import description, recognise
 from interop.schedulers import process_from_scheduler
 from interop.table import (
     ParameterReader,
     Table,
-    abstract_params,
-    flat_shapes,
     flatten,
     native_table,
+    parameter_shapes,
     unflatten,
 )
 from interop.tensors import InteropError, TensorFile, open_tensors
 
-KINDS = ("dit_jax", "dit_pt", "sit_pt", "diffusers")
+KINDS = ("dit_jax", "dit_pt", "sit_pt", "diffusers", "edm_pkl", "edm_pt")
 CARD = "dit_jax.json"  # what a folder of ours says about itself
 WEIGHTS = "weights.safetensors"
 FORMAT = "dit-jax-model/1"
@@ -103,7 +104,7 @@ def open_model(
         source: a path, or 'hub:owner/name[@revision][:path]'; 'KIND:' may stand before it.
         kind: one of `KINDS`, or 'auto' to tell by the content.
         weights: of a run 'raw', 'ema' or an average's name, of a training checkpoint 'ema' or
-            'model'; by default the first average where there is one.
+            'model', of a pickle the entry's name; by default the first average where there is one.
         step: of a run's checkpoints, which one.
         num_heads: of a .pt, where its width does not tell.
         time_frequency_spacing: 'original' or 'diffusers', where it is known to differ from what
@@ -131,12 +132,16 @@ def open_model(
         if (path / CARD).is_file():
             _require(step is None, "step", step, kind, "folder holds one set of weights")
             _require(not weights, "weights", weights, kind, "folder holds one set of weights")
-            return _open_folder(path)
+            return _open_folder(path, methods)
         return _open_workdir(path, weights, step, methods)
+    if kind in ("edm_pkl", "edm_pt"):
+        spacing = time_frequency_spacing
+        _require(not spacing, "time_frequency_spacing", spacing, kind, "has one spacing")
+        return _open_edm(path, kind, weights)
     if is_pt:
         return _open_original(path, kind, weights, num_heads, time_frequency_spacing)
     _require(not weights, "weights", weights, kind, "holds one set of weights")
-    return _open_diffusers(path, time_frequency_spacing)
+    return _open_diffusers(path, time_frequency_spacing, methods)
 
 
 def _require(condition: bool, name: str, value: Any, kind: str, reason: str) -> None:
@@ -157,7 +162,11 @@ def _tell_kind(path: Path) -> str:
             f"a folder it converted to ({CARD}, {WEIGHTS}), nor a diffusers pipeline "
             "(model_index.json)"
         )
+    if looks_like_network_pickle(path):
+        return "edm_pkl"
     file = open_tensors(path)
+    if recognise(file.specs) == edm.ARCHITECTURE:
+        return "edm_pt"
     if recognise(file.specs) == "DiT or SiT in the original layout":
         arguments = file.metadata.get("args") or {}
         return "sit_pt" if {"path_type", "prediction"} <= set(arguments) else "dit_pt"
@@ -165,7 +174,7 @@ def _tell_kind(path: Path) -> str:
         raise InteropError(
             f"{path} lies in a diffusers folder: give the folder, with its config.json"
         )
-    raise InteropError(f"{path} holds no DiT: {description(file.specs)}")
+    raise InteropError(f"{path} holds no DiT or EDM U-Net: {description(file.specs)}")
 
 
 def _configured(model: Mapping[str, Any], **sections: Mapping[str, Any]) -> Any:
@@ -184,20 +193,20 @@ def model_section(network_config: Any) -> dict[str, Any]:
     """The part of a DiTConfig that the architecture decides, as values of `config.model`."""
     values = dataclasses.asdict(network_config)
     for name in ("layer_loop", "remat", "attention", "custom_gradients", "dtype"):
-        del values[name]
+        values.pop(name, None)
     return values
 
 
 def _found(
     kind: str, path: Path, config: Any, table: Table | None, file: TensorFile, **more: Any
 ) -> FoundModel:
-    shapes = flat_shapes(abstract_params(experiment.build_network(config)))
+    shapes = parameter_shapes(experiment.build_network(config))
     reader = ParameterReader(table or native_table(shapes), shapes, file)
     return FoundModel(kind, path, config, reader, tuple(reader.paths()), **more)
 
 
 def _open_workdir(path: Path, weights: str, step: int | None, methods: Any) -> FoundModel:
-    config = experiment.resolve_config(workdir.load_config(path))
+    config = experiment.resolve_config(workdir.load_config(path), methods)
     method = experiment.build_method(config, methods)
     saved = RunWeights(path, method, weights or config.sampling.weights).open(step)
     leaves = dict(flatten(saved.leaves))
@@ -232,17 +241,17 @@ def read_card(folder: Path) -> dict[str, Any]:
     return card
 
 
-def _card_config(folder: Path, card: Mapping[str, Any]) -> Any:
+def _card_config(folder: Path, card: Mapping[str, Any], methods: Any) -> Any:
     try:
-        return experiment.resolve_config(from_json(json.dumps(card["config"])))
+        return experiment.resolve_config(from_json(json.dumps(card["config"])), methods)
     except (KeyError, ValueError) as error:
         raise InteropError(f"{folder / CARD}: its configuration cannot be used: {error}") from error
 
 
-def _open_folder(path: Path) -> FoundModel:
+def _open_folder(path: Path, methods: Any) -> FoundModel:
     card = read_card(path)
     file = open_tensors(path / WEIGHTS)
-    config = _card_config(path, card)
+    config = _card_config(path, card, methods)
     return _found(
         "dit_jax",
         path,
@@ -286,6 +295,29 @@ def _open_original(
     )
 
 
+def _open_edm(path: Path, kind: str, weights: str) -> FoundModel:
+    notes: tuple[str, ...] = ()
+    file: TensorFile
+    if kind == "edm_pkl":
+        file = open_network_pickle(path, weights=weights or "auto")
+        found = edm.from_arguments(file)
+    else:
+        file = open_tensors(path, weights={"": "auto", "raw": "model"}.get(weights, weights))
+        if recognise(file.specs) != edm.ARCHITECTURE:
+            raise InteropError(f"{path} holds no EDM U-Net: {description(file.specs)}")
+        found = edm.from_tensors(file)
+        notes = (
+            "a state dict tells neither sigma_data, nor the range of noise levels, nor dropout: "
+            "taken as EDM's defaults",
+        )
+    config = _configured(**edm.sections(found))
+    shapes = parameter_shapes(experiment.build_network(config))
+    prefix = edm.prefix_of(file.specs)
+    table = edm.edm_table(found.network, shapes, prefix, found.process)
+    weights = file.metadata.get("weights") or "ema"
+    return _found(kind, path, config, table, file, weights=weights, notes=notes)
+
+
 def _refuse_other_sit(path: Path, arguments: Mapping[str, Any]) -> None:
     for name, wanted in (("path_type", "Linear"), ("prediction", "velocity")):
         if arguments.get(name, wanted) != wanted:
@@ -307,7 +339,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def _open_diffusers(path: Path, spacing: str) -> FoundModel:
+def _open_diffusers(path: Path, spacing: str, methods: Any) -> FoundModel:
     is_pipeline = (path / "model_index.json").is_file() or (path / "transformer").is_dir()
     folder = path / "transformer" if is_pipeline else path
     card = read_card(path)
@@ -320,7 +352,7 @@ def _open_diffusers(path: Path, spacing: str) -> FoundModel:
     )
     notes = []
     if card:
-        config = _card_config(path, card)
+        config = _card_config(path, card, methods)
         config = _agree(path, config, network, spacing)
     else:
         scheduler = path / "scheduler" / "scheduler_config.json"

@@ -34,6 +34,8 @@ def recognise(names: Collection[str]) -> str | None:
             return architecture
     if any(name.startswith(("enc.", "model.enc.")) for name in names):
         return "EDM U-Net"
+    if any(name.startswith("unet.enc.") for name in names):
+        return "EDM2 U-Net"
     if any("lora" in name.lower() for name in names):
         return "LoRA (a change of weights, not a model)"
     return None

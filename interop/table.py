@@ -8,7 +8,9 @@ Nothing here holds more than one row's tensors at a time: a row is read, transfo
 """
 
 import dataclasses
+import functools
 import re
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -465,3 +467,9 @@ def export_arrays(
 def abstract_params(network: Any) -> Any:
     """Shapes of a network's parameters, without making them."""
     return jax.eval_shape(network.init, jax.random.key(0))
+
+
+@functools.lru_cache(maxsize=32)
+def parameter_shapes(network: Any) -> Shapes:
+    """`flat_shapes` of a network's parameters; remembered, since tracing a U-Net takes seconds."""
+    return types.MappingProxyType(flat_shapes(abstract_params(network)))

@@ -61,14 +61,14 @@ class TensorFile(ABC):
 
     Attributes:
         path: The file opened; for a sharded checkpoint its index.
-        kind: "safetensors" or "pt".
+        kind: "safetensors", "pt" or "edm_pkl".
         specs: Name to shape and type, in the order of the file.
         metadata: What else the file says: the `__metadata__` of safetensors; for .pt files see
             `interop.pt_files`.
     """
 
     path: Path
-    kind: Literal["safetensors", "pt"]
+    kind: Literal["safetensors", "pt", "edm_pkl"]
     specs: Mapping[str, TensorSpec]
     metadata: Mapping[str, Any]
 

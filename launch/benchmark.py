@@ -4,9 +4,14 @@
   python launch/benchmark.py --case=train --model=DiT-XL/2 --batch_size=256 --dtype=bfloat16 \\
       --torch_compile --out=docs/benchmarks/h100.json
 
+  python launch/benchmark.py --case=distillation --fastgen=FASTGEN_CHECKOUT \\
+      --out=docs/benchmarks/distillation.json
+
 Cases: `train`, one training step (DDPM loss with learned variance, AdamW, EMA); `guided`, one
 forward pass with classifier-free guidance; `compile`, how long XLA takes to compile a training
-step, without running it. The PyTorch side is tests/references/torch_dit.py. Rounds alternate
+step, without running it; `distillation`, one update of every method of distillation beside one of
+denoising (`launch/benchmark_distillation.py`) and, with --fastgen, DMD2's student beside FastGen's.
+The PyTorch side is tests/references/torch_dit.py. Rounds alternate
 between the two sides, each in a process of its own, whose peak memory is reported; compilation and
 warm-up are outside the timed rounds. Without --case, the project's published CPU table is made.
 """
@@ -34,7 +39,7 @@ from dit_jax.config import default_config
 from dit_jax.diffusion import guided
 from dit_jax.models.dit import named_size
 from dit_jax.training.metrics import peak_flops
-from launch import wiring
+from launch import benchmark_distillation, benchmark_fastgen, wiring
 
 SIDES = ("jax", "torch")
 
@@ -44,8 +49,8 @@ class Case:
     """One comparison.
 
     Attributes:
-        name: 'train', 'guided' or 'compile'.
-        model: as 'DiT-S/2'.
+        name: 'train', 'guided', 'compile' or 'dmd2_student'.
+        model: as 'DiT-S/2'; for 'dmd2_student' EDM's network of CIFAR-10.
         batch_size: images; guidance doubles them inside.
         image_size: side of the latent, 32 for 256 pixels.
         dtype: of the matrix products, 'float32' or 'bfloat16' (PyTorch: autocast).
@@ -53,6 +58,7 @@ class Case:
         layer_loop: 'auto', 'scan' or 'unroll' on the JAX side.
         torch_compile: whether PyTorch is compiled.
         goal: time over PyTorch's (or seconds, for 'compile') aimed at; 0 for none.
+        fastgen: for 'dmd2_student' FastGen's checkout.
     """
 
     name: str
@@ -64,6 +70,7 @@ class Case:
     layer_loop: str = "auto"
     torch_compile: bool = False
     goal: float = 0.0
+    fastgen: str = ""
 
 
 PUBLISHED = (
@@ -180,6 +187,11 @@ def torch_side(case: Case) -> tuple[Callable[[], None], dict[str, Any]]:
 
 def prepare(case: Case, side: str) -> tuple[Callable[[], None], dict[str, Any]]:
     """The function to time and facts about it."""
+    if case.name == "dmd2_student":
+        if side == "jax":
+            return benchmark_distillation.dmd2_student(case.batch_size)
+        run = benchmark_fastgen.student_step(Path(case.fastgen), case.batch_size)
+        return run, {"compile_seconds": 0.0}
     if side == "torch":
         return torch_side(case)
     return {"train": jax_train, "guided": jax_guided}[case.name](case)
@@ -337,20 +349,35 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def measure_distillation(args: argparse.Namespace) -> dict[str, Any]:
+    """All methods on all networks; DMD2's student against FastGen's where there is one."""
+    compared = []
+    if args.fastgen:  # first: it takes two processes, and the memory is still free
+        case = Case("dmd2_student", "EDM CIFAR-10", args.batch_size or 2, fastgen=str(args.fastgen))
+        print(f"measuring {case} ...", file=sys.stderr, flush=True)
+        compared = [compare(case, args.rounds)]
+        print(table(compared), flush=True)
+    rows = benchmark_distillation.measure(args)
+    if args.out:
+        benchmark_distillation.save_table(args.out, rows, [table(compared)] * bool(compared))
+    return {"rows": rows, "fastgen": compared}
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--case", choices=["train", "guided", "compile"])
+    parser.add_argument("--case", choices=["train", "guided", "compile", "distillation"])
     parser.add_argument("--model", default="DiT-S/2", help="DiT-{S,B,L,XL}/{2,4,8}")
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, help="default: 16; of distillation, by network")
     parser.add_argument("--image_size", type=int, default=32, help="side of the latent")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--remat", default="none", choices=["none", "block", "dots"])
     parser.add_argument("--layer_loop", default="auto", choices=["auto", "scan", "unroll"])
     parser.add_argument("--torch_compile", action="store_true")
     parser.add_argument("--rounds", type=int, default=11)
+    benchmark_distillation.add_arguments(parser)
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
@@ -368,8 +395,14 @@ def main(argv: list[str] | None = None) -> None:
     with wiring.readable_errors(traceback=args.traceback):
         if args.out:
             evaluation.check_destination(args.out, overwrite=args.overwrite)
+        if args.case == "distillation":
+            record = {"environment": environment(), **measure_distillation(args)}
+            if args.out:
+                evaluation.save_json(args.out, record, overwrite=args.overwrite)
+            return
         cases = PUBLISHED
         if args.case:
+            args.batch_size = args.batch_size or 16
             fields = [field.name for field in dataclasses.fields(Case)]
             options = {name: getattr(args, name) for name in fields if hasattr(args, name)}
             cases = (Case(name=args.case, **options),)

@@ -5,18 +5,19 @@
   python launch/convert.py --to=dit_pt hub:facebook/DiT-XL-2-256 dit_xl2.pt --allow_inexact
 
 Kinds: dit_jax (a run's workdir, or a folder converted to), dit_pt (facebookresearch/DiT, fast-DiT),
-sit_pt (SiT), diffusers (a pipeline's folder or its transformer's). Parameters pass one at a time;
-nothing in a file is executed; the destination appears whole or not at all.
+sit_pt (SiT), diffusers (a pipeline's folder or its transformer's), edm_pt (a state dict of EDM)
+and, to read only, edm_pkl (a network pickle of EDM). Parameters pass one at a time; nothing in a
+file is executed; the destination appears whole or not at all.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from interop.export import DTYPES, Summary, write_model
-from interop.models import KINDS, open_model
+from interop.export import DESTINATIONS, DTYPES, Summary, write_model
+from interop.models import KINDS
 from interop.tensors import InteropError
-from launch import loading, wiring
+from launch import loading, methods, wiring
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -27,7 +28,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("source", metavar="SRC", help="a path, or hub:owner/name[@revision][:path]")
     parser.add_argument("destination", metavar="DST", type=Path)
     parser.add_argument("--from", dest="source_kind", default="auto", choices=["auto", *KINDS])
-    parser.add_argument("--to", dest="kind", required=True, choices=KINDS)
+    parser.add_argument("--to", dest="kind", required=True, choices=DESTINATIONS)
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the tensors")
     parser.add_argument("--weights", default="", help="ema, raw, model or an average's name")
     parser.add_argument("--step", type=int, help="of a workdir: which checkpoint")
@@ -80,9 +81,9 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = parse_arguments(argv)
     with wiring.readable_errors(traceback=args.traceback):
-        model = open_model(
+        model = methods.open_any(
             args.source,
-            args.source_kind,
+            kind=args.source_kind,
             weights=args.weights,
             step=args.step,
             num_heads=args.num_heads,

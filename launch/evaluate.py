@@ -15,10 +15,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 import numpy as np
 
 from dit_jax import data as data_lib
 from dit_jax import evaluation, experiment
+from dit_jax.training import workdir as workdir_lib
 from launch import inception_scores, loading, wiring
 
 
@@ -50,12 +52,20 @@ def evaluate(
 ) -> tuple[dict[str, Any], np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """Samples and scores.
 
+    Args:
+        model: to sample.
+        workdir: where the classifier is kept, or was kept before.
+        num_images: samples.
+        seed: image i depends on it and i only.
+        rounding: of samples to bytes.
+
     Returns:
-            The record, the samples, their labels, and (held-out images, their labels).
+        The record, the samples, their labels, and (held-out images, their labels).
     """
     config = model.config
-    train = data_lib.to_arrays(experiment.open_data(config, "train"))
-    test = data_lib.to_arrays(experiment.open_data(config, "test"))
+    images = real_images(config)
+    train = data_lib.to_arrays(experiment.open_data(images, "train"))
+    test = data_lib.to_arrays(experiment.open_data(images, "test"))
     if train[0].dtype != np.uint8:
         raise ValueError(
             "the run's data are latents, which the classifier cannot see: score its pictures with "
@@ -93,6 +103,26 @@ def evaluate(
         provenance=loading.provenance(model),
     )
     return record, samples, labels, test
+
+
+def real_images(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The configuration whose data are the real images to compare with.
+
+    A student that learned from pairs saw none: its teacher did.
+
+    Raises:
+        ValueError: the teacher's data are not known.
+    """
+    while config.data.name == "pairs":
+        directory = Path(config.teacher.path)
+        if not (directory / workdir_lib.CONFIG_FILE).is_file():
+            raise ValueError(
+                "the model learned from a teacher's pairs, and config.teacher.path="
+                f"{config.teacher.path!r} is not the workdir of a run whose data could be "
+                "compared with: give that workdir, or score with --reference=IMAGES"
+            )
+        config = workdir_lib.load_config(directory)
+    return config
 
 
 def save_picture(path: Path, samples, labels, test, *, overwrite: bool) -> None:

@@ -2,8 +2,6 @@
 
 import argparse
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,11 @@ import numpy as np
 from dit_jax import experiment
 from dit_jax.models import Network
 from dit_jax.training import workdir
-from dit_jax.training.checkpoints import fingerprint
 from dit_jax.training.saved_weights import RunWeights
 from interop import hub
 from interop.autoencoder_kl import load_autoencoder
-from interop.models import FoundModel, open_model
-from launch import wiring
+from interop.models import FoundModel
+from launch import methods, wiring
 from parallel.mesh import DataParallel
 
 
@@ -51,8 +48,7 @@ class TrainedModel:
 
     def weights_hash(self) -> str:
         """A hash of all parameters, the same on any number of devices."""
-        sums = json.dumps(fingerprint(self.params)).encode()
-        return hashlib.sha256(sums).hexdigest()[:16]
+        return methods.weights_hash(self.params)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,8 +58,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--init_from",
         metavar="[KIND:]SRC",
-        help="a checkpoint: .pt of DiT or SiT (sit_pt:FILE), diffusers folder, converted folder, "
-        "workdir, hub:owner/name[@revision]",
+        help="a checkpoint: .pt of DiT, SiT (sit_pt:FILE) or EDM, .pkl of EDM, diffusers folder, "
+        "converted folder, workdir, hub:owner/name[@revision]",
     )
     group.add_argument("--step", type=int, help="of a workdir: which checkpoint; default: newest")
     group.add_argument("--weights", default="", help="raw, ema (the first average) or its name")
@@ -87,7 +83,7 @@ def load_from_arguments(args: argparse.Namespace, overrides: dict[str, Any]) -> 
         return load_model(
             args.workdir, weights=args.weights, step=args.step, overrides=overrides, vae=vae
         )
-    found = open_model(
+    found = methods.open_any(
         args.init_from, weights=args.weights, step=args.step, num_heads=args.num_heads
     )
     for note in found.notes:
@@ -122,8 +118,8 @@ def load_model(
         CheckpointError: it has no such checkpoint or no such weights.
     """
     config = workdir.load_config(directory).copy_and_resolve_references()
-    config = experiment.resolve_config(wiring.override(config.to_dict(), overrides or {}))
-    run = RunWeights(directory, experiment.build_method(config), weights or config.sampling.weights)
+    config = methods.resolve_config(wiring.override(config.to_dict(), overrides or {}))
+    run = RunWeights(directory, methods.build_method(config), weights or config.sampling.weights)
     saved, params = run.load(_placer(config), step)
     autoencoder = vae or (Path(config.autoencoder.path) if config.autoencoder.path else None)
     return TrainedModel(config, params, saved.name, saved.step, str(directory), autoencoder)
@@ -134,7 +130,7 @@ def load_found(
 ) -> TrainedModel:
     """Reads a model that `interop.open_model` found onto the devices, array by array."""
     values = wiring.override(found.config.to_dict(), overrides or {})
-    config = experiment.resolve_config(values)
+    config = methods.resolve_config(values)
     put = _placer(config)
     params = found.load(lambda path, array: put(array))
     source = f"{found.kind}:{found.path}"
@@ -153,7 +149,7 @@ def open_initial(source: str, config: ml_collections.ConfigDict) -> FoundModel:
         ConfigError: the checkpoint's network is another, with the values to set.
         InteropError: it cannot be read.
     """
-    found = open_model(source)
+    found = methods.open_any(source)
     experiment.require_same_network(found.config, config, str(found.path))
     return found
 

@@ -8,9 +8,14 @@
 Running the same command again continues from the newest checkpoint. Ctrl-C saves and ends.
 """
 
+import dataclasses
+import functools
 from pathlib import Path
+from typing import Any
 
 import jax
+import ml_collections
+import numpy as np
 from absl import app, flags, logging
 from clu import parameter_overview
 from ml_collections import config_flags
@@ -18,12 +23,12 @@ from ml_collections import config_flags
 from dit_jax import config as config_lib
 from dit_jax import data as data_lib
 from dit_jax import experiment
-from dit_jax.evaluation import save_grid, save_json
+from dit_jax.evaluation import Panel, save_grid, save_json, save_panels
 from dit_jax.training import loop, metrics, workdir
 from dit_jax.training.checkpoints import Checkpoints
 from dit_jax.training.saved_weights import choose_weights
 from interop.models import FoundModel
-from launch import loading, wiring
+from launch import loading, methods, wiring
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, a file of configs/; override with --config.key=value."
@@ -32,7 +37,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and 
 _INIT_FROM = flags.DEFINE_string(
     "init_from",
     None,
-    "Start from a checkpoint: .pt of DiT or SiT (sit_pt:FILE), diffusers folder, workdir, hub:...",
+    "Start from a checkpoint: .pt of DiT, SiT (sit_pt:FILE) or EDM, .pkl of EDM, diffusers folder, "
+    "workdir, hub:...",
 )
 _FORCE = flags.DEFINE_bool("force", False, "Go on in a workdir of another configuration.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show stack traces of errors.")
@@ -49,14 +55,16 @@ def run(
         init_from: a checkpoint whose parameters a new run starts from (`interop.open_model`).
         force: go on in a workdir of another configuration.
     """
-    config = experiment.resolve_config(config)
-    method = experiment.build_method(config)
+    config = methods.resolve_config(config)
+    method = methods.build_method(config)
     plan = experiment.build_sampling(config)
     placement = wiring.create_placement(config)
     training = config.training
     placement.check_batch_size(training.batch_size, training.num_microbatches)
     source = experiment.open_data(config, "train")
+    models = methods.open_frozen(config, method)
     initial = loading.open_initial(init_from, config) if init_from else None
+    initial = initial or models.start
     decoder = open_decoder(config, placement) if training.preview_every else None
     workdir.prepare(directory, config, force=force)
     key = jax.random.key(config.seed)
@@ -77,6 +85,9 @@ def run(
         keep_last=training.keep_last,
         keep_every=training.keep_every,
     )
+    frozen = models.load(lambda array: jax.device_put(array, placement.replicated))
+    methods.require_teacher_of_pairs(source, frozen, models)
+    methods.record_frozen(directory, frozen, models)
     writers = []
 
     def create_writers(step: int) -> list:
@@ -92,7 +103,9 @@ def run(
         )
         return writers
 
-    preview = make_preview(config, plan, placement, directory, writers, decoder)
+    teacher = models.models.get("teacher")
+    beside = teacher and TeacherPictures(teacher.config, frozen["teacher"])
+    preview = make_preview(config, plan, placement, directory, writers, decoder, beside)
     result = loop.train(
         method,
         iter(loader),
@@ -110,6 +123,7 @@ def run(
         preview=preview if training.preview_every else None,
         strict=not force,
         initial_params=initial and (lambda: read_initial(initial, directory)),
+        frozen=frozen or None,
     )
     checkpoints.close()
     return result
@@ -148,16 +162,32 @@ def announce_start(config, abstract, source, directory: Path) -> None:
     )
 
 
-def make_preview(config, plan, placement, directory: Path, writers: list, decoder):
-    """A function that saves a grid of samples of the configured weights as PNG."""
+@dataclasses.dataclass(frozen=True)
+class TeacherPictures:
+    """What a distilled student is shown beside: its teacher, sampled as it was configured."""
+
+    config: ml_collections.ConfigDict
+    params: Any
+
+    def plan(self) -> experiment.SamplingPlan:
+        """The teacher's own way of sampling."""
+        return experiment.build_sampling(self.config)
+
+
+def make_preview(
+    config, plan, placement, directory: Path, writers: list, decoder, beside: TeacherPictures | None
+):
+    """A function that saves a grid of samples of the configured weights as PNG.
+
+    With a teacher the grid has its samples of the same noise and labels on the left.
+    """
     count = config.training.preview_images
     labels = wiring.balanced_labels(count, config.model.num_classes)
 
-    def preview(step: int, weights: dict) -> None:
-        name = choose_weights(weights, config.sampling.weights)
+    def draw(plan, params) -> np.ndarray:
         images = wiring.sample_images(
             plan,
-            weights[name],
+            params,
             labels,
             seed=config.seed,
             placement=placement,
@@ -165,11 +195,21 @@ def make_preview(config, plan, placement, directory: Path, writers: list, decode
             decode=decoder,
             announce=False,
         )
-        if images.shape[-1] not in (1, 3):
-            images = images[..., :3]  # latents without a decoder: their first channels
+        # Latents without a decoder: their first channels.
+        return images if images.shape[-1] in (1, 3) else images[..., :3]
+
+    of_teacher = functools.cache(lambda: draw(beside.plan(), beside.params))
+
+    def preview(step: int, weights: dict) -> None:
+        name = choose_weights(weights, config.sampling.weights)
+        images = draw(plan, weights[name])
         path = directory / "previews" / f"step_{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
-        save_grid(path, images, overwrite=True)
+        if beside:
+            panels = [Panel(of_teacher(), "teacher"), Panel(images, "student, the same noise")]
+            save_panels(path, panels, overwrite=True)
+        else:
+            save_grid(path, images, overwrite=True)
         for writer in writers:
             writer.write_images(step, {"samples": (images.clip(-1, 1) + 1) / 2})
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from dit_jax import experiment
 from dit_jax.config import ConfigError
-from dit_jax.sampling import generate
+from dit_jax.sampling import generate, image_keys
 from dit_jax.training import metrics, workdir
 from dit_jax.training.checkpoints import CheckpointError
 from dit_jax.training.loop import NonFiniteError
@@ -122,6 +123,20 @@ def sample_images(plan, params, labels: np.ndarray, **options: Any) -> np.ndarra
     return np.concatenate(list(stream_images(plan, params, labels, **options)))
 
 
+def sampling_rate(config: ml_collections.ConfigDict, plan, params: Any) -> float:
+    """Images a second of the compiled sampler, the median of three batches."""
+    batch = config.sampling.batch_size
+    labels = balanced_labels(batch, config.model.num_classes)
+    draw = plan.bind(params)
+    seconds = []
+    for repeat in range(4):
+        keys = image_keys(repeat, np.arange(batch))
+        started = time.perf_counter()
+        np.asarray(draw(keys, labels))
+        seconds.append(time.perf_counter() - started)
+    return batch / float(np.median(seconds[1:]))
+
+
 def balanced_labels(count: int, num_classes: int) -> np.ndarray:
     """0, 1, ..., num_classes - 1, 0, 1, ...: every class as often as every other."""
     return np.arange(count, dtype=np.int32) % max(num_classes, 1)
@@ -161,9 +176,14 @@ def sampling_overrides(args: argparse.Namespace) -> dict[str, Any]:
     return overrides
 
 
-def table(rows: list[tuple[str, str]]) -> str:
-    """Two aligned columns between rules."""
-    left = max(len(name) for name, _ in rows)
-    right = max(len(value) for _, value in rows)
-    rule = "-" * (left + right + 3)
-    return "\n".join([rule, *(f"{name:<{left}}   {value:>{right}}" for name, value in rows), rule])
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Aligned columns between rules, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rule = "-" * (sum(widths) + 3 * (len(widths) - 1))
+    lines = [
+        "   ".join(
+            [name.ljust(widths[0]), *(v.rjust(w) for v, w in zip(row, widths[1:], strict=True))]
+        )
+        for name, *row in rows
+    ]
+    return "\n".join([rule, *lines, rule])

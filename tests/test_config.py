@@ -1,5 +1,6 @@
 """The door where mistakes stop, and that every experiment of configs/ passes it."""
 
+import functools
 import importlib
 import json
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 import jax
 import pytest
 
+from distill.student import build_teacher
 from dit_jax import config as config_lib
 from dit_jax import experiment
 from dit_jax.config import ConfigError, default_config, differences, resolve
+from launch import methods
 
 EXPERIMENTS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
 
@@ -115,20 +118,25 @@ def test_differences_name_the_keys():
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_resolves_and_initialises(name):
     config = importlib.import_module(f"configs.{name}").get_config()
-    resolved = experiment.resolve_config(config)
+    resolved = methods.resolve_config(config)
     assert config_lib.from_json(config_lib.to_json(resolved)) == resolved
     assert resolved.name == name
-    resolved.model.layer_loop = "scan"  # traced faster, and accelerators' choice
-    method = experiment.build_method(resolved)
-    state = jax.eval_shape(method.init, jax.random.key(0))
-    batch = {
-        "image": jax.ShapeDtypeStruct((8, *method.denoiser.network.sample_shape), "float32"),
-        "label": jax.ShapeDtypeStruct((8,), "int32"),
-    }
-    after, metrics = jax.eval_shape(method.update, state, batch, jax.random.key(0))
-    same = lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype)  # noqa: E731
-    assert jax.tree.all(jax.tree.map(same, state, after))
-    assert metrics["loss"].shape == ()
+    if resolved.model.name == "dit":
+        resolved.model.layer_loop = "scan"  # traced faster, and accelerators' choice
+    method = methods.build_method(resolved)
+    key = jax.random.key(0)
+    network = build_teacher(resolved).denoiser.network
+    frozen = {name: jax.eval_shape(network.init, key) for name in method.frozen_names}
+    state = jax.eval_shape(method.init, key, None, frozen)
+    assert jax.tree.leaves(jax.eval_shape(method.init, key)) == jax.tree.leaves(state)
+    image = jax.ShapeDtypeStruct((8, *network.sample_shape), "float32")
+    batch = {"image": image, "noise": image, "label": jax.ShapeDtypeStruct((8,), "int32")}
+    for phase in method.phases:
+        update = functools.partial(method.update, phase=phase)
+        after, metrics = jax.eval_shape(update, state, batch, key, frozen)
+        same = lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype)  # noqa: E731
+        assert jax.tree.all(jax.tree.map(same, state, after))
+        assert metrics["loss"].shape == ()
 
 
 def test_default_experiment_is_the_papers():

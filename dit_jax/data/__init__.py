@@ -2,6 +2,8 @@
 
 from dit_jax.data.latents import Latents, LatentsHeader, open_latents
 from dit_jax.data.latents_writer import LatentsWriter
+from dit_jax.data.pairs import Pairs, PairsHeader, open_pairs
+from dit_jax.data.pairs_writer import PairsWriter
 from dit_jax.data.pipeline import BatchIterator, Loader, make_loader
 from dit_jax.data.registry import open_source
 from dit_jax.data.source import (
@@ -25,9 +27,13 @@ __all__ = [
     "LatentsHeader",
     "LatentsWriter",
     "Loader",
+    "Pairs",
+    "PairsHeader",
+    "PairsWriter",
     "Source",
     "make_loader",
     "open_latents",
+    "open_pairs",
     "open_source",
     "to_arrays",
     "to_float",

@@ -19,7 +19,6 @@ header.json is written last: a folder without it is unfinished.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Int, UInt64
 
+from dit_jax.data.shards import HEADER, UNFINISHED, StoredFile, validate_file
 from dit_jax.data.source import (
     Batch,
     DatasetInfo,
@@ -38,7 +38,6 @@ from dit_jax.data.source import (
 from dit_jax.data.transforms import random_bit
 
 FORMAT, VERSION = "dit_jax.latents", 1
-HEADER, UNFINISHED = "header.json", "unfinished.json"
 
 
 @dataclass(frozen=True)
@@ -296,45 +295,17 @@ def _posterior(
 
 def _validate_files(folder: Path, header: LatentsHeader, checksums: bool) -> None:
     for shard in header.shards:
-        for name, byte_count, sha256, shape, dtype in (
-            (
-                shard.latents_file,
-                shard.latents_bytes,
-                shard.latents_sha256,
-                (shard.count, *header.record_shape),
-                np.dtype(header.dtype),
-            ),
-            (
-                shard.labels_file,
-                shard.labels_bytes,
-                shard.labels_sha256,
-                (shard.count,),
-                np.dtype(np.int32),
-            ),
+        latents = StoredFile(shard.latents_file, shard.latents_bytes, shard.latents_sha256)
+        labels = StoredFile(shard.labels_file, shard.labels_bytes, shard.labels_sha256)
+        for stored, shape, dtype in (
+            (latents, (shard.count, *header.record_shape), np.dtype(header.dtype)),
+            (labels, (shard.count,), np.dtype(np.int32)),
         ):
-            file = folder / name
-            if not file.is_file():
-                raise FileNotFoundError(f"shard {file} is missing. Extract the latents again.")
-            found = file.stat().st_size
-            if found != byte_count:
-                raise ValueError(
-                    f"shard {file} is truncated or damaged: {found} bytes instead of "
-                    f"{byte_count}. Copy it again, or extract the latents again."
-                )
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
-            if (array.shape, array.dtype) != (shape, dtype):
-                raise ValueError(
-                    f"shard {file} holds {array.dtype}{list(array.shape)}, the header says "
-                    f"{dtype}{list(shape)}"
-                )
-            if checksums and file_sha256(file) != sha256:
-                raise ValueError(
-                    f"shard {file} is damaged: its SHA-256 differs from the header's. Copy it "
-                    f"again, or extract the latents again."
-                )
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+            validate_file(
+                folder,
+                stored,
+                shape,
+                dtype,
+                remedy="extract the latents again",
+                checksum=checksums,
+            )

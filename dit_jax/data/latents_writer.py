@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 from jaxtyping import Float, Integer
 
-from dit_jax.data.latents import (
-    HEADER,
-    UNFINISHED,
-    LatentsHeader,
-    Shard,
-    file_sha256,
-)
+from dit_jax.data.latents import LatentsHeader, Shard
+from dit_jax.data.shards import HEADER, UNFINISHED, save_array, save_text
 from dit_jax.data.source import validate_labels
 
 
@@ -144,17 +138,18 @@ class LatentsWriter:
             return
         stem = f"shard-{len(self._header.shards):05d}"
         names = f"{stem}.latents.npy", f"{stem}.labels.npy"
-        (latents_bytes, latents_sha256), (labels_bytes, labels_sha256) = (
-            self._save(name, array) for name, array in zip(names, (latents, labels), strict=True)
+        values, classes = (
+            save_array(self._folder, name, array)
+            for name, array in zip(names, (latents, labels), strict=True)
         )
         shard = Shard(
             len(labels),
-            names[0],
-            latents_bytes,
-            latents_sha256,
-            names[1],
-            labels_bytes,
-            labels_sha256,
+            values.name,
+            values.bytes,
+            values.sha256,
+            classes.name,
+            classes.bytes,
+            classes.sha256,
         )
         self._header = dataclasses.replace(
             self._header,
@@ -163,24 +158,8 @@ class LatentsWriter:
         )
         self._write_header(UNFINISHED)
 
-    def _save(self, name: str, array: np.ndarray) -> tuple[int, str]:
-        """Write one array; return the file's size in bytes and its SHA-256."""
-        temporary = self._folder / f"{name}.tmp"
-        with open(temporary, "wb") as file:
-            np.save(file, array)
-            file.flush()
-            os.fsync(file.fileno())
-        result = temporary.stat().st_size, file_sha256(temporary)
-        os.replace(temporary, self._folder / name)
-        return result
-
     def _write_header(self, name: str) -> None:
-        temporary = self._folder / f"{name}.tmp"
-        with open(temporary, "w") as file:
-            file.write(self._header.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._folder / name)
+        save_text(self._folder / name, self._header.to_json())
 
 
 def _continued(unfinished: Path, header: LatentsHeader) -> LatentsHeader:

@@ -11,6 +11,7 @@ from dit_jax.data.digits import open_digits
 from dit_jax.data.image_folder import open_image_folder
 from dit_jax.data.jpeg_npz import open_jpeg_npz
 from dit_jax.data.latents import open_latents
+from dit_jax.data.pairs import open_pairs
 from dit_jax.data.source import Source
 from dit_jax.data.tfds import open_tfds
 
@@ -19,6 +20,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "image_folder": open_image_folder,
     "jpeg_npz": open_jpeg_npz,
     "latents": open_latents,
+    "pairs": open_pairs,
     "tfds": open_tfds,
 }
 
@@ -27,10 +29,10 @@ def open_source(name: str, split: str, **options: Any) -> Source:
     """Open a source of training or evaluation data by name.
 
     Args:
-        name: "digits", "image_folder", "jpeg_npz", "latents" or "tfds".
+        name: "digits", "image_folder", "jpeg_npz", "latents", "pairs" or "tfds".
         split: "train" or "test" (held out); tfds also takes its own split names.
         **options: What that source's opener takes: see `open_digits`, `open_image_folder`,
-            `open_jpeg_npz`, `open_latents` and `open_tfds`.
+            `open_jpeg_npz`, `open_latents`, `open_pairs` and `open_tfds`.
 
     Raises:
         ValueError: Unknown source, or an option it does not take, with the nearest valid name;

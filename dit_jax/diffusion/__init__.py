@@ -6,7 +6,15 @@ from dit_jax.diffusion.losses import P2, MinSNR, NoWeight, denoising_loss
 from dit_jax.diffusion.process import DDPM, EDM, Prediction, Process, RectifiedFlow
 from dit_jax.diffusion.samplers import SOLVERS, SPACINGS, Solver, make_solver, sample, schedule
 from dit_jax.diffusion.speed import SpeeD, SpeeDFirstRelease
-from dit_jax.diffusion.timesteps import LogitNormal, LogNormal, TimeDistribution, Uniform
+from dit_jax.diffusion.timesteps import (
+    LogitNormal,
+    LogNormal,
+    LogStudentT,
+    Polynomial,
+    TimeDistribution,
+    TruncatedLogNormal,
+    Uniform,
+)
 
 PROCESSES = {"ddpm": DDPM, "flow": RectifiedFlow, "edm": EDM}
 """Processes by name, for configs."""
@@ -15,6 +23,9 @@ TIME_DISTRIBUTIONS = {
     "uniform": Uniform,
     "log_normal": LogNormal,
     "logit_normal": LogitNormal,
+    "truncated_log_normal": TruncatedLogNormal,
+    "log_student_t": LogStudentT,
+    "polynomial": Polynomial,
     "speed_first_release": SpeeDFirstRelease,
     "speed": SpeeD,
 }
@@ -33,9 +44,11 @@ __all__ = [
     "SPACINGS",
     "TIME_DISTRIBUTIONS",
     "LogNormal",
+    "LogStudentT",
     "LogitNormal",
     "MinSNR",
     "NoWeight",
+    "Polynomial",
     "Prediction",
     "Process",
     "RectifiedFlow",
@@ -43,6 +56,7 @@ __all__ = [
     "SpeeD",
     "SpeeDFirstRelease",
     "TimeDistribution",
+    "TruncatedLogNormal",
     "Uniform",
     "denoising_loss",
     "guided",

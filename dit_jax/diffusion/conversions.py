@@ -261,6 +261,10 @@ class Process(abc.ABC):
         """Slope of the probability flow in `ode_coordinates`."""
         return prediction.eps
 
+    def start_scale(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """Standard deviation of the x that sampling starts from at time t, near `noise_time`."""
+        return jnp.full_like(t, self.prior_scale)
+
     def sample_prior(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "b *shape"]:
         """Normal noise of standard deviation `prior_scale`, to start sampling from."""
         return self.prior_scale * jax.random.normal(key, shape, jnp.float32)

@@ -30,7 +30,7 @@ def guided(
     Args:
         raw: The network. Conditions are a pytree of arrays whose first axis is the batch.
         null_conditions: Conditions that stand for "no condition", of the same structure and shapes
-            as the conditions.
+            as the conditions, or a function that makes them of the conditions.
         scale: 1 is no guidance. A scalar or one per example; may be traced.
         interval: (low, high) in the process's time, ends included: guide only there (Kynkäänniemi
             et al. 2024); values may be traced. Outside, the conditional output is returned. With a
@@ -53,8 +53,9 @@ def guided(
         )
 
     def double(x: Array, t: Array, conditions: Any, carry: Any, scale: Array) -> tuple[Array, Any]:
+        null = null_conditions(conditions) if callable(null_conditions) else null_conditions
         doubled = jax.tree.map(
-            lambda c, n: jnp.concatenate([c, jnp.asarray(n, c.dtype)]), conditions, null_conditions
+            lambda c, n: jnp.concatenate([c, jnp.asarray(n, c.dtype)]), conditions, null
         )
         times = t if t.ndim == 0 else jnp.concatenate([t, t])
         output, carry = raw(jnp.concatenate([x, x]), times, doubled, carry)

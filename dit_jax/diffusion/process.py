@@ -21,11 +21,9 @@ from dit_jax.diffusion.conversions import (
     Row,
     expand,
 )
+from dit_jax.diffusion.preconditioning import IDDPM, VE, VP, EDMPreconditioning, Preconditioning
 
 __all__ = ["DDPM", "EDM", "KINDS", "Kind", "Prediction", "Process", "RectifiedFlow", "expand"]
-
-# EDM's c_noise must be finite for sigma = 0; far below any sigma in use.
-_SMALLEST_SIGMA = 1e-8
 
 
 def _require(condition: bool, message: str) -> None:
@@ -261,17 +259,36 @@ class EDM(Process):
     (Karras et al. 2022).
 
     Time is sigma itself; velocity = dx/dsigma = eps. The network F outputs what makes ``x0 = c_skip
-    x + c_out F(c_in x, c_noise)``.
+    x + c_out F(c_in x, c_noise)``, with the coefficients of a preconditioning (preconditioning.py):
+    EDM's own, or that of a network trained otherwise.
 
     Attributes:
         sigma_data: Standard deviation of the data (0.5 for pixels in [-1, 1]).
         sigma_min: Smallest noise of the sampling schedule.
         sigma_max: Largest noise, at which sampling starts.
+        preconditioning: 'edm', 'vp', 've' or 'iddpm'; the options below are each of one or two.
+        vp_beta_d: Extent of VP's schedule.
+        vp_beta_min: Its initial slope.
+        vp_epsilon_t: Its smallest t of training.
+        ve_sigma_min: Least noise that a VE network was trained on.
+        ve_sigma_max: Largest one.
+        iddpm_c_1: Least factor of alpha-bar between neighbours in iDDPM's table.
+        iddpm_c_2: Offset of its cosine.
+        num_timesteps: M of VP and iDDPM, the steps of the discrete chain.
     """
 
     sigma_data: float = 0.5
     sigma_min: float = 0.002
     sigma_max: float = 80.0
+    preconditioning: str = "edm"
+    vp_beta_d: float = 19.9
+    vp_beta_min: float = 0.1
+    vp_epsilon_t: float = 1e-5
+    ve_sigma_min: float = 0.02
+    ve_sigma_max: float = 100.0
+    iddpm_c_1: float = 0.001
+    iddpm_c_2: float = 0.008
+    num_timesteps: int = 1000
 
     def __post_init__(self):
         _require(self.sigma_data > 0, f"EDM needs sigma_data > 0, got {self.sigma_data}.")
@@ -279,6 +296,58 @@ class EDM(Process):
             0 < self.sigma_min < self.sigma_max,
             f"EDM needs 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}.",
         )
+        self._require_used_options()
+        low, high = self.coefficients.sigma_range
+        _require(
+            low <= self.sigma_min and self.sigma_max <= high,
+            f"Networks of preconditioning {self.preconditioning!r} know noise levels from "
+            f"{low:.7g} to {high:.7g}: set sigma_min and sigma_max, here {self.sigma_min} and "
+            f"{self.sigma_max}, within that range.",
+        )
+
+    def _require_used_options(self):
+        _require(
+            self.preconditioning in ("edm", "vp", "ve", "iddpm"),
+            f"Unknown preconditioning {self.preconditioning!r}: expected 'edm', 'vp', 've' or "
+            "'iddpm'.",
+        )
+        for field in dataclasses.fields(self):
+            owner = field.name.partition("_")[0]
+            owners = ("vp", "iddpm") if field.name == "num_timesteps" else (owner,)
+            _require(
+                owners[0] not in ("vp", "ve", "iddpm")
+                or self.preconditioning in owners
+                or getattr(self, field.name) == field.default,
+                f"EDM's {field.name} would do nothing with preconditioning "
+                f"{self.preconditioning!r}: it is of {' and '.join(owners)}.",
+            )
+        _require(
+            self.vp_beta_d > 0 and self.vp_beta_min > 0 and 0 < self.vp_epsilon_t < 1,
+            "VP needs vp_beta_d > 0, vp_beta_min > 0 and vp_epsilon_t in (0, 1), got "
+            f"{self.vp_beta_d}, {self.vp_beta_min} and {self.vp_epsilon_t}.",
+        )
+        _require(
+            0 < self.ve_sigma_min < self.ve_sigma_max,
+            f"VE needs 0 < ve_sigma_min < ve_sigma_max, got {self.ve_sigma_min} and "
+            f"{self.ve_sigma_max}.",
+        )
+        _require(
+            0 < self.iddpm_c_1 < 1 and self.iddpm_c_2 > 0 and self.num_timesteps >= 2,
+            "iDDPM needs iddpm_c_1 in (0, 1), iddpm_c_2 > 0 and num_timesteps >= 2, got "
+            f"{self.iddpm_c_1}, {self.iddpm_c_2} and {self.num_timesteps}.",
+        )
+
+    @property
+    def coefficients(self) -> Preconditioning:
+        """The preconditioning, with its options."""
+        steps = self.num_timesteps
+        if self.preconditioning == "vp":
+            return VP(self.vp_beta_d, self.vp_beta_min, self.vp_epsilon_t, steps)
+        if self.preconditioning == "ve":
+            return VE(self.ve_sigma_min, self.ve_sigma_max)
+        if self.preconditioning == "iddpm":
+            return IDDPM(self.iddpm_c_1, self.iddpm_c_2, steps)
+        return EDMPreconditioning(self.sigma_data)
 
     @property
     def clean_time(self) -> float:
@@ -308,33 +377,37 @@ class EDM(Process):
         return jnp.asarray(t, jnp.float32)
 
     def time_from_sigma_ratio(self, ratio: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        """The ratio itself, also beyond sigma_max."""
-        return jnp.asarray(ratio, jnp.float32)
+        """The ratio itself, also beyond sigma_max; for iDDPM the nearest level of its table."""
+        return self.coefficients.round_sigma(jnp.asarray(ratio, jnp.float32))
+
+    def start_scale(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """The noise's own, as schedules may start at another than sigma_max."""
+        return self.sigma(t)
 
     def c_skip(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        """sigma_data^2 / (sigma^2 + sigma_data^2) (Table 1)."""
-        return self.sigma_data**2 / (self.sigma(t) ** 2 + self.sigma_data**2)
+        """Of the preconditioning; EDM's sigma_data^2 / (sigma^2 + sigma_data^2) (Table 1)."""
+        return self.coefficients.c_skip(self.sigma(t))
 
     def c_out(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        """sigma sigma_data / sqrt(sigma^2 + sigma_data^2)."""
-        return self.sigma(t) * self.sigma_data * self.c_in(t)
+        """Of the preconditioning; EDM's sigma sigma_data / sqrt(sigma^2 + sigma_data^2)."""
+        return self.coefficients.c_out(self.sigma(t))
 
     def c_in(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        """1 / sqrt(sigma^2 + sigma_data^2)."""
-        return jax.lax.rsqrt(self.sigma(t) ** 2 + self.sigma_data**2)
+        """Of the preconditioning; EDM's 1 / sqrt(sigma^2 + sigma_data^2)."""
+        return self.coefficients.c_in(self.sigma(t))
 
     def c_noise(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        """log(sigma) / 4."""
-        return 0.25 * jnp.log(jnp.maximum(self.sigma(t), _SMALLEST_SIGMA))
+        """Of the preconditioning; EDM's log(sigma) / 4."""
+        return self.coefficients.c_noise(self.sigma(t))
 
     def velocity_row(self, t: Float[Array, "*s"]) -> Row:
         """(0, 1)."""
         return self.row("eps", t)
 
     def raw_row(self, t: Float[Array, "*s"]) -> Row:
-        """(x0 - c_skip x) / c_out as a row: (sigma / sigma_data, -sigma_data) c_in, finite also for
-        sigma = 0."""
-        return self.sigma(t) / self.sigma_data * self.c_in(t), -self.sigma_data * self.c_in(t)
+        """(x0 - c_skip x) / c_out as a row, finite also for sigma = 0; for EDM's preconditioning
+        (sigma / sigma_data, -sigma_data) c_in."""
+        return self.coefficients.raw_row(self.sigma(t))
 
     def network_inputs(
         self, x: Float[Array, "b *shape"], t: Float[Array, "..."]

@@ -14,10 +14,21 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from dit_jax.diffusion.process import Process
-from dit_jax.diffusion.schedules import SPACINGS, schedule
-from dit_jax.diffusion.solvers import SOLVERS, Denoise, Solver, Step
+from dit_jax.diffusion.schedules import SPACINGS, insert_times, schedule
+from dit_jax.diffusion.solvers import SOLVERS, Ancestral, Consistency, Denoise, Solver, Step
 
-__all__ = ["SOLVERS", "SPACINGS", "Denoise", "Solver", "make_solver", "sample", "schedule"]
+__all__ = [
+    "SOLVERS",
+    "SPACINGS",
+    "Denoise",
+    "Solver",
+    "insert_times",
+    "is_deterministic",
+    "make_solver",
+    "sample",
+    "sample_path",
+    "schedule",
+]
 
 
 def make_solver(name: str, **options: Any) -> Solver:
@@ -70,20 +81,74 @@ def sample(
         ValueError: If times are not one sequence of at least two, or (where their values are known)
             do not decrease in noise; if the solver cannot sample this process.
     """
+    x, carry, _ = _follow(solver, process, denoise, x, times, key, carry, ())
+    return x, carry
+
+
+def sample_path(
+    solver: Solver,
+    process: Process,
+    denoise: Denoise,
+    x: Float[Array, "b *shape"],
+    times: Float[Array | np.ndarray, " steps_plus_1"],
+    key: Key[Array, "*keys"],
+    kept: tuple[int, ...],
+    carry: Any = None,
+) -> tuple[Float[Array, "b *shape"], Float[Array, "b k *shape"]]:
+    """``sample``, and the states it passed through.
+
+    Args:
+        solver: As for ``sample``, like all that is not named here.
+        process: See there.
+        denoise: See there.
+        x: See there.
+        times: See there.
+        key: See there.
+        kept: Which states: i is that at times[i], from 1 to the number of steps.
+        carry: See there.
+
+    Returns:
+        x at the last time, the same bits as ``sample``'s, and the states in the order of ``kept``.
+
+    Raises:
+        ValueError: As ``sample``; or there is no such state.
+    """
+    steps = times.shape[0] - 1
+    if any(not 1 <= index <= steps for index in kept) or len(set(kept)) != len(kept):
+        raise ValueError(f"kept={kept}: expected different numbers from 1 to {steps}.")
+    x, _, states = _follow(solver, process, denoise, x, times, key, carry, kept)
+    return x, jnp.moveaxis(states, 0, 1)
+
+
+def is_deterministic(solver: Solver) -> bool:
+    """Whether the noise alone decides where the solver ends."""
+    random = getattr(solver, "eta", 0.0) > 0 or getattr(solver, "s_churn", 0.0) > 0
+    return not random and not isinstance(solver, Ancestral | Consistency)
+
+
+def _follow(solver, process, denoise, x, times, key, carry, kept):
     _check_times(process, times)
     count = times.shape[0] - 1
     times = jnp.asarray(times, jnp.float32)
     x = jnp.asarray(x, jnp.float32)
+    # Only the states asked for take memory: those of other steps go to a row that is not there.
+    rows = np.full(count, len(kept), np.int32)
+    rows[np.asarray(kept, np.int32) - 1] = np.arange(len(kept))
 
     def body(state: tuple, inputs: tuple) -> tuple[tuple, None]:
-        x, solver_state, carry = state
-        index, t, s = inputs
+        x, solver_state, carry, states = state
+        index, row, t, s = inputs
         step = Step(t, s, _fold_in(key, index), count)
-        return solver.step(process, denoise, x, step, solver_state, carry), None
+        x, solver_state, carry = solver.step(process, denoise, x, step, solver_state, carry)
+        if kept:
+            states = states.at[row].set(x, mode="drop")
+        return (x, solver_state, carry, states), None
 
-    inputs = (jnp.arange(count), times[:-1], times[1:])
-    (x, _, carry), _ = jax.lax.scan(body, (x, solver.init(process, x), carry), inputs)
-    return x, carry
+    inputs = (jnp.arange(count), jnp.asarray(rows), times[:-1], times[1:])
+    states = jnp.zeros((len(kept), *x.shape), jnp.float32)
+    start = (x, solver.init(process, x), carry, states)
+    (x, _, carry, states), _ = jax.lax.scan(body, start, inputs)
+    return x, carry, states
 
 
 def _fold_in(key: Key[Array, "*keys"], index: Array) -> Key[Array, "*keys"]:

@@ -3,8 +3,11 @@ the compiled sampler."""
 
 import itertools
 import math
+from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from dit_jax.diffusion.process import DDPM, EDM, Process, RectifiedFlow
 
@@ -39,7 +42,8 @@ def schedule(
         uniform: evenly from 1 to 0, then shifted to t' = shift t / (1 + (shift - 1) t) (SD3, eq.
             23).
     Spacing of EDM:
-        karras: sigma^(1 / rho) evenly from sigma_max to sigma_min, then 0 (EDM, eq. 5).
+        karras: sigma^(1 / rho) evenly from sigma_max to sigma_min, then 0 (EDM, eq. 5); for iDDPM's
+            preconditioning each rounded to the nearest noise level of its table.
 
     Args:
         process: The process whose times these are.
@@ -82,7 +86,8 @@ def schedule(
         t = np.linspace(1.0, 0.0, steps + 1)[:-1]
         times = shift * t / (1.0 + (shift - 1.0) * t)
     elif isinstance(process, EDM):
-        times = _karras(process.sigma_min, process.sigma_max, steps, rho)
+        sigmas = _karras(process.sigma_min, process.sigma_max, steps, rho)
+        times = np.asarray(process.time_from_sigma_ratio(jnp.asarray(sigmas, jnp.float32)))
     elif spacing == "karras":
         log_ratio = process.tables.log_sigma_ratio
         ratios = _karras(math.exp(log_ratio[0]), math.exp(log_ratio[-1]), steps, rho)
@@ -90,6 +95,35 @@ def schedule(
     else:
         times = _ddpm_indices(process.num_timesteps, steps, spacing, offset)[::-1]
     return np.append(times, process.clean_time).astype(np.float32)
+
+
+def insert_times(
+    times: Float[np.ndarray, " n"], wanted: Sequence[float]
+) -> tuple[Float[np.ndarray, " m"], tuple[int, ...]]:
+    """A schedule that also stops at `wanted` times.
+
+    Args:
+        times: Of `schedule`.
+        wanted: Further times, or some of these (equal up to 1e-4 relative), in any order.
+
+    Returns:
+        The times with those that they lacked, and where the wanted ones stand among them, from
+        noise to clean.
+
+    Raises:
+        ValueError: If a wanted time does not lie between the first and the last.
+    """
+    times = np.asarray(times, np.float32)
+    for time in wanted:
+        if not times[-1] < time < times[0]:
+            raise ValueError(
+                f"time {time:g} does not lie between {times[0]:g}, where the schedule begins, and "
+                f"{times[-1]:g}, where it ends."
+            )
+        if not np.isclose(times, time, rtol=1e-4, atol=1e-6).any():
+            times = np.sort(np.append(times, np.float32(time)))[::-1]
+    places = {int(np.argmin(np.abs(times - time))) for time in wanted}
+    return times, tuple(sorted(places))
 
 
 def _karras(smallest: float, largest: float, steps: int, rho: float) -> np.ndarray:

@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from dit_jax.diffusion.process import DDPM, Prediction, Process
+from dit_jax.diffusion.process import DDPM, Prediction, Process, RectifiedFlow
 
-Denoise = Callable[[Array, Array, Any], tuple[Prediction, Any]]
-"""``denoise(x, t_scalar, carry) -> (Prediction, carry)``."""
+Denoise = Callable[..., tuple[Prediction, Any]]
+"""``denoise(x, t_scalar, carry) -> (Prediction, carry)``; networks of average velocities are also
+told the time at the end of the step, ``denoise(x, t_scalar, carry, r=s_scalar)``."""
 
 _TINY = 1e-20
 
@@ -367,10 +368,66 @@ class DPMSolverPP2M(Solver):
         return x, _History(prediction.x0, growth), carry
 
 
+@dataclasses.dataclass(frozen=True)
+class Consistency(Solver):
+    """Multistep sampling of consistency models (Song et al. 2023, algorithm 1), also DMD2's.
+
+    Each step jumps to the predicted x0 and adds fresh noise, x' = alpha' x0 + sigma' eps; the last
+    step, to clean data, adds none. With one step this is Euler's.
+    """
+
+    def step(
+        self,
+        process: Process,
+        denoise: Denoise,
+        x: Float[Array, "b *shape"],
+        step: Step,
+        state: Any,
+        carry: Any,
+    ) -> tuple[Float[Array, "b *shape"], Any, Any]:
+        """Predicts clean data and renoises it to time s."""
+        prediction, carry = self._predict(process, denoise, x, step.t, carry)
+        return process.add_noise(prediction.x0, step.noise(x.shape), step.s), state, carry
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanFlow(Solver):
+    """Steps along average velocities (Geng et al. 2025, eq. 12): x' = x - (t - s) u(x, s, t).
+
+    The network is told both ends of the step, and its answer, read as a velocity, is the average
+    one between them.
+    """
+
+    def init(self, process: Process, x: Float[Array, "b *shape"]) -> None:
+        """Nothing; refuses other processes, and clipping."""
+        if self.clip_denoised:
+            raise ValueError("Solver 'mean_flow' predicts no x0 to clip: leave clip_denoised off.")
+        if not isinstance(process, RectifiedFlow):
+            raise ValueError(
+                "Solver 'mean_flow' follows average velocities of a rectified flow and cannot "
+                f"sample {type(process).__name__}: use process.name='flow', or another solver."
+            )
+
+    def step(
+        self,
+        process: Process,
+        denoise: Denoise,
+        x: Float[Array, "b *shape"],
+        step: Step,
+        state: Any,
+        carry: Any,
+    ) -> tuple[Float[Array, "b *shape"], Any, Any]:
+        """Moves along the average velocity between t and s."""
+        prediction, carry = denoise(x, step.t, carry, r=step.s)
+        return x + (step.s - step.t) * (prediction.eps - prediction.x0), state, carry
+
+
 SOLVERS: dict[str, type[Solver]] = {
     "ddpm": Ancestral,
     "ddim": DDIM,
     "euler": Euler,
     "heun": Heun,
     "dpmpp_2m": DPMSolverPP2M,
+    "consistency": Consistency,
+    "mean_flow": MeanFlow,
 }

@@ -8,6 +8,7 @@ and `cdf`, on which SpeeD's grid is laid.
 """
 
 import dataclasses
+import functools
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -192,6 +193,182 @@ class LogitNormal(_Unweighted):
 
     def _as_log_normal(self) -> LogNormal:
         return LogNormal(self.process, self.mean, self.std)
+
+
+# Truncated distributions are inverted by a table: this many points, and log(sigma / alpha) between
+# these, so that the ends of a process's time (0, infinity) stay finite.
+_TABLE_SIZE = 4096
+_SMALLEST_RATIO, _LARGEST_RATIO = 1e-6, 1e6
+
+
+@functools.lru_cache(maxsize=32)
+def _truncated_table(
+    df: float | None, low: float, high: float
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """(probabilities, y, scale) of the standard normal (df None) or Student-t truncated to [low,
+    high]: the quantile is y itself, or ``scale sinh(y)``, in which heavy tails are short."""
+    scale = 1.0 if df is None else float(np.sqrt(df))
+    ends = (low, high) if df is None else np.arcsinh(np.array([low, high]) / scale)
+    y = np.linspace(*ends, _TABLE_SIZE)
+    # Differences of cdfs near 1 are rounded, those of the other tail are not: F(x) = 1 - F(-x).
+    sign = -1.0 if low > 0 else 1.0
+    x = sign * (y if df is None else scale * np.sinh(y))
+    cdf = sign * (scipy.special.ndtr(x) if df is None else scipy.special.stdtr(df, x))
+    probabilities = (cdf - cdf[0]) / (cdf[-1] - cdf[0])
+    return probabilities.astype(np.float32), y.astype(np.float32), scale
+
+
+@dataclasses.dataclass(frozen=True)
+class _Truncated(_Unweighted):
+    """A distribution of log(sigma / alpha) cut off at two times, drawn by its inverse cdf."""
+
+    process: Process
+    mean: float
+    std: float
+    min_time: float
+    max_time: float
+
+    def __post_init__(self):
+        _require_std(self.std)
+        low, high = self.bounds
+        if not low < high:
+            raise ValueError(
+                f"{type(self).__name__} is truncated to times from min_time={self.min_time} to "
+                f"max_time={self.max_time}, which within {type(self.process).__name__}'s own is "
+                f"{low} to {high}: expected an interval. 0 stands for the process's own end."
+            )
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Smallest and largest time drawn, within the process's own (from EDM's sigma_min)."""
+        smallest = self.process.sigma_min if isinstance(self.process, EDM) else 0.0
+        largest = self.process.noise_time
+        low = max(self.min_time, smallest)
+        return low, min(self.max_time, largest) if self.max_time else largest
+
+    def sample(self, key: PRNGKeyArray, n: int) -> Float[Array, " n"]:
+        """Draws n times."""
+        return self.quantile(jax.random.uniform(key, (n,)))
+
+    def quantile(self, u: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """The time below which a fraction u of the draws lies; for DDPM the nearest index."""
+        low, high = self.bounds
+        with jax.ensure_compile_time_eval():
+            ratios = np.asarray(self.process.sigma_ratio(jnp.array([low, high])), np.float64)
+        ends = (np.log(np.clip(ratios, _SMALLEST_RATIO, _LARGEST_RATIO)) - self.mean) / self.std
+        df = getattr(self, "df", None)
+        probabilities, y, scale = _truncated_table(df, float(ends[0]), float(ends[1]))
+        y = jnp.interp(u, jnp.asarray(probabilities), jnp.asarray(y))
+        standard = y if df is None else scale * jnp.sinh(y)
+        t = self.process.time_from_sigma_ratio(jnp.exp(self.mean + self.std * standard))
+        t = jnp.round(t) if isinstance(self.process, DDPM) else t
+        return jnp.clip(t, low, high)
+
+
+@dataclasses.dataclass(frozen=True)
+class TruncatedLogNormal(_Truncated):
+    """log(sigma / alpha) is normal, between two times: `LogNormal` without its tails.
+
+    Consistency training draws from the whole range of noise levels that way (Geng et al. 2024).
+
+    Attributes:
+        process: The process whose times are drawn.
+        mean: Mean of log(sigma / alpha) before truncation.
+        std: Its standard deviation.
+        min_time: Smallest time; 0 for the process's own (EDM's sigma_min).
+        max_time: Largest time; 0 for the process's own.
+    """
+
+    mean: float = -1.1
+    std: float = 2.0
+    min_time: float = 0.0
+    max_time: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LogStudentT(_Truncated):
+    """log(sigma / alpha) is Student-t, between two times (Lee et al. 2024, section 4.2).
+
+    With few degrees of freedom the times pile up at `mean`, the transition of truncated consistency
+    models, and fall off slowly towards noise.
+
+    Attributes:
+        process: The process whose times are drawn.
+        mean: Location of log(sigma / alpha).
+        std: Its scale.
+        min_time: Smallest time; 0 for the process's own (EDM's sigma_min).
+        max_time: Largest time; 0 for the process's own.
+        df: Degrees of freedom.
+    """
+
+    mean: float = 0.0
+    std: float = 0.2
+    min_time: float = 0.0
+    max_time: float = 0.0
+    df: float = 0.01
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.df > 0:
+            raise ValueError(f"LogStudentT needs df > 0, got {self.df}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Polynomial(_Unweighted):
+    """The noise levels of EDM's sampling schedule, evenly in their number (Karras et al. 2022, eq.
+    5).
+
+    sigma_i = (sigma_min^(1/rho) + i / (N - 1) (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho for a
+    whole i between fractions of N: where DMD2 renoises what its student generates.
+
+    Attributes:
+        process: The process whose times are drawn.
+        rho: Larger ones favour small noise.
+        num_levels: N.
+        min_fraction: The first i is this fraction of N, rounded down.
+        max_fraction: The last i likewise, included.
+
+    Raises:
+        ValueError: For processes other than EDM, or fractions that leave no level.
+    """
+
+    process: Process
+    rho: float = 7.0
+    num_levels: int = 1000
+    min_fraction: float = 0.002
+    max_fraction: float = 0.998
+
+    def __post_init__(self):
+        if not isinstance(self.process, EDM):
+            raise ValueError(
+                f"Polynomial is of EDM's noise levels; {type(self.process).__name__}'s times are "
+                "other: use Uniform or LogitNormal with it."
+            )
+        first, last = self.bounds
+        if not self.rho > 0 or self.num_levels < 2 or not 0 <= first <= last < self.num_levels:
+            raise ValueError(
+                f"Polynomial needs rho > 0, num_levels >= 2 and 0 <= min_fraction <= max_fraction "
+                f"< 1, got rho={self.rho}, num_levels={self.num_levels}, min_fraction="
+                f"{self.min_fraction} and max_fraction={self.max_fraction}."
+            )
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """First and last i."""
+        return int(self.min_fraction * self.num_levels), int(self.max_fraction * self.num_levels)
+
+    @property
+    def levels(self) -> np.ndarray:
+        """Every sigma_i, from little noise, float64."""
+        assert isinstance(self.process, EDM)
+        low, high = (s ** (1 / self.rho) for s in (self.process.sigma_min, self.process.sigma_max))
+        return np.linspace(low, high, self.num_levels) ** self.rho
+
+    def sample(self, key: PRNGKeyArray, n: int) -> Float[Array, " n"]:
+        """Draws n times."""
+        first, last = self.bounds
+        index = jax.random.randint(key, (n,), first, last + 1)
+        return jnp.asarray(self.levels, jnp.float32)[index]
 
 
 ContinuousDistribution = Uniform | LogNormal | LogitNormal

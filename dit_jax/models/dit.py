@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from dit_jax.models import attention as attention_lib
 from dit_jax.models import gradients, layers, stack
@@ -37,6 +37,8 @@ class DiTConfig:
         time_frequency_spacing: 'original' or 'diffusers', see `layers.timestep_frequencies`.
         mlp_norm_epsilon: of the normalisation before the MLP: 1e-6 in the original, 1e-5 by default
             in diffusers (whose other norms have 1e-6 all the same).
+        second_time: 'r' or 't-r' for a network that sees a second time (MeanFlow), else 'none'.
+        augment_dim: number of augmentation labels it sees; 0 for none.
         layer_loop: 'scan', 'unroll' or 'auto' (`stack.resolve_layer_loop`).
         remat: 'none', 'block' or 'dots' (`stack.rematerialised`).
         attention: kernel of the local attention, see `attention.resolve_implementation`.
@@ -57,6 +59,8 @@ class DiTConfig:
     learn_sigma: bool = True
     time_frequency_spacing: str = "original"
     mlp_norm_epsilon: float = 1e-6
+    second_time: str = "none"
+    augment_dim: int = 0
     layer_loop: str = "auto"
     remat: str = "none"
     attention: str = "auto"
@@ -86,6 +90,12 @@ class DiTConfig:
             )
         if not self.mlp_norm_epsilon > 0:
             raise ValueError(f"model.mlp_norm_epsilon={self.mlp_norm_epsilon}: expected above 0")
+        if self.second_time not in layers.SECOND_TIMES:
+            raise ValueError(
+                f"model.second_time={self.second_time!r}: expected one of {layers.SECOND_TIMES}"
+            )
+        if self.augment_dim < 0:
+            raise ValueError(f"model.augment_dim={self.augment_dim}: expected 0 or more")
         stack.resolve_layer_loop(self.layer_loop)
         stack.rematerialised(lambda: None, self.remat)
         gradients.resolve_custom_gradients(self.custom_gradients)
@@ -112,6 +122,16 @@ class DiTConfig:
     def out_channels(self) -> int:
         """Channels of the output: twice the input's when the variance is learned."""
         return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def feature_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """(rows, columns, width) of the tokens after each block."""
+        return ((*self.grid, self.hidden_size),) * self.depth
+
+    @property
+    def flops_per_example(self) -> float:
+        """See `flops_per_example`."""
+        return flops_per_example(self)
 
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> "DiTConfig":
@@ -230,6 +250,16 @@ class DiT(nnx.Module):
         )
         if config.num_classes:
             self.y_embedder = layers.LabelEmbedder(config.num_classes, dim, rngs=rngs)
+        if config.second_time != "none":
+            # Its last layer starts at zero: started from a network of one time, it is that network.
+            self.r_embedder = layers.TimestepEmbedder(
+                dim, rngs=rngs, spacing=config.time_frequency_spacing, zero_init=True
+            )
+        if config.augment_dim:
+            zeros = nnx.initializers.zeros_init()
+            self.augment_embedder = layers.Linear(
+                config.augment_dim, dim, rngs=rngs, kernel_init=zeros, use_bias=False
+            )
         self.blocks = stack.create_stack(
             lambda rngs: DiTBlock(config, rngs=rngs, dtype=dtype), config.depth, rngs
         )
@@ -241,6 +271,8 @@ class DiT(nnx.Module):
         t: Float[Array, " b"],
         conditions: dict[str, Array],
         *,
+        dropout_keys: Key[Array, " b"] | None = None,
+        features: tuple[int, ...] | None = None,
         attention: attention_lib.Attention | None = None,
         attention_state: Any = None,
     ):
@@ -250,11 +282,15 @@ class DiT(nnx.Module):
             x: the (preconditioned) noisy input.
             t: network time, as the process defines it (DDPM's index, SiT's [0, 1], EDM's c_noise).
             conditions: {'label': int32 [b]}, `num_classes` standing for none; {} if unconditional.
+                With a second time also 'r' (else r = t), with augmentation labels 'augment'.
+            dropout_keys: taken for the sake of networks with dropout; DiT has none.
+            features: numbers of blocks whose tokens are wanted besides.
             attention: a strategy for the attention seam; by default local attention.
             attention_state: the strategy's state, leaves with a leading layer axis.
 
         Returns:
-            float32 [b, h, w, out_channels]; with `attention_state`, also the new state.
+            float32 [b, h, w, out_channels]; with `features`, also the tokens after those blocks as
+            [b, rows, columns, width]; with `attention_state`, also the new state.
         """
         config = self.config
         attention = attention or attention_lib.LocalAttention(
@@ -264,12 +300,9 @@ class DiT(nnx.Module):
         tokens = self.x_embedder(layers.patchify(x, config.patch_size))
         positions = layers.sincos_position_embedding(config.hidden_size, config.grid)
         tokens = tokens + positions[None].astype(dtype)
-        condition = self.t_embedder(t)
-        if config.num_classes:
-            condition = condition + self.y_embedder(conditions["label"])
-        condition = jax.nn.silu(condition).astype(dtype)
+        condition = self._condition(t, conditions).astype(dtype)
 
-        tokens, new_state = stack.run_stack(
+        tokens, new_state, captured = stack.run_stack(
             self.blocks,
             lambda block, tokens, state, condition: block(tokens, condition, attention, state),
             tokens,
@@ -278,10 +311,27 @@ class DiT(nnx.Module):
             depth=config.depth,
             layer_loop=config.layer_loop,
             remat=config.remat,
+            capture=features or (),
         )
         patches = self.final_layer(tokens, condition)
         out = layers.unpatchify(patches, config.patch_size, config.grid)
+        if features is not None:
+            grid = (x.shape[0], *config.grid, config.hidden_size)
+            return out, tuple(tokens.reshape(grid) for tokens in captured)
         return out if attention_state is None else (out, new_state)
+
+    def _condition(self, t: Array, conditions: dict[str, Array]) -> Float[Array, "b d"]:
+        """What modulates every block: times, class and augmentation, through SiLU."""
+        config = self.config
+        condition = self.t_embedder(t)
+        if config.second_time != "none":
+            r = conditions.get("r", t)
+            condition = condition + self.r_embedder(r if config.second_time == "r" else t - r)
+        if config.num_classes:
+            condition = condition + self.y_embedder(conditions["label"])
+        if config.augment_dim and "augment" in conditions:
+            condition = condition + self.augment_embedder(conditions["augment"])
+        return jax.nn.silu(condition)
 
 
 def flops_per_example(config: DiTConfig) -> float:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from dit_jax.models import gradients
 
 TIME_FREQUENCY_SPACINGS = ("original", "diffusers")
+SECOND_TIMES = ("none", "r", "t-r")
 
 
 class Linear(nnx.Module):
@@ -33,17 +34,21 @@ class Linear(nnx.Module):
         *,
         rngs: nnx.Rngs,
         kernel_init: nnx.Initializer | None = None,
+        use_bias: bool = True,
         dtype: Any = jnp.float32,
     ):
         kernel_init = kernel_init or nnx.initializers.xavier_uniform()
         self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features)))
-        self.bias = nnx.Param(jnp.zeros(out_features))
+        if use_bias:
+            self.bias = nnx.Param(jnp.zeros(out_features))
+        self.use_bias = use_bias
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         """Applies the map in `self.dtype`."""
-        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-        y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel + bias[None]
+        y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        if self.use_bias:
+            y = y + self.bias[...].astype(self.dtype)[None]
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -115,12 +120,14 @@ class TimestepEmbedder(nnx.Module):
         rngs: nnx.Rngs,
         frequency_dim: int = 256,
         spacing: str = "original",
+        zero_init: bool = False,
         dtype: Any = jnp.float32,
     ):
         normal = nnx.initializers.normal(0.02)
+        last = nnx.initializers.zeros_init() if zero_init else normal
         self.frequency_dim, self.spacing = frequency_dim, spacing
         self.fc1 = Linear(frequency_dim, hidden_size, rngs=rngs, kernel_init=normal, dtype=dtype)
-        self.fc2 = Linear(hidden_size, hidden_size, rngs=rngs, kernel_init=normal, dtype=dtype)
+        self.fc2 = Linear(hidden_size, hidden_size, rngs=rngs, kernel_init=last, dtype=dtype)
 
     def __call__(self, t: Float[Array, " b"]) -> Float[Array, "b d"]:
         """Embeds the network time."""

@@ -74,7 +74,8 @@ def run_stack(
     depth: int,
     layer_loop: str = "auto",
     remat: str = "none",
-) -> tuple[Any, Any]:
+    capture: tuple[int, ...] = (),
+) -> tuple[Any, Any, tuple[Any, ...]]:
     """Runs `x, state_l = call(block_l, x, state_l, *args)` through the layers in order.
 
     Args:
@@ -86,10 +87,17 @@ def run_stack(
         depth: number of layers.
         layer_loop: 'scan', 'unroll' or 'auto'.
         remat: 'none', 'block' or 'dots'.
+        capture: numbers of layers whose activations are wanted besides, ascending.
 
     Returns:
-        The last activations and the new stacked state (None if none was given).
+        The last activations, the new stacked state (None if none was given), and the activations
+        after the layers of `capture`.
+
+    Raises:
+        ValueError: `capture` is not ascending numbers of layers.
     """
+    if list(capture) != sorted(set(capture)) or not all(0 <= i < depth for i in capture):
+        raise ValueError(f"features {capture}: expected ascending numbers of 0 to {depth - 1}")
     graph, parameters = nnx.split(blocks)
     scanned = resolve_layer_loop(layer_loop, remat=remat) == "scan"
 
@@ -98,14 +106,38 @@ def run_stack(
         return call(nnx.merge(graph, parameters), x, state, *args)
 
     if scanned:
-        return jax.lax.scan(lambda x, layer_in: layer(x, *layer_in, args), x, (parameters, state))
-    states = []
+        return _scan_segments(layer, x, (parameters, state), args, capture, depth)
+    states, captured = [], []
     unstacked_states = [None] * depth if state is None else _unstack(state, depth)
     for layer_parameters, layer_state in zip(
         _unstack(parameters, depth), unstacked_states, strict=True
     ):
         x, layer_state = layer(x, layer_parameters, layer_state, args)
         states.append(layer_state)
-    if state is None:
-        return x, None
-    return x, jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *states)
+        if len(states) - 1 in capture:
+            captured.append(x)
+    if state is not None:
+        state = jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *states)
+    return x, state, tuple(captured)
+
+
+def _scan_segments(layer, x, layers, args, capture, depth):
+    """One scan if nothing is captured, else one up to each captured layer and one for the rest."""
+
+    def step(x, layer_in):
+        return layer(x, *layer_in, args)
+
+    captured, states, start = [], [], 0
+    for end in (*(i + 1 for i in capture), depth):
+        if end > start:
+            # The whole is not sliced: that would copy the parameters.
+            whole = start == 0 and end == depth
+            segment = layers if whole else jax.tree.map(lambda leaf: leaf[start:end], layers)  # noqa: B023
+            x, state = jax.lax.scan(step, x, segment)
+            states.append(state)
+        if len(captured) < len(capture):
+            captured.append(x)
+        start = end
+    if len(states) > 1:
+        states = [jax.tree.map(lambda *leaves: jax.numpy.concatenate(leaves), *states)]
+    return x, states[0], tuple(captured)

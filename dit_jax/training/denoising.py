@@ -8,11 +8,18 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int, Key
 
+from dit_jax.data.augmentation import Augmentation
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import losses
 from dit_jax.diffusion.timesteps import TimeDistribution
 from dit_jax.training import ema as ema_lib
-from dit_jax.training.method import Batch, Metrics, TrainState, accumulated_gradients
+from dit_jax.training.method import (
+    Batch,
+    Metrics,
+    OnePhase,
+    TrainState,
+    accumulated_gradients,
+)
 
 
 def drop_labels(
@@ -23,7 +30,7 @@ def drop_labels(
 
 
 @dataclasses.dataclass(frozen=True)
-class Denoising:
+class Denoising(OnePhase):
     """Regression of the process's target at random times (DDPM, flow matching or EDM).
 
     Attributes:
@@ -35,6 +42,7 @@ class Denoising:
         label_dropout: probability of replacing a label by the null class (guidance).
         num_microbatches: gradient accumulation, the batch in so many parts.
         vlb_weight: of the variational term where the variance is learned.
+        augmentation: of the images, told to the network by its labels; None for none.
     """
 
     denoiser: Denoiser
@@ -45,17 +53,25 @@ class Denoising:
     label_dropout: float = 0.1
     num_microbatches: int = 1
     vlb_weight: float = 1.0
+    augmentation: Augmentation | None = None
 
     def __post_init__(self):
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"method.label_dropout={self.label_dropout}: expected 0 to 1")
+        known = self.denoiser.network.augment_dim
+        if self.augmentation is not None and self.augmentation.label_dim != known:
+            raise ValueError(
+                f"model.augment_dim={known}, but the augmentation has "
+                f"{self.augmentation.label_dim} labels: set model.augment_dim="
+                f"{self.augmentation.label_dim}, or augmentation.probability=0 for none"
+            )
 
     @property
     def flops_per_example(self) -> float:
         """Forward and backward pass, the backward counted as two forwards."""
         return 3 * self.denoiser.network.flops_per_example
 
-    def init(self, key: Key[Array, ""], params: Any = None) -> TrainState:
+    def init(self, key: Key[Array, ""], params: Any = None, frozen: Any = None) -> TrainState:
         """Fresh parameters (or `params`), their averages and the optimizer's state."""
         params = self.denoiser.network.init(key) if params is None else params
         return TrainState(
@@ -79,6 +95,11 @@ class Denoising:
             "t": self.timesteps.sample(time_key, n),
             "eps": jax.random.normal(noise_key, x0.shape, jnp.float32),
         }
+        if self.denoiser.network.has_dropout:
+            examples["dropout_keys"] = jax.random.split(jax.random.fold_in(key, 3), n)
+        if self.augmentation is not None:
+            keys = jax.random.split(jax.random.fold_in(key, 4), n)
+            examples["x0"], examples["augment"] = self.augmentation(keys, x0)
         num_classes = self.denoiser.network.num_classes
         if num_classes:
             dropped = jax.random.bernoulli(label_key, self.label_dropout, (n,))
@@ -89,9 +110,11 @@ class Denoising:
         """Mean loss over examples and its parts."""
         process = self.denoiser.process
         x0, eps, t = examples["x0"], examples["eps"], examples["t"]
-        conditions = {"label": examples["label"]} if "label" in examples else {}
+        conditions = {name: examples[name] for name in ("label", "augment") if name in examples}
         x_t = process.add_noise(x0, eps, t)
-        raw = self.denoiser.raw(params, x_t, t, conditions)
+        raw = self.denoiser.raw(
+            params, x_t, t, conditions, dropout_keys=examples.get("dropout_keys")
+        )
         loss, parts = losses.denoising_loss(
             process,
             raw,
@@ -106,7 +129,12 @@ class Denoising:
         return metrics["loss"], metrics
 
     def update(
-        self, state: TrainState, batch: Batch, key: Key[Array, ""]
+        self,
+        state: TrainState,
+        batch: Batch,
+        key: Key[Array, ""],
+        frozen: Any = None,
+        phase: str = "train",
     ) -> tuple[TrainState, Metrics]:
         """One optimizer step on the mean loss of `batch`, then the averages."""
         examples = self.draw_examples(batch, key)

@@ -136,6 +136,7 @@ def train(
     announce: Callable[[str], None] = lambda text: print(text, flush=True),
     strict: bool = True,
     initial_params: Callable[[], Any] | None = None,
+    frozen: Any = None,
 ) -> TrainResult:
     """Trains `method` up to `options.num_steps`, from the newest checkpoint if there is one.
 
@@ -151,6 +152,7 @@ def train(
         announce: prints a line for the person watching.
         strict: refuse to continue from a checkpoint made with another seed or other data.
         initial_params: reads the parameters to start from, if there is no checkpoint yet.
+        frozen: what the method reads and never trains, on the devices already.
 
     Raises:
         ValueError: the checkpoint is of another seed or other data, and `strict`.
@@ -160,8 +162,9 @@ def train(
     shardings = placement.state_shardings(abstract)
     restored = _restore(checkpoints, abstract, shardings, placement, data, key, strict)
     if restored is None:
-        given = (initial_params(),) if initial_params else ()
-        state, step = jax.jit(method.init, out_shardings=shardings)(key, *given), 0
+        given = initial_params() if initial_params else None
+        init = jax.jit(method.init, out_shardings=shardings)
+        state, step = init(key, given, frozen), 0
         del given
     else:
         state, step = restored.state["state"], restored.step
@@ -170,21 +173,15 @@ def train(
         announce(f"already at step {step} of {options.num_steps}: nothing to train")
         return TrainResult(state, step, False, 0.0, 0.0)
 
-    update = jax.jit(
-        lambda state, batch, key: method.update(state, batch, jax.random.fold_in(key, state.step)),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-    )
+    updates = _Updates(method, shardings, frozen, announce)
     with _Interruption() as interruption:
         host_batch = next(data)
-        started = time.perf_counter()
-        update = update.lower(state, placement.put_batch(host_batch), key).compile()
-        announce(f"compiled the update in {time.perf_counter() - started:.1f} s")
+        updates.compile(state, placement.put_batch(host_batch), key)
 
         run = _Run(method, key, options, checkpoints, writers(step), preview, announce, placement)
         run.throughput.resume()
         while True:
-            state, metrics = update(state, placement.put_batch(host_batch), key)
+            state, metrics = updates(step, state, placement.put_batch(host_batch), key)
             step += 1
             run.stepped(step, metrics, host_batch)
             # Read once: a signal between two readings must not end the run unsaved.
@@ -199,6 +196,33 @@ def train(
         writer.flush()
     seconds, rate = run.throughput.overall()
     return TrainResult(state, step, step < options.num_steps, seconds, rate)
+
+
+class _Updates:
+    """The compiled updates of a method, one program a phase."""
+
+    def __init__(self, method, shardings, frozen, announce):
+        self._method, self._shardings, self._frozen = method, shardings, frozen
+        self._announce = announce
+        self._compiled = {}
+
+    def compile(self, state, batch, key) -> None:
+        """Compiles all phases, so that none interrupts the run later."""
+        for phase in self._method.phases:
+            started = time.perf_counter()
+
+            def update(state, batch, key, frozen, phase=phase):
+                key = jax.random.fold_in(key, state.step)
+                return self._method.update(state, batch, key, frozen, phase)
+
+            jitted = jax.jit(update, donate_argnums=0, out_shardings=(self._shardings, None))
+            self._compiled[phase] = jitted.lower(state, batch, key, self._frozen).compile()
+            name = "the update" if len(self._method.phases) == 1 else f"the {phase} update"
+            self._announce(f"compiled {name} in {time.perf_counter() - started:.1f} s")
+
+    def __call__(self, step: int, state, batch, key):
+        """The update that follows `step` updates."""
+        return self._compiled[self._method.phase(step)](state, batch, key, self._frozen)
 
 
 def _restore(checkpoints, abstract, shardings, placement, data, key, strict):
@@ -293,8 +317,11 @@ class _Run:
         return "\n".join(lines)
 
     def _log(self, step: int) -> None:
-        names = self._window[0]
-        scalars = {name: float(np.mean([m[name] for m in self._window])) for name in names}
+        # Phases differ in their metrics: each name is averaged over the steps that have it.
+        names = dict.fromkeys(name for metrics in self._window for name in metrics)
+        scalars = {
+            name: float(np.mean([m[name] for m in self._window if name in m])) for name in names
+        }
         self._window = []
         scalars.update(self.throughput.window())
         for writer in self.writers:

@@ -36,18 +36,45 @@ class TrainState:
 
 @runtime_checkable
 class Method(Protocol):
-    """An objective. Both functions are pure; the loop jits them and places their arrays."""
+    """An objective. `init` and `update` are pure; the loop jits them and places their arrays.
 
-    def init(self, key: Key[Array, ""], params: Any = None) -> Any:
+    A method whose players take turns (a student, then its critics) has several phases, each
+    compiled as a program of its own. What it reads but never trains, such as a teacher's
+    parameters, is handed to it as `frozen`: on the devices, but in no checkpoint.
+    """
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """Names of the different updates."""
+        ...
+
+    @property
+    def frozen_names(self) -> tuple[str, ...]:
+        """Names of the parameter trees that `frozen` has to hold."""
+        ...
+
+    def phase(self, step: int) -> str:
+        """Which update comes after `step` updates."""
+        ...
+
+    def init(self, key: Key[Array, ""], params: Any = None, frozen: Any = None) -> Any:
         """The state before the first update; it has an int32 leaf `step`, here 0.
 
         Args:
             key: of everything random in it.
             params: the trained network's parameters to start from, instead of fresh ones.
+            frozen: as `update`; None where only shapes matter.
         """
         ...
 
-    def update(self, state: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Any, Metrics]:
+    def update(
+        self,
+        state: Any,
+        batch: Batch,
+        key: Key[Array, ""],
+        frozen: Any = None,
+        phase: str = "train",
+    ) -> tuple[Any, Metrics]:
         """One update. `metrics` are float32 scalars and include 'loss'."""
         ...
 
@@ -57,8 +84,27 @@ class Method(Protocol):
 
     @property
     def flops_per_example(self) -> float:
-        """Floating-point operations one update spends on one example (a multiply-add is two)."""
+        """Floating-point operations an update spends on an example, on average over the phases
+        (a multiply-add is two)."""
         ...
+
+
+class OnePhase:
+    """What methods of one player and without frozen parameters have in common."""
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """The only one."""
+        return ("train",)
+
+    @property
+    def frozen_names(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def phase(self, step: int) -> str:
+        """The only one."""
+        return "train"
 
 
 def accumulated_gradients(

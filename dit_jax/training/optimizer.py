@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules, by optax."""
 
+import jax
 import optax
 
 SCHEDULES = ("constant", "cosine", "linear")
@@ -58,23 +59,40 @@ def create_optimizer(
     gradient_clip_norm: float = 0.0,
     **parameters: float,
 ) -> optax.GradientTransformation:
-    """AdamW or Lion with decoupled weight decay, after clipping by global norm.
+    """AdamW, RAdam or Lion with decoupled weight decay, after clipping by global norm.
 
     Args:
-        name: 'adamw' or 'lion'.
+        name: 'adamw', 'radam' or 'lion'.
         schedule: learning rate by update.
         weight_decay: decoupled; 0 for none.
         gradient_clip_norm: largest global gradient norm; 0 for no clipping.
-        **parameters: of the optimizer: beta1, beta2 and, for AdamW, epsilon.
+        **parameters: of the optimizer: beta1, beta2 and, but for Lion, epsilon.
     """
     b1, b2 = parameters.pop("beta1"), parameters.pop("beta2")
     if name == "adamw":
-        update = optax.adamw(schedule, b1, b2, parameters.pop("epsilon"), weight_decay=weight_decay)
+        update = optax.adamw(
+            schedule, b1, b2, parameters.pop("epsilon"), weight_decay=weight_decay, mask=_decays
+        )
+    elif name == "radam":
+        update = optax.chain(
+            optax.scale_by_radam(b1, b2, parameters.pop("epsilon")),
+            optax.add_decayed_weights(weight_decay, _decays),
+            optax.scale_by_learning_rate(schedule),
+        )
     elif name == "lion":
-        update = optax.lion(schedule, b1, b2, weight_decay=weight_decay)
+        update = optax.lion(schedule, b1, b2, weight_decay=weight_decay, mask=_decays)
     else:
-        raise ValueError(f"optimizer.name={name!r}: expected 'adamw' or 'lion'")
+        raise ValueError(f"optimizer.name={name!r}: expected 'adamw', 'radam' or 'lion'")
     if parameters:
         raise ValueError(f"optimizer {name!r} does not take {sorted(parameters)}")
     clip = optax.clip_by_global_norm(gradient_clip_norm) if gradient_clip_norm else optax.identity()
     return optax.chain(clip, update)
+
+
+def _decays(params):
+    """Which parameters decay: all but frequencies, which are drawn once and never trained."""
+
+    def decays(path, leaf):
+        return getattr(path[-1], "key", None) != "freqs" if path else True
+
+    return jax.tree_util.tree_map_with_path(decays, params)

@@ -36,6 +36,13 @@ _FREE = (
 )
 
 
+# Methods whose students are trained for the very steps of config.sampling, and the keys of those.
+_SCHEDULED_METHODS = ("kd", "dmd2", "f_distill", "ladd")
+_SCHEDULE = tuple(
+    f"sampling.{key}" for key in ("solver", "steps", "times", "spacing", "shift", "rho")
+)
+
+
 class WorkdirError(RuntimeError):
     """A workdir that cannot be used as asked."""
 
@@ -75,10 +82,12 @@ def prepare(workdir: Path, config: ml_collections.ConfigDict, *, force: bool = F
 def _essential_differences(old, new) -> dict:
     changed = config_lib.differences(old, new)
     decays = new.optimizer.schedule != "constant"  # the schedule's length is then part of it
+    learned = ("training.num_steps",) if decays else ()
+    learned += _SCHEDULE if new.method.name in _SCHEDULED_METHODS else ()
     return {
         key: values
         for key, values in changed.items()
-        if not key.startswith(_FREE) or (decays and key == "training.num_steps")
+        if not key.startswith(_FREE) or key in learned
     }
 
 

@@ -269,7 +269,7 @@ def test_the_wrong_architecture_is_named_error(tmp_path):
     names = {"double_blocks.0.img_attn.qkv.weight": np.zeros((2, 2), np.float32)}
     specs = Tensors(names).specs
     write_safetensors(tmp_path / "flux.safetensors", specs, iter(names.values()))
-    with pytest.raises(InteropError, match=r"holds no DiT: it looks like a FLUX in the original"):
+    with pytest.raises(InteropError, match=r"holds no DiT or EDM U-Net: it looks like a FLUX"):
         open_model(tmp_path / "flux.safetensors")
     write_pt(tmp_path / "other.pt", specs, iter(names.values()))
     with pytest.raises(InteropError, match="looks like a FLUX"):

@@ -6,21 +6,21 @@ import numpy as np
 import pytest
 
 from dit_jax.data import ArraySource, make_loader
-from dit_jax.training.method import TrainState
+from dit_jax.training.method import OnePhase, TrainState
 from parallel.mesh import DataParallel, create_mesh
 
 
 @dataclasses.dataclass(frozen=True)
-class MeanSeeker:
+class MeanSeeker(OnePhase):
     """A Method of a few numbers: the mean image, found by noisy gradient steps."""
 
     flops_per_example: float = 100.0
 
-    def init(self, key):
+    def init(self, key, params=None, frozen=None):
         mean = jax.random.normal(key, (2, 2))
         return TrainState(jnp.int32(0), {"mean": mean}, {"ema_0.5": {"mean": mean}}, ())
 
-    def update(self, state, batch, key):
+    def update(self, state, batch, key, frozen=None, phase="train"):
         error = state.params["mean"] - batch["image"].mean(axis=(0, 3))
         noise = 0.01 * jax.random.normal(key, error.shape)
         mean = state.params["mean"] - 0.1 * error + noise

@@ -1,0 +1,307 @@
+"""What the methods of distillation share: the student, the teacher, and players beside them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jaxtyping import Array, Float, Key
+
+from dit_jax import experiment
+from dit_jax.config import ConfigError
+from dit_jax.denoiser import Denoiser
+from dit_jax.diffusion import guidance
+from dit_jax.diffusion.process import Prediction, expand
+from dit_jax.models.dit import resolve_dtype
+from dit_jax.training import ema as ema_lib
+from dit_jax.training.denoising import drop_labels
+from dit_jax.training.method import Batch, Metrics
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Player:
+    """A network trained beside the student: a fake score, a discriminator, a weight.
+
+    Attributes:
+        params: its parameters, float32.
+        optimizer: optax's state.
+    """
+
+    params: Any
+    optimizer: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DistillState:
+    """State of a Method with several players.
+
+    Attributes:
+        step: updates made so far, of all players, an int32 scalar.
+        params: the student's parameters.
+        ema: averages of them by name.
+        optimizer: optax's state of the student.
+        players: the others, by name.
+    """
+
+    step: Any
+    params: Any
+    ema: dict[str, Any]
+    optimizer: Any
+    players: dict[str, Any]
+
+
+def create_player(optimizer: optax.GradientTransformation, params: Any) -> Player:
+    """A player before its first update."""
+    return Player(params, optimizer.init(params))
+
+
+def update_player(
+    optimizer: optax.GradientTransformation, player: Player, gradients: Any
+) -> Player:
+    """A player after one update."""
+    updates, state = optimizer.update(gradients, player.optimizer, player.params)
+    return Player(optax.apply_updates(player.params, updates), state)
+
+
+def lay_over(fresh: Any, given: Any, path: str = "") -> Any:
+    """`fresh` parameters with those of `given` in their places.
+
+    What `given` lacks stays fresh: a second time or labels of augmentation, whose parameters make
+    no difference at first.
+
+    Raises:
+        ValueError: `given` has a parameter that `fresh` has not, or of another shape.
+    """
+    if not isinstance(fresh, dict):
+        if fresh.shape != given.shape:
+            raise ValueError(f"parameter {path} is {given.shape}, expected {fresh.shape}")
+        return given
+    unknown = sorted(set(given) - set(fresh))
+    if unknown:
+        raise ValueError(f"parameters that the student has not: {path}/{unknown[0]}")
+    return {
+        name: lay_over(value, given[name], f"{path}/{name}") if name in given else value
+        for name, value in fresh.items()
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """The network being distilled and how it is trained.
+
+    Attributes:
+        denoiser: network and process.
+        optimizer: an optax transformation.
+        averages: EMAs to keep.
+        label_dropout: probability of replacing a label by the null class.
+        num_microbatches: gradient accumulation, the batch in so many parts.
+    """
+
+    denoiser: Denoiser
+    optimizer: optax.GradientTransformation
+    averages: tuple[ema_lib.Average, ...] = ()
+    label_dropout: float = 0.0
+    num_microbatches: int = 1
+
+    def __post_init__(self):
+        if not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"method.label_dropout={self.label_dropout}: expected 0 to 1")
+
+    def start(self, key: Key[Array, ""], params: Any = None) -> Any:
+        """Fresh parameters, with those of `params` in their places."""
+        if params is None:
+            return self.denoiser.network.init(key)
+        fresh = jax.eval_shape(self.denoiser.network.init, key)
+        if jax.tree.structure(fresh) == jax.tree.structure(params):
+            return lay_over(fresh, params)
+        return lay_over(self.denoiser.network.init(key), params)
+
+    def create_state(
+        self, key: Key[Array, ""], params: Any = None, players: dict[str, Any] | None = None
+    ) -> DistillState:
+        """The state before the first update."""
+        params = self.start(key, params)
+        return DistillState(
+            step=jnp.int32(0),
+            params=params,
+            ema=ema_lib.init(self.averages, params),
+            optimizer=self.optimizer.init(params),
+            players=players or {},
+        )
+
+    def apply_gradients(self, state: DistillState, gradients: Any) -> DistillState:
+        """The student after one update; counts the step and updates the averages."""
+        updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        step = state.step + 1
+        averages = ema_lib.update(self.averages, state.ema, params, step)
+        return DistillState(step, params, averages, optimizer, state.players)
+
+    def weights(self, state: DistillState) -> dict[str, Any]:
+        """'raw' and every average by its name."""
+        return {**state.ema, "raw": state.params}
+
+    def draw_conditions(self, batch: Batch, key: Key[Array, ""]) -> dict[str, Array]:
+        """{"label": ...} of a batch with some labels dropped, or {} if unconditional."""
+        conditions = conditions_of(batch, self.denoiser.network)
+        if "label" in conditions and self.label_dropout:
+            label = conditions["label"]
+            dropped = jax.random.bernoulli(key, self.label_dropout, label.shape)
+            conditions["label"] = drop_labels(label, self.denoiser.network.num_classes, dropped)
+        return conditions
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A trained network whose answers, guidance included, the student learns from.
+
+    Attributes:
+        denoiser: network and process.
+        guidance_scale: of classifier-free guidance; 1 for none, which costs half as much.
+        guidance_interval: (low, high) in process time outside which there is no guidance.
+    """
+
+    denoiser: Denoiser
+    guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+
+    def __post_init__(self):
+        if self.guidance_scale != 1.0 and not self.denoiser.network.num_classes:
+            raise ValueError(
+                f"teacher.guidance_scale={self.guidance_scale} needs a class-conditional network; "
+                "model.num_classes is 0"
+            )
+        if self.guidance_interval is not None and self.guidance_scale == 1.0:
+            raise ValueError("teacher.guidance_interval would do nothing with guidance_scale=1.0")
+
+    def raw(
+        self, params: Any, x: Float[Array, "b h w c"], t: Float[Array, " b"], conditions: dict
+    ) -> Float[Array, "b h w _c"]:
+        """The raw output, guided."""
+
+        def evaluate(x, t, conditions, carry):
+            return self.denoiser.raw(params, x, t, conditions), carry
+
+        if self.guidance_scale != 1.0:
+            evaluate = guidance.guided(
+                evaluate,
+                self.denoiser.network.null_conditions,
+                self.guidance_scale,
+                interval=self.guidance_interval,
+            )
+        return evaluate(x, t, conditions, None)[0]
+
+    def predict(
+        self, params: Any, x: Float[Array, "b h w c"], t: Float[Array, " b"], conditions: dict
+    ) -> Prediction:
+        """The guided prediction of x0 and eps."""
+        return self.denoiser.process.interpret(self.raw(params, x, t, conditions), x, t)
+
+    def velocity(
+        self, params: Any, x: Float[Array, "b h w c"], t: Float[Array, " b"], conditions: dict
+    ) -> Float[Array, "b h w c"]:
+        """The guided velocity, in the process's convention."""
+        prediction = self.predict(params, x, t, conditions)
+        return self.denoiser.process.velocity(prediction.x0, prediction.eps, t)
+
+    def predict_with_features(
+        self,
+        params: Any,
+        x: Float[Array, "b h w c"],
+        t: Float[Array, " b"],
+        conditions: dict,
+        indices: tuple[int, ...],
+    ) -> tuple[Prediction, tuple[Float[Array, "b _h _w _c"], ...]]:
+        """The guided prediction, and the feature maps of the conditional evaluation."""
+        denoiser, process = self.denoiser, self.denoiser.process
+        if self.guidance_scale == 1.0:
+            return denoiser.predict_with_features(params, x, t, conditions, indices)
+        raw, features = denoiser.raw(params, x, t, conditions, features=tuple(indices))
+        # Apart from the conditional half, not in one batch with it: gradients pass through the
+        # features back to x, and would pass through both halves of a doubled batch.
+        null = denoiser.raw(
+            params,
+            jax.lax.stop_gradient(x),
+            t,
+            denoiser.network.null_conditions(conditions),
+        )
+        scale = jnp.full(t.shape, self.guidance_scale)
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            scale = jnp.where((t >= low) & (t <= high), scale, 1.0)
+        # A learned variance is the conditional one.
+        own, other = (r[..., : x.shape[-1]].astype(jnp.float32) for r in (raw, null))
+        mixed = other + expand(scale, x) * (own - other)
+        raw = jnp.concatenate([mixed.astype(raw.dtype), raw[..., x.shape[-1] :]], axis=-1)
+        return process.interpret(raw, x, t), features
+
+
+def conditions_of(batch: Batch, network: Any) -> dict[str, Array]:
+    """{"label": ...} of a batch, or {} for an unconditional network."""
+    return {"label": batch["label"]} if network.num_classes else {}
+
+
+def drift_metrics(x0: Float[Array, "b h w c"]) -> Metrics:
+    """Mean and standard deviation of what the student generates: the first things to drift."""
+    return {"student_mean": jnp.mean(x0), "student_std": jnp.std(x0)}
+
+
+def build_student(config: ml_collections.ConfigDict) -> Student:
+    """The student of `config`: its network, process, optimizer and averages."""
+    return Student(
+        denoiser=experiment.build_denoiser(config),
+        optimizer=experiment.build_optimizer(config),
+        averages=experiment.build_averages(config),
+        label_dropout=config.method.label_dropout if config.model.num_classes else 0.0,
+        num_microbatches=config.training.num_microbatches,
+    )
+
+
+def build_teacher(config: ml_collections.ConfigDict) -> Teacher:
+    """The teacher of `config.teacher`: the student's architecture and process, one time only."""
+    interval = tuple(config.teacher.guidance_interval)
+    if len(interval) not in (0, 2):
+        raise ConfigError(
+            f"config.teacher.guidance_interval={interval}: expected (low, high) or ()"
+        )
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        # A teacher is never differentiated forwards, and sees one time.
+        config.model.second_time = "none"
+        config.model.custom_gradients = "auto"
+    return Teacher(
+        experiment.build_denoiser(config), config.teacher.guidance_scale, interval or None
+    )
+
+
+def require_forward_mode(config: ml_collections.ConfigDict, dtype: str = "") -> None:
+    """Refuses networks that `jax.jvp` cannot go through.
+
+    Args:
+        config: of the student.
+        dtype: that the derivative is computed in; by default `config.model.dtype`.
+
+    Raises:
+        ConfigError: with what to set.
+    """
+    model, method = config.model, config.method.name
+    if model.custom_gradients != "off":
+        raise ConfigError(
+            f"config.method.name={method!r} differentiates the network forwards, which the "
+            "hand-written backward passes do not have: set config.model.custom_gradients='off'"
+        )
+    half = resolve_dtype(dtype or model.dtype) != jnp.float32
+    if model.attention == "auto" and jax.default_backend() == "gpu" and half:
+        raise ConfigError(
+            "config.model.attention='auto' is cuDNN's here, which cannot be differentiated "
+            f"forwards, as config.method.name={method!r} does: set config.model.attention='xla'"
+        )
+    if model.attention not in ("auto", "einsum", "xla"):
+        raise ConfigError(
+            f"config.model.attention={model.attention!r} cannot be differentiated forwards, as "
+            f"config.method.name={method!r} does: set 'einsum' or 'xla'"
+        )

@@ -1,0 +1,362 @@
+"""Layers of EDM's U-Nets: resampling by a filter, group normalisation, the residual block.
+
+They are those of Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models"
+(arXiv 2206.00364), with channels last. Parameters, normalisation and everything that depends on the
+noise level alone are float32; `dtype` is what convolutions are computed in. What looks beyond one
+pixel goes through `autoencoder_layers` (`convolve`, `group_statistics`), the resampling below, or
+the attention seam.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from dit_jax.models import attention as attention_lib
+from dit_jax.models import stack
+from dit_jax.models.autoencoder_layers import convolve, group_statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class Initialization:
+    """How a layer starts: uniform numbers of mean square `scale` / fan, or standard normal ones.
+
+    Attributes:
+        mode: 'fan_avg' (Xavier), 'fan_in' (Kaiming), or 'normal'.
+        scale: 0 for zeros.
+        random_bias: whether biases are drawn from the weights' range instead of being zero.
+    """
+
+    mode: str = "fan_avg"
+    scale: float = 1.0
+    random_bias: bool = False
+
+    def kernel(self, rngs: nnx.Rngs, shape: tuple[int, ...]) -> nnx.Param:
+        """A kernel whose last two axes are input and output channels."""
+        if self.scale == 0:
+            return nnx.Param(jnp.zeros(shape))
+        if self.mode == "normal":
+            return nnx.Param(jax.random.normal(rngs.params(), shape))
+        draw = nnx.initializers.variance_scaling(self.scale, self.mode, "uniform")
+        return nnx.Param(draw(rngs.params(), shape))
+
+    def bias(self, rngs: nnx.Rngs, kernel_shape: tuple[int, ...]) -> nnx.Param:
+        """The bias that goes with a kernel."""
+        shape = kernel_shape[-1:]
+        if not self.random_bias or self.scale == 0:
+            return nnx.Param(jnp.zeros(shape))
+        limit = math.sqrt(3 * self.scale / math.prod(kernel_shape[:-1]))
+        return nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-limit, maxval=limit))
+
+
+XAVIER = Initialization()
+
+
+def rematerialised(function: Callable, remat: str) -> Callable:
+    """`stack.rematerialised`, where 'dots' also saves the results of convolutions."""
+    if remat != "dots":
+        return stack.rematerialised(function, remat)
+    policy = jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _is_convolution
+    )
+    return jax.checkpoint(function, policy=policy)
+
+
+def _is_convolution(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name == "conv_general_dilated"
+
+
+class Linear(nnx.Module):
+    """y = x W + b over the last axis; also every 1 x 1 convolution."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rngs: nnx.Rngs,
+        init: Initialization = XAVIER,
+        use_bias: bool = True,
+        dtype: Any = jnp.float32,
+    ):
+        shape = (in_features, out_features)
+        self.kernel = init.kernel(rngs, shape)
+        self.bias = init.bias(rngs, shape) if use_bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
+        """Applies the map in `self.dtype`."""
+        y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.dtype)[None]
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class LabelMap(Linear):
+    """A linear map of one-hot labels, times `gain`; labels out of range are the zero vector."""
+
+    def __init__(self, num_classes: int, out_features: int, *, gain: float = 1.0, **options: Any):
+        super().__init__(num_classes, out_features, **options)
+        self.gain = gain
+
+    def __call__(self, label: Int[Array, " b"]) -> Float[Array, "b o"]:
+        """Looks the labels up."""
+        y = self.gain * self.kernel[...].at[label].get(mode="fill", fill_value=0)
+        return y if self.bias is None else y + self.bias[...][None]
+
+
+class Conv(nnx.Module):
+    """A 3 x 3 convolution with bias."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        rngs: nnx.Rngs,
+        init: Initialization = XAVIER,
+        dtype: Any = jnp.float32,
+    ):
+        shape = (3, 3, in_channels, out_channels)
+        self.kernel, self.bias = init.kernel(rngs, shape), init.bias(rngs, shape)
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "b h w i"], padding: int = 1) -> Float[Array, "b h2 w2 o"]:
+        """Convolves in `self.dtype`, with `padding` zeros on every side."""
+        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+        y = convolve(x.astype(self.dtype), kernel, padding=((padding, padding),) * 2)
+        return y + bias[None, None, None]
+
+
+def downsample(
+    x: Float[Array, "b h w c"], resample_filter: Sequence[float], padding: int | None = None
+) -> Float[Array, "b h2 w2 c"]:
+    """Half the resolution: the normalised separable filter at every second pixel.
+
+    (1, 1) averages 2 x 2 pixels. `padding` zeros surround the image, by default as many as centre
+    the filter. Written as sums of strided slices, which XLA fuses; a depthwise convolution is slow
+    on CPUs.
+    """
+    taps = [f / sum(resample_filter) for f in resample_filter]
+    padding = (len(taps) - 1) // 2 if padding is None else padding
+    for axis in (1, 2):
+        if padding:
+            widths = [(0, 0)] * 4
+            widths[axis] = (padding, padding)
+            x = jnp.pad(x, widths)
+        count = (x.shape[axis] - len(taps)) // 2 + 1
+        x = sum(
+            tap * jax.lax.slice_in_dim(x, i, i + 2 * (count - 1) + 1, 2, axis)
+            for i, tap in enumerate(taps)
+        )
+    return x
+
+
+def upsample(
+    x: Float[Array, "b h w c"], resample_filter: Sequence[float]
+) -> Float[Array, "b h2 w2 c"]:
+    """Twice the resolution: zeros between the pixels, then the separable filter, of sum 2 an axis.
+
+    (1, 1) repeats pixels. The filter has an even length.
+    """
+    taps = [2 * f / sum(resample_filter) for f in resample_filter]
+    center = (len(taps) - 1) // 2
+    for axis in (1, 2):
+        # Output pixel 2 m + phase sees input pixel m + (phase + center - tap) / 2.
+        shifts = {
+            phase: [
+                ((phase + center - i) // 2, tap)
+                for i, tap in enumerate(taps)
+                if (phase + center - i) % 2 == 0
+            ]
+            for phase in (0, 1)
+        }
+        phases = [
+            sum(tap * _shifted(x, shift, axis) for shift, tap in shifts[phase]) for phase in (0, 1)
+        ]
+        shape = list(x.shape)
+        shape[axis] *= 2
+        x = jnp.stack(phases, axis=axis + 1).reshape(shape)
+    return x
+
+
+def _shifted(x: Array, shift: int, axis: int) -> Array:
+    """x[i + shift] along an axis, zeros beyond the ends."""
+    if shift == 0:
+        return x
+    widths = [(0, 0, 0)] * x.ndim
+    widths[axis] = (-shift, shift, 0)
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), widths)
+
+
+class GroupNorm(nnx.Module):
+    """Normalisation over pixels and the channels of a group: 32 groups, of 4 channels or more."""
+
+    def __init__(self, channels: int, epsilon: float):
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.num_groups = min(32, channels // 4)
+        self.epsilon = epsilon
+
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        scale: Float[Array, "b c"] | None = None,
+        shift: Float[Array, "b c"] | None = None,
+    ) -> Float[Array, "b h w c"]:
+        """norm(x), or norm(x) (1 + scale) + shift, in float32; the result has x's dtype."""
+        mean, variance = group_statistics(x, self.num_groups)
+        gain = jax.lax.rsqrt(variance + self.epsilon) * self.scale[...][None, None, None]
+        offset = self.bias[...][None, None, None] - mean * gain
+        if scale is not None and shift is not None:
+            factor = 1 + scale[:, None, None]
+            gain, offset = gain * factor, offset * factor + shift[:, None, None]
+        return (x.astype(jnp.float32) * gain + offset).astype(x.dtype)
+
+
+class FourierFeatures(nnx.Module):
+    """[cos, sin] of 2 pi times random frequencies times the noise level (NCSN++).
+
+    The frequencies belong to the network and come with its weights, but are never trained: no
+    gradient reaches them.
+    """
+
+    def __init__(self, dim: int, *, rngs: nnx.Rngs, scale: float = 16.0):
+        self.freqs = nnx.Param(scale * jax.random.normal(rngs.params(), (dim // 2,)))
+
+    def __call__(self, t: Float[Array, " b"]) -> Float[Array, "b dim"]:
+        """Embeds the network time."""
+        frequencies = 2 * math.pi * jax.lax.stop_gradient(self.freqs[...])
+        angles = t.astype(jnp.float32)[:, None] * frequencies[None]
+        return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def dropout(
+    x: Float[Array, "b h w c"], rate: float, keys: Key[Array, " b"]
+) -> Float[Array, "b h w c"]:
+    """Zeros at `rate`, the rest scaled up; an example's mask depends on its own key alone."""
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockStyle:
+    """In what the residual blocks of the architectures differ; the defaults are ADM's.
+
+    Attributes:
+        channels_per_head: of attention; 0 for one head of all channels.
+        dropout: rate, before the second convolution.
+        skip_scale: multiplies the sums of branch and shortcut.
+        epsilon: of group normalisation.
+        resample_filter: of blocks that change the resolution.
+        resample_proj: whether their shortcuts have a 1 x 1 convolution also without a change of
+            width.
+        adaptive_scale: whether the embedding scales and shifts the second normalisation; else it is
+            added before it.
+        init: of most layers.
+        init_zero: of the last layers of branches.
+        init_attn: of attention's first layer.
+    """
+
+    channels_per_head: int = 64
+    dropout: float = 0.0
+    skip_scale: float = 1.0
+    epsilon: float = 1e-5
+    resample_filter: tuple[float, ...] = (1, 1)
+    resample_proj: bool = False
+    adaptive_scale: bool = True
+    init: Initialization = XAVIER
+    init_zero: Initialization = XAVIER
+    init_attn: Initialization = XAVIER
+
+    def num_heads(self, channels: int) -> int:
+        """Attention heads at a width."""
+        return channels // self.channels_per_head if self.channels_per_head else 1
+
+
+class UNetBlock(nnx.Module):
+    """Two convolutions around a shortcut, conditioned on the embedding; optionally resampling
+    before the first and attention after the second (EDM, table 1 and appendix F)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        style: BlockStyle,
+        *,
+        resample: str = "none",
+        attention: bool = False,
+        rngs: nnx.Rngs,
+        dtype: Any,
+    ):
+        self.style, self.resample = style, resample
+        self.num_heads = style.num_heads(out_channels) if attention else 0
+        options = {"rngs": rngs, "dtype": dtype}
+        self.norm0 = GroupNorm(in_channels, style.epsilon)
+        self.conv0 = Conv(in_channels, out_channels, init=style.init, **options)
+        affine_channels = out_channels * (2 if style.adaptive_scale else 1)
+        self.affine = Linear(emb_channels, affine_channels, rngs=rngs, init=style.init)
+        self.norm1 = GroupNorm(out_channels, style.epsilon)
+        self.conv1 = Conv(out_channels, out_channels, init=style.init_zero, **options)
+        projects = in_channels != out_channels or (resample != "none" and style.resample_proj)
+        self.skip = (
+            Linear(in_channels, out_channels, init=style.init, **options) if projects else None
+        )
+        if attention:
+            self.norm2 = GroupNorm(out_channels, style.epsilon)
+            # Output channels in the original's order: (head, channel of the head, q or k or v).
+            self.qkv = Linear(out_channels, 3 * out_channels, init=style.init_attn, **options)
+            self.proj = Linear(out_channels, out_channels, init=style.init_zero, **options)
+
+    def __call__(
+        self,
+        x: Float[Array, "b h w i"],
+        emb: Float[Array, "b e"],
+        attention: attention_lib.Attention,
+        state: Any = None,
+        keys: Key[Array, " b"] | None = None,
+    ):
+        """Returns the features and the attention layer's state.
+
+        Args:
+            x: features.
+            emb: the embedding of noise level and conditions.
+            attention: the strategy of the seam.
+            state: its state of this layer.
+            keys: of dropout, one an example; None for none.
+        """
+        style = self.style
+        h = self.conv0(self._resampled(jax.nn.silu(self.norm0(x))))
+        affine = self.affine(emb)
+        if style.adaptive_scale:
+            h = jax.nn.silu(self.norm1(h, *jnp.split(affine, 2, axis=-1)))
+        else:
+            h = jax.nn.silu(self.norm1(h + affine[:, None, None].astype(h.dtype)))
+        if style.dropout and keys is not None:
+            h = dropout(h, style.dropout, keys)
+        shortcut = self._resampled(x)
+        shortcut = shortcut if self.skip is None else self.skip(shortcut)
+        x = (self.conv1(h) + shortcut) * style.skip_scale
+        if self.num_heads:
+            out, state = self._attend(x, attention, state)
+            x = (out + x) * style.skip_scale
+        return x, state
+
+    def _resampled(self, x: Array) -> Array:
+        if self.resample == "none":
+            return x
+        function = upsample if self.resample == "up" else downsample
+        return function(x, self.style.resample_filter)
+
+    def _attend(self, x: Array, attention: attention_lib.Attention, state: Any):
+        b, height, width, c = x.shape
+        tokens = self.qkv(self.norm2(x).reshape(b, height * width, c))
+        tokens = tokens.reshape(b, height * width, self.num_heads, c // self.num_heads, 3)
+        out, state = attention(tokens[..., 0], tokens[..., 1], tokens[..., 2], state)
+        return self.proj(out.reshape(b, height, width, c)), state

@@ -1,0 +1,184 @@
+"""Every method there is, those of the library and those of distillation, and what they need."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+import distill
+from dit_jax import experiment
+from dit_jax.config import AnyConfig, ConfigError, differences
+from dit_jax.data import Pairs, Source
+from dit_jax.evaluation import save_json
+from dit_jax.training import workdir
+from dit_jax.training.checkpoints import fingerprint
+from dit_jax.training.method import Method
+from interop.models import FoundModel, open_model
+
+METHODS = {**experiment.METHODS, **distill.METHODS}
+FROZEN_FILE = "frozen.json"
+
+
+def resolve_config(config: AnyConfig) -> ml_collections.ConfigDict:
+    """`experiment.resolve_config` for all methods."""
+    return experiment.resolve_config(config, METHODS)
+
+
+def build_method(config: ml_collections.ConfigDict) -> Method:
+    """`experiment.build_method` among all methods."""
+    return experiment.build_method(config, METHODS)
+
+
+def open_any(source: str, **options: Any) -> FoundModel:
+    """`interop.open_model` that also knows runs of distillation."""
+    return open_model(source, methods=METHODS, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenModels:
+    """The models a method reads and never trains.
+
+    Attributes:
+        models: by the method's name for them.
+        start: the one whose parameters the student starts from, if any.
+    """
+
+    models: dict[str, FoundModel]
+    start: FoundModel | None = None
+
+    def load(self, put: Any) -> dict[str, Any]:
+        """Their parameters, each array handed to `put` as it is read; {} if there are none."""
+        return {
+            name: model.load(lambda path, array: put(array)) for name, model in self.models.items()
+        }
+
+
+def open_frozen(config: ml_collections.ConfigDict, method: Method) -> FrozenModels:
+    """Opens what `method` needs besides data; nothing is read yet.
+
+    Raises:
+        ConfigError: a path is missing, or the model there is not what the student expects.
+        InteropError: it cannot be read, or lacks the weights asked for.
+    """
+    models = {}
+    for name in method.frozen_names:
+        key, source, weights = _source(config, name)
+        if not source:
+            raise ConfigError(
+                f"config.method.name={config.method.name!r} needs a trained model: set "
+                f"--config.{key}=[KIND:]SOURCE, for instance the workdir of a training run"
+            )
+        models[name] = _open(config, key, source, weights)
+    return FrozenModels(models, _start(config, models))
+
+
+def _start(config: ml_collections.ConfigDict, models: dict[str, FoundModel]) -> FoundModel | None:
+    """The model whose parameters the student starts from."""
+    starts, path = config.teacher.initialize_student, config.teacher.path
+    if "teacher" not in models and path and (config.method.name == "denoising" or not starts):
+        raise ConfigError(
+            f"config.teacher.path={path!r} would do nothing: config.method.name="
+            f"{config.method.name!r} does not ask a teacher. To start from a model use --init_from"
+        )
+    if not starts:
+        return None
+    if "stage1" in models:  # which has learned more of what the student shall
+        return models["stage1"]
+    if path and "teacher" not in models:
+        return _open(config, "teacher.path", path, config.teacher.weights)
+    return models.get("teacher")
+
+
+def _source(config: ml_collections.ConfigDict, name: str) -> tuple[str, str, str]:
+    """(configuration key, source, weights) of a frozen model."""
+    if name == "teacher":
+        return "teacher.path", config.teacher.path, config.teacher.weights
+    section = config.method[config.method.name]
+    weights = section.get(f"{name}_weights", "ema")
+    return f"method.{config.method.name}.{name}", section[name], weights
+
+
+def _open(config: ml_collections.ConfigDict, key: str, source: str, weights: str) -> FoundModel:
+    found = open_any(source)
+    if weights != "ema" or (found.path / workdir.CHECKPOINTS).is_dir():
+        # Of the several that a run has; a file of another format holds one, good for "ema".
+        found = open_any(source, weights=weights)
+    student = config.copy_and_resolve_references()
+    with student.unlocked():
+        if key == "teacher.path":
+            student.model.second_time = found.config.model.second_time
+    experiment.require_same_network(found.config, student, f"config.{key}={source}")
+    if found.config.model.image_size != config.model.image_size:
+        raise ConfigError(
+            f"config.{key}={source} is a model of {found.config.model.image_size} pixels, the "
+            f"student of {config.model.image_size}: set --config.model.image_size="
+            f"{found.config.model.image_size}"
+        )
+    _require_same_process(found, config, f"config.{key}={source}")
+    return found
+
+
+def _require_same_process(found: FoundModel, config: ml_collections.ConfigDict, source: str):
+    name = found.config.process.name
+    there, here = {"name": name}, {"name": config.process.name}
+    if name == here["name"]:
+        there, here = (c.process[name].to_dict() for c in (found.config, config))
+    changed = differences(there, here)
+    if changed:
+        prefix = "" if "name" in changed else f"{name}."
+        listed = "\n".join(
+            f"  config.process.{prefix}{key} is {new!r}, the model's {old!r}: "
+            f"--config.process.{prefix}{key}={old}"
+            for key, (old, new) in changed.items()
+        )
+        raise ConfigError(f"{source} was trained on another process:\n{listed}")
+
+
+def weights_hash(params: Any) -> str:
+    """A hash of all parameters, the same on any number of devices."""
+    sums = json.dumps(fingerprint(params)).encode()
+    return hashlib.sha256(sums).hexdigest()[:16]
+
+
+def require_teacher_of_pairs(source: Source, frozen: dict[str, Any], models: FrozenModels) -> None:
+    """Refuses a teacher that is not the one that made the pairs of `source`, if it has pairs.
+
+    Raises:
+        ValueError: with both hashes.
+    """
+    if isinstance(source, Pairs) and "teacher" in frozen:
+        path = str(models.models["teacher"].path)
+        source.require_teacher(weights_hash(frozen["teacher"]), path)
+
+
+def record_frozen(directory: Path, frozen: dict[str, Any], models: FrozenModels) -> None:
+    """Notes in the workdir which models were used, or refuses others than were used before.
+
+    Raises:
+        ConfigError: the run was begun with another model.
+    """
+    file = directory / FROZEN_FILE
+    record = {
+        name: {
+            "source": str(models.models[name].path),
+            "weights": models.models[name].weights,
+            "step": models.models[name].step,
+            "fingerprint": fingerprint(tree),
+        }
+        for name, tree in frozen.items()
+    }
+    if file.exists():
+        before = json.loads(file.read_text())
+        for name, entry in record.items():
+            if name in before and before[name]["fingerprint"] != entry["fingerprint"]:
+                raise ConfigError(
+                    f"{directory} was begun with another {name}, {before[name]['source']} (weights "
+                    f"{before[name]['weights']}, step {before[name]['step']}): give that one, or "
+                    "another --workdir"
+                )
+    elif jax.process_index() == 0 and record:
+        save_json(file, record, overwrite=True)
