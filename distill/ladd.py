@@ -105,16 +105,6 @@ def build(config: ml_collections.ConfigDict) -> LADD:
     Raises:
         ConfigError: options that do not fit each other, before anything is compiled.
     """
-    if config.loss.weighting != "none":
-        raise ConfigError(
-            f"config.loss.weighting={config.loss.weighting!r} would do nothing: "
-            "config.method.name='ladd' trains no score. Leave it 'none'"
-        )
-    if config.timesteps.name.startswith("speed"):
-        raise ConfigError(
-            f"config.timesteps.name={config.timesteps.name!r} weights a denoising loss, which "
-            "config.method.name='ladd' has not: set another distribution"
-        )
     if config.teacher.guidance_scale != 1.0:
         raise ConfigError(
             f"config.teacher.guidance_scale={config.teacher.guidance_scale} would do nothing: "

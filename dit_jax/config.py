@@ -461,7 +461,7 @@ def _refuse_unused(config: ml_collections.ConfigDict, defaults: dict[str, Any]) 
             ("loss.vlb_weight",) if scores else ("loss.",),
             "it is of config.method.name='denoising'",
         )
-        if config.timesteps.name.startswith("speed"):
+        if config.timesteps.name.startswith("speed") and not scores:
             raise ConfigError(
                 f"config.timesteps.name={config.timesteps.name!r} weights the loss of "
                 f"config.method.name='denoising', which {config.method.name!r} has not: choose "

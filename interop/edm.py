@@ -121,7 +121,7 @@ class Preconditioned:
 
 
 def edm_table(
-    config: UNetConfig, shapes: Shapes, prefix: str = PREFIX, process: EDM | None = None
+    config: UNetConfig, shapes: Shapes, prefix: str = PREFIX, process: Any = None
 ) -> Table:
     """The layout of an EDM network's state dict.
 
@@ -144,7 +144,7 @@ def edm_table(
         Constant(f"{prefix}{name}.resample_filter", lambda: _filter(config))
         for name in _resampling_layers(config)
     )
-    if process is not None and process.preconditioning == "iddpm" and prefix:
+    if isinstance(process, EDM) and process.preconditioning == "iddpm" and prefix:
         levels = process.coefficients.table
         # The original accumulates them in float32, one rounding a level.
         tolerance = 1e-4 * float(levels[0])

@@ -51,7 +51,7 @@ def _flow(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 # Names in the table: the method, and what differs from the network's configuration.
 VARIANTS: dict[str, tuple[str, Any]] = {
-    "kd": ("kd", {**FEW_STEPS, "data.name": "pairs"}),
+    "kd": ("kd", {**FEW_STEPS, "data.name": "pairs", "timesteps.name": "uniform"}),
     "consistency training": ("consistency", {"method.consistency.trajectory": "data"}),
     "consistency distillation": ("consistency", {"method.consistency.trajectory": "teacher"}),
     "tcm, second stage": ("tcm", _second_half),

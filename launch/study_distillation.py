@@ -36,6 +36,7 @@ class Variant:
     Attributes:
         configure: makes the configuration; the teacher's path is filled in afterwards.
         overrides: of its values, as {'method.consistency.distil': True}.
+        several_steps: further overrides for students of more than one step.
         few_step: whether a student is trained for one number of steps, so that each number needs
             a training of its own; else one student is sampled with all of them.
         stage1: name of the row whose student is this one's first stage.
@@ -43,6 +44,7 @@ class Variant:
 
     configure: Callable[[], ml_collections.ConfigDict]
     overrides: dict = dataclasses.field(default_factory=dict)
+    several_steps: dict = dataclasses.field(default_factory=dict)
     few_step: bool = False
     stage1: str = ""
 
@@ -76,12 +78,17 @@ def f_distill_config() -> ml_collections.ConfigDict:
 
 
 def ladd_config() -> ml_collections.ConfigDict:
-    """The discriminator alone, at DMD2's rates."""
+    """The discriminator alone, held back: without momentum, with R1, on the later features."""
     config = digits_dmd2.get_config()
     config.method = default_config().method
     config.method.name, config.method.label_dropout = "ladd", 0.0
-    config.method.ladd.update(student_update_frequency=2, discriminator_learning_rate=6e-4)
+    config.method.ladd.update(student_update_frequency=2, discriminator_learning_rate=1e-3)
+    config.method.ladd.update(r1_weight=10.0, feature_indices=(2, 3))
     config.teacher.guidance_scale = 1.0
+    config.timesteps.name = "logit_normal"
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.adamw.update(beta1=0.0, beta2=0.99)
+    config.training.num_steps = 2500
     return config
 
 
@@ -119,8 +126,16 @@ VARIANTS: dict[str, Variant] = {
             "teacher.guidance_scale": 1.0,
         },
     ),
-    "dmd2": Variant(digits_dmd2.get_config, few_step=True),
-    "f_distill (kl)": Variant(f_distill_config, few_step=True),
+    "dmd2": Variant(
+        digits_dmd2.get_config,
+        several_steps={"method.dmd2.student_input": "simulation"},
+        few_step=True,
+    ),
+    "f_distill (kl)": Variant(
+        f_distill_config,
+        several_steps={"method.f_distill.student_input": "simulation"},
+        few_step=True,
+    ),
     "ladd": Variant(ladd_config, few_step=True),
 }
 
@@ -155,7 +170,8 @@ def configure(
 ) -> ml_collections.ConfigDict:
     """The configuration of a student of `steps` steps."""
     config = variant.configure().copy_and_resolve_references()
-    config = ml_collections.ConfigDict(wiring.override(config.to_dict(), variant.overrides))
+    overrides = variant.overrides | (variant.several_steps if steps > 1 else {})
+    config = ml_collections.ConfigDict(wiring.override(config.to_dict(), overrides))
     config.seed = seed
     config.training.tensorboard = False
     config.training.preview_every = 0
@@ -205,6 +221,8 @@ def study_variant(
         found, images = score(model, teacher, args.num_images)
         record["steps"][str(steps)] = dataclasses.asdict(found)
         pictures = images["samples"] if steps == 1 else pictures
+        if steps == 1:
+            np.save(args.workdir / f"{run_directory(args.workdir, name).name}.npy", pictures)
         print(
             f"{name}, {steps} steps: Fréchet {found.frechet_distance:.3f}, "
             f"labels {found.label_accuracy:.1%}",
@@ -247,6 +265,15 @@ def _keep_seconds(directory: Path, seconds: float) -> None:
 def _earlier_seconds(directory: Path) -> float:
     file = directory / "seconds.json"
     return json.loads(file.read_text())["seconds"] if file.is_file() else 0.0
+
+
+def earlier_rows(file: Path, record: dict) -> dict:
+    """Rows of a study that was interrupted, if it was scored alike."""
+    if not file.is_file():
+        return {}
+    earlier = json.loads(file.read_text())
+    alike = all(earlier[key] == record[key] for key in ("seed", "num_images"))
+    return earlier["students"] if alike else {}
 
 
 def markdown(record: dict) -> str:
@@ -309,8 +336,13 @@ def main() -> None:
             "students": {},
         }
         pictures = {"teacher": images["samples"]}
+        earlier = earlier_rows(args.out.with_suffix(".json"), record)
         for name in args.only:
-            row, samples = study_variant(name, VARIANTS[name], teacher, args)
+            kept = args.workdir / f"{run_directory(args.workdir, name).name}.npy"
+            if name in earlier and kept.is_file():
+                row, samples = earlier[name], np.load(kept)
+            else:
+                row, samples = study_variant(name, VARIANTS[name], teacher, args)
             record["students"][name] = row
             pictures[name] = samples
             evaluation.save_json(args.out.with_suffix(".json"), record, overwrite=True)

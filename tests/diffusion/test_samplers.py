@@ -294,7 +294,7 @@ def test_order_of_convergence(name, order):
     assert 2 ** (order - 0.35) < ratio < 2 ** (order + 0.5)
 
 
-@pytest.mark.parametrize("name", list(SOLVERS))
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name != "mean_flow"])
 def test_other_times_keys_and_scales_do_not_retrace(toy_denoise, name):
     process, traces = DDPM(), []
     plain = toy_denoise(process, True)
@@ -405,3 +405,38 @@ def test_errors_say_what_to_do(toy_denoise):
         with pytest.raises(ValueError) as error:
             build()
         assert message in str(error.value)
+
+
+def test_consistency_jumps_to_x0_and_renoises_with_the_steps_own_noise(toy_denoise):
+    process = EDM()
+    denoise = toy_denoise(process)
+    x = 80.0 * jnp.asarray(NOISE)
+    times = np.array([80.0, 0.8, 0.0], np.float32)
+    found, _ = sample(make_solver("consistency"), process, denoise, x, times, KEY)
+    x0 = denoise(x, jnp.float32(80.0), None)[0].x0
+    noise = jax.random.normal(jax.random.fold_in(KEY, 0), x.shape)
+    expected = denoise(x0 + 0.8 * noise, jnp.float32(0.8), None)[0].x0
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    one, _ = sample(make_solver("consistency"), process, denoise, x, times[[0, 2]], KEY)
+    np.testing.assert_allclose(one, x0, atol=1e-6)
+
+
+def test_mean_flow_steps_along_the_average_velocity_between_both_ends():
+    process = RectifiedFlow()
+    x = jnp.asarray(NOISE)
+
+    def denoise(x, t, carry, r):  # u(x, r, t) = t + 2 r, as x0 and eps that give it
+        return Prediction(jnp.zeros_like(x), jnp.full_like(x, t + 2 * r)), carry
+
+    times = np.array([1.0, 0.4, 0.0], np.float32)
+    found, _ = sample(make_solver("mean_flow"), process, denoise, x, times, KEY)
+    expected = x - 0.6 * (1.0 + 0.8) - 0.4 * (0.4 + 0.0)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_mean_flow_of_another_process_is_refused():
+    denoise = lambda x, t, carry, r: (Prediction(x, x), carry)  # noqa: E731
+    with pytest.raises(ValueError, match="cannot sample EDM"):
+        sample(
+            make_solver("mean_flow"), EDM(), denoise, jnp.asarray(NOISE), np.array([1.0, 0]), KEY
+        )

@@ -79,7 +79,7 @@ def test_builds_from_a_config():
     ("changes", "message"),
     [
         ({"teacher.guidance_scale": 2.0}, "guidance_scale"),
-        ({"loss.weighting": "min_snr"}, "trains no score"),
+        ({"loss.weighting": "min_snr"}, "would do nothing"),
         ({"timesteps.name": "speed"}, "has not"),
         ({"training.batch_size": 2, "training.num_microbatches": 2}, "fewer than 2"),
         ({"method.ladd.r1_weight": -1.0}, "0 or more"),

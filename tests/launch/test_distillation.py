@@ -110,7 +110,7 @@ def test_sampling_a_student_needs_no_teacher(teacher, tmp_path):
         ({"process.name": "ddpm", "process.flow.network_convention": "sit"}, "process.name=flow"),
         ({"sampling.steps": 2, "sampling.times": (1.0, 0.0)}, "steps + 1 times"),
         ({"sampling.solver": "heun"}, "consistency"),
-        ({"training.batch_size": 1}, "at least 2"),
+        ({"training.batch_size": 1}, "fewer than 2 examples a part"),
     ],
 )
 def test_refused_before_anything_is_compiled_error(teacher, tmp_path, overrides, message):
