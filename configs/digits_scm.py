@@ -4,8 +4,7 @@ python launch/train.py --config=configs/digits.py --workdir=runs/digits
 python launch/train.py --config=configs/digits_scm.py --workdir=runs/digits_scm
 python launch/evaluate.py --workdir=runs/digits_scm
 
-Fréchet distance to held-out digits 1.5 in one step and 1.4 in two (launch/evaluate.py --steps=2),
-where one step of the teacher itself has 7.6. From data instead of the teacher (sCT):
+Fréchet distance of one step 1.54, the teacher's 1.38: docs/results, with the command. From data instead of the teacher (sCT):
 --config.method.scm.velocity=data.
 """
 

@@ -300,12 +300,11 @@ def _cell(score: dict) -> str:
 
 
 def save_pictures(path: Path, pictures: dict[str, np.ndarray]) -> None:
-    """A column of panels is too wide: five images a class of each, panels side by side."""
-    panels = [
-        evaluation.Panel(images[:40], title.split(" (")[0], columns=5)
-        for title, images in pictures.items()
-    ]
-    evaluation.save_panels(path, panels, upscale=4, overwrite=True)
+    """A row of twenty samples of each, the same noise and labels below one another."""
+    images = np.concatenate([samples[:20] for samples in pictures.values()])
+    evaluation.save_grid(
+        path, images, columns=20, row_labels=list(pictures), upscale=5, overwrite=True
+    )
 
 
 def main() -> None:
