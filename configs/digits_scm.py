@@ -4,8 +4,8 @@ python launch/train.py --config=configs/digits.py --workdir=runs/digits
 python launch/train.py --config=configs/digits_scm.py --workdir=runs/digits_scm
 python launch/evaluate.py --workdir=runs/digits_scm
 
-Fréchet distance of one step 1.54, the teacher's 1.38: docs/results, with the command. From data instead of the teacher (sCT):
---config.method.scm.velocity=data.
+Fréchet distance of one step 1.54, the teacher's 1.38: docs/results, with the command. From data
+instead of the teacher (sCT): --config.method.scm.velocity=data --config.teacher.guidance_scale=1.
 """
 
 from configs import digits
