@@ -357,6 +357,8 @@ def test_one_step_samples_of_flow(teacher):
     criterion = (
         {"huber_constant": 0.01} if teacher else {"huber_constant": 0.1, "weighting": "c_out"}
     )
-    distance, _ = learned(FLOW, Uniform(FLOW), teacher, **criterion)
-    assert distance < (0.08 if teacher else 0.12)
-    assert bench.undistilled_distance(FLOW) > (5 if teacher else 4) * distance
+    distance, _ = learned(
+        FLOW, Uniform(FLOW), teacher, steps=2000 if teacher else 3000, **criterion
+    )
+    assert distance < (0.08 if teacher else 0.1)
+    assert bench.undistilled_distance(FLOW) > 5 * distance
