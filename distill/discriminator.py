@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from dit_jax.models.autoencoder_layers import convolve, group_statistics
 from dit_jax.models.edm_layers import Initialization
+from dit_jax.models.spatial import convolve, group_statistics
 
 HEADS = ("unet", "transformer")
 

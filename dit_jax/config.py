@@ -337,7 +337,12 @@ def default_config() -> ml_collections.ConfigDict:
                 "tile": 0,  # side in latents of tiles to decode large images by; 0: whole images
             },
             "evaluation": {"num_images": 1000},  # samples that launch/evaluate.py scores
-            "mesh": {"data": -1},  # devices over which a batch is split; -1: all
+            "mesh": {  # devices along each axis; of one of them -1: all that the others leave
+                "data": -1,  # parts of a batch, each with the whole state
+                "fsdp": 1,  # parts of a batch among which the state is divided too
+                "tensor": 1,  # parts of the network's matrices
+                "sequence": 1,  # parts of an image, by rows
+            },
         },
         convert_dict=True,
     ).lock()

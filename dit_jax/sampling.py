@@ -21,8 +21,30 @@ from dit_jax.diffusion import samplers
 
 
 @dataclasses.dataclass(frozen=True)
+class Carried:
+    """What sampling carries from one evaluation of a network to the next.
+
+    A network's method `carried(batch) -> Carried` is called while the sampler is traced, with the
+    number of examples of an evaluation: twice the images where there is guidance.
+
+    Attributes:
+        state: before the first evaluation; given to and returned by `apply` as `attention_state`.
+            None for none.
+        warmup: the network that evaluates the first steps, None for the same one.
+        warmup_steps: how many steps of the solver these are.
+    """
+
+    state: Any = None
+    warmup: Any = None
+    warmup_steps: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Sampler:
     """A solver applied to a denoiser.
+
+    A network that keeps something from one evaluation to the next (one image on many devices keeps
+    other devices' keys and values) says so by a method `carried`, see `Carried`.
 
     Attributes:
         denoiser: network and process.
@@ -125,46 +147,60 @@ class Sampler:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _sample(sampler, guided, *inputs):
-    _, start = _prepare(sampler, guided, *inputs)
-    return samplers.sample(sampler.solver, sampler.denoiser.process, *start)[0]
+    _, start, carried = _prepare(sampler, guided, *inputs)
+    return samplers.sample(sampler.solver, sampler.denoiser.process, *start, **carried)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _sample_path(sampler, kept, guided, *inputs):
-    noise, start = _prepare(sampler, guided, *inputs)
-    x, path = samplers.sample_path(sampler.solver, sampler.denoiser.process, *start, kept)
+    noise, start, carried = _prepare(sampler, guided, *inputs)
+    process = sampler.denoiser.process
+    x, path = samplers.sample_path(sampler.solver, process, *start, kept, **carried)
     return noise, x, path
 
 
 def _prepare(sampler, guided, params, keys, conditions, times, scale, interval):
-    """The noise, and (denoise, x, times, keys) of the solver."""
+    """The noise, (denoise, x, times, keys) of the solver, and its carry and warm-up if any."""
     denoiser, process = sampler.denoiser, sampler.denoiser.process
+    network = denoiser.network
 
-    def raw(x, t, conditions, carry):
-        t = jnp.broadcast_to(t, x.shape[:1])
-        return denoiser.raw(params, x, t, conditions), carry
+    def denoise_with(denoiser):
+        def raw(x, t, conditions, carry):
+            t = jnp.broadcast_to(t, x.shape[:1])
+            if carry is None:
+                return denoiser.raw(params, x, t, conditions), None
+            return denoiser.raw(params, x, t, conditions, attention_state=carry)
 
-    evaluate = raw
-    if guided:
-        evaluate = guidance_lib.guided(
-            raw,
-            denoiser.network.null_conditions,
-            scale,
-            interval=None if interval is None else (interval[0], interval[1]),
-            channels=sampler.guided_channels,
-        )
+        evaluate = raw
+        if guided:
+            evaluate = guidance_lib.guided(
+                raw,
+                network.null_conditions,
+                scale,
+                interval=None if interval is None else (interval[0], interval[1]),
+                channels=sampler.guided_channels,
+            )
 
-    def denoise(x, t, carry, r=None):
-        told = conditions if r is None else {**conditions, "r": jnp.broadcast_to(r, x.shape[:1])}
-        out, carry = evaluate(x, t, told, carry)
-        return process.interpret(out, x, t), carry
+        def denoise(x, t, carry, r=None):
+            r = {} if r is None else {"r": jnp.broadcast_to(r, x.shape[:1])}
+            out, carry = evaluate(x, t, {**conditions, **r}, carry)
+            return process.interpret(out, x, t), carry
 
-    shape = denoiser.network.sample_shape
+        return denoise
+
+    more = {}
+    if hasattr(network, "carried"):
+        carried = network.carried(keys.shape[0] * (2 if guided else 1))
+        more["carry"] = carried.state
+        if carried.warmup is not None:
+            warmup = dataclasses.replace(denoiser, network=carried.warmup)
+            more["warmup"] = (denoise_with(warmup), carried.warmup_steps)
+    shape = network.sample_shape
     prior_keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
     solver_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
     noise = jax.vmap(lambda key: jax.random.normal(key, shape))(prior_keys)
     x = noise * process.start_scale(times[0])
-    return noise, (denoise, x, times, solver_keys)
+    return noise, (denoise_with(denoiser), x, times, solver_keys), more
 
 
 def image_keys(seed: int, indices: Int[np.ndarray, " b"]) -> Key[Array, " b"]:

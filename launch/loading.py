@@ -18,7 +18,9 @@ from interop import hub
 from interop.autoencoder_kl import load_autoencoder
 from interop.models import FoundModel
 from launch import methods, wiring
-from parallel.mesh import DataParallel
+from parallel.distributed import gathered
+from parallel.mesh import DataParallel, put_whole
+from parallel.vae import RowDecoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,17 +163,28 @@ class Decoder:
         config: of the model whose samples they are.
         path: of the VAE; None where the samples are pixels.
         placement: the devices.
+        row_devices: split the rows of every image over so many devices, instead of the images over
+            all (`parallel.vae`); None for the latter.
 
     Raises:
-        ValueError: latents and no VAE, or one of another number of channels.
+        ValueError: latents and no VAE, or one of another number of channels; rows of pictures that
+            are not decoded or decoded in tiles.
     """
 
     def __init__(
-        self, config: ml_collections.ConfigDict, path: Path | None, placement: DataParallel
+        self,
+        config: ml_collections.ConfigDict,
+        path: Path | None,
+        placement: DataParallel,
+        *,
+        row_devices: int | None = None,
     ):
         channels = config.model.in_channels
         self._settings, self._placement, self.path = config.autoencoder, placement, path
-        self.autoencoder, self.fingerprint = None, ""
+        self.autoencoder, self.fingerprint, self._by_rows = None, "", None
+        if row_devices is not None and (path is None or self._settings.tile):
+            reason = "there is no VAE" if path is None else "autoencoder.tile decodes in tiles"
+            raise ValueError(f"vae_devices={row_devices} would do nothing: {reason}")
         if path is None:
             if channels not in (1, 3):
                 raise ValueError(
@@ -179,18 +192,27 @@ class Decoder:
                     "them, --vae=FOLDER (a diffusers folder, for instance of sd-vae-ft-mse)"
                 )
             return
+        several = jax.process_count() > 1  # each reads it, and what they read becomes one array
         self.autoencoder, self._params, self.fingerprint = load_autoencoder(
-            path, sharding=placement.replicated
+            path, sharding=None if several else placement.replicated
         )
+        if several:
+            self._params = jax.tree.map(
+                lambda array: put_whole(array, placement.replicated), self._params
+            )
         found = self.autoencoder.config.latent_channels
         if found != channels:
             raise ValueError(
                 f"the VAE {path} decodes latents of {found} channels, the model makes {channels}"
             )
+        if row_devices is not None:
+            self._by_rows = RowDecoder(self.autoencoder, row_devices)
+            self._params = jax.device_put(self._params, self._by_rows.replicated)
         self._decode = jax.jit(self._decode_batch)
 
     def _decode_batch(self, params, latents):
-        return self.autoencoder.decode(params, self.autoencoder.from_latents(latents))
+        decode = self._by_rows or self.autoencoder.decode
+        return decode(params, self.autoencoder.from_latents(latents))
 
     def image_shape(self, sample_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """(height, width, channels) of the picture of a sample."""
@@ -206,14 +228,15 @@ class Decoder:
         if self._settings.tile:
             raw = self.autoencoder.from_latents(samples)
             return self.autoencoder.decode_tiled(self._params, raw, tile=self._settings.tile)
-        devices = self._placement.num_devices
+        devices = 1 if self._by_rows else self._placement.num_devices
+        sharding = self._by_rows.replicated if self._by_rows else self._placement.split
         size = -(-self._settings.batch_size // devices) * devices
         pictures = []
         for start in range(0, len(samples), size):
             part = samples[start : start + size]
             filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
-            placed = jax.device_put(filled, self._placement.split)
-            pictures.append(np.asarray(self._decode(self._params, placed))[: len(part)])
+            placed = put_whole(filled, sharding)
+            pictures.append(gathered(self._decode(self._params, placed))[: len(part)])
         return np.concatenate(pictures)
 
 

@@ -51,10 +51,8 @@ class FrozenModels:
     start: FoundModel | None = None
 
     def load(self, put: Any) -> dict[str, Any]:
-        """Their parameters, each array handed to `put` as it is read; {} if there are none."""
-        return {
-            name: model.load(lambda path, array: put(array)) for name, model in self.models.items()
-        }
+        """Their parameters, each through `put(path, array)` as it is read; {} if there are none."""
+        return {name: model.load(put) for name, model in self.models.items()}
 
 
 def open_frozen(config: ml_collections.ConfigDict, method: Method) -> FrozenModels:

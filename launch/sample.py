@@ -6,6 +6,9 @@
 
   python launch/sample.py --init_from=DiT-XL-2-256x256.pt --vae=sd-vae-ft-mse --out=samples.png
 
+  python launch/sample.py --workdir=runs/digits --parallel=displaced --patch_devices=4 \\
+      --warmup_steps=4 --out=samples.png
+
 What --out names decides the format: a .png is a grid, a .npz the ADM evaluator's format (arr_0
 images, arr_1 labels), anything else a folder of numbered PNG files. A .npz or folder is written as
 images are made, with a .json beside it that says how; interrupted, the same command goes on.
@@ -13,6 +16,8 @@ images are made, with a .json beside it that says how; interrupted, the same com
 
 import argparse
 import dataclasses
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +25,7 @@ import numpy as np
 
 from dit_jax import evaluation, experiment
 from launch import loading, wiring
+from parallel.sampling import ImageParallel, ImagePlacement
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -29,6 +35,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     loading.add_model_arguments(parser)
     wiring.add_sampling_arguments(parser)
+    wiring.add_parallel_arguments(parser)
+    parser.add_argument(
+        "--vae_devices", type=int, help="devices over which the VAE splits an image's rows"
+    )
     parser.add_argument("--num_images", type=int, default=64)
     parser.add_argument(
         "--labels", type=int, nargs="+", help="classes, repeated in turn; default: all in turn"
@@ -76,6 +86,22 @@ def sample_to_store(
     store.finish(labels if model.config.model.num_classes else None, overwrite=args.overwrite)
 
 
+def distribute(
+    parallel: ImageParallel, plan: experiment.SamplingPlan, batch_size: int
+) -> ImagePlacement:
+    """The plan on many devices; prints how, and what it warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        placement = parallel.distribute(plan, batch_size=batch_size)
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr, flush=True)
+    shape = " x ".join(f"{name} {size}" for name, size in placement.mesh.shape.items() if size > 1)
+    print(f"{parallel.mode}: {shape}", flush=True)
+    for note in placement.notes:
+        print(f"note: {note}", flush=True)
+    return placement
+
+
 @dataclasses.dataclass(frozen=True)
 class Stream:
     """Everything bound but the first image's number."""
@@ -93,11 +119,24 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     with wiring.readable_errors(traceback=args.traceback):
         evaluation.check_destination(args.out, overwrite=args.overwrite)
+        parallel = wiring.image_parallel(args)
         model = loading.load_from_arguments(args, wiring.sampling_overrides(args))
         labels = choose_labels(args, model.config.model.num_classes)
         placement = wiring.create_placement(model.config)
-        decoder = loading.Decoder(model.config, model.autoencoder, placement)
-        plan = experiment.build_sampling(model.config)
+        decoder = loading.Decoder(
+            model.config, model.autoencoder, placement, row_devices=args.vae_devices
+        )
+        plan, params = experiment.build_sampling(model.config), model.params
+        record = loading.provenance(model, decoder)
+        if parallel:
+            batch = min(args.num_images, model.config.sampling.batch_size)
+            placement = distribute(parallel, plan, batch)
+            plan, params = placement.plan, placement.place(params)
+            record["parallel"] = {
+                **dataclasses.asdict(parallel),
+                "warmup_steps": plan.sampler.denoiser.network.warmup_steps,
+                "devices": placement.mesh.size,
+            }
         options = {
             "seed": args.seed,
             "placement": placement,
@@ -105,8 +144,8 @@ def main(argv: list[str] | None = None) -> None:
             "decode": decoder,
         }
         stream = Stream(
-            lambda start: wiring.stream_images(plan, model.params, labels, start=start, **options),
-            loading.provenance(model, decoder),
+            lambda start: wiring.stream_images(plan, params, labels, start=start, **options),
+            record,
         )
         if args.out.suffix == ".png":
             images = np.concatenate(list(stream(0)))

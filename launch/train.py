@@ -6,6 +6,11 @@
   python launch/train.py --config=configs/dit_xl2.py --workdir=runs/tuned --init_from=DiT-XL-2.pt
 
 Running the same command again continues from the newest checkpoint. Ctrl-C saves and ends.
+
+Many devices, and several processes (docs/scaling.md):
+
+  python launch/train.py --config=configs/dit_xl2.py --workdir=runs/dit_xl2 --config.mesh.fsdp=8
+  srun python launch/train.py --distributed --config=configs/dit_xl2.py --workdir=runs/dit_xl2
 """
 
 import dataclasses
@@ -29,6 +34,9 @@ from dit_jax.training.checkpoints import Checkpoints
 from dit_jax.training.saved_weights import choose_weights
 from interop.models import FoundModel
 from launch import loading, methods, wiring
+from parallel import distributed
+from parallel.mesh import DataParallel
+from parallel.partitioning import ShardedPlacement, format_table
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, a file of configs/; override with --config.key=value."
@@ -40,6 +48,14 @@ _INIT_FROM = flags.DEFINE_string(
     "Start from a checkpoint: .pt of DiT, SiT (sit_pt:FILE) or EDM, .pkl of EDM, diffusers folder, "
     "workdir, hub:...",
 )
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "One of several processes, which SLURM, Open MPI or Kubernetes started."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "One of several processes: host:port of the first."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 _FORCE = flags.DEFINE_bool("force", False, "Go on in a workdir of another configuration.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show stack traces of errors.")
 
@@ -56,6 +72,8 @@ def run(
         force: go on in a workdir of another configuration.
     """
     config = methods.resolve_config(config)
+    agreed = f"{config_lib.to_json(config)}{init_from}{force}"
+    distributed.require_agreement(agreed, "the configuration, --init_from and --force")
     method = methods.build_method(config)
     plan = experiment.build_sampling(config)
     placement = wiring.create_placement(config)
@@ -79,13 +97,15 @@ def run(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    announce_start(config, abstract, source, directory)
+    if distributed.is_first():
+        announce_start(config, abstract, source, directory)
+        announce_placement(placement, abstract, directory)
     checkpoints = Checkpoints(
         directory / workdir.CHECKPOINTS,
         keep_last=training.keep_last,
         keep_every=training.keep_every,
     )
-    frozen = models.load(lambda array: jax.device_put(array, placement.replicated))
+    frozen = models.load(placement.put_params)
     methods.require_teacher_of_pairs(source, frozen, models)
     methods.record_frozen(directory, frozen, models)
     writers = []
@@ -122,26 +142,45 @@ def run(
         writers=create_writers,
         preview=preview if training.preview_every else None,
         strict=not force,
-        initial_params=initial and (lambda: read_initial(initial, directory)),
+        announce=announce,
+        initial_params=initial and (lambda: read_initial(initial, directory, placement)),
         frozen=frozen or None,
     )
     checkpoints.close()
     return result
 
 
-def read_initial(initial: FoundModel, directory: Path) -> dict:
-    """The parameters to start from; what they are is noted in the workdir."""
+def announce(text: str) -> None:
+    """Prints a line, in the first process."""
+    if distributed.is_first():
+        print(text, flush=True)
+
+
+def announce_placement(placement: DataParallel, abstract, directory: Path) -> None:
+    """Tells how a divided state lies on the devices; the whole table goes into the workdir."""
+    if isinstance(placement, ShardedPlacement):
+        sizes = dict(placement.mesh.shape)
+        table = format_table(placement.table(abstract), sizes)
+        (directory / "placement.txt").write_text(table + "\n")
+        axes = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        print(f"mesh {axes}: {table.splitlines()[-1]}, see placement.txt", flush=True)
+
+
+def read_initial(initial: FoundModel, directory: Path, placement: DataParallel) -> dict:
+    """The parameters to start from, placed; what they are is noted in the workdir."""
     origin = {
         "path": str(initial.path),
         "kind": initial.kind,
         "weights": initial.weights,
         "step": initial.step,
     }
-    print(f"starting from {initial.kind} {initial.path}, weights {initial.weights}", flush=True)
+    announce(f"starting from {initial.kind} {initial.path}, weights {initial.weights}")
     for note in initial.notes:
-        print(f"note: {note}", flush=True)
-    save_json(directory / "init_from.json", origin, overwrite=True)
-    return initial.load()
+        announce(f"note: {note}")
+    if distributed.is_first():
+        save_json(directory / "init_from.json", origin, overwrite=True)
+    # Whole states take them from the host when they are initialised.
+    return initial.load(placement.put_params if isinstance(placement, ShardedPlacement) else None)
 
 
 def open_decoder(config, placement) -> loading.Decoder | None:
@@ -203,10 +242,13 @@ def make_preview(
     def preview(step: int, weights: dict) -> None:
         name = choose_weights(weights, config.sampling.weights)
         images = draw(plan, weights[name])
+        teachers = of_teacher() if beside else None
+        if not distributed.is_first():  # the others only helped to sample
+            return
         path = directory / "previews" / f"step_{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         if beside:
-            panels = [Panel(of_teacher(), "teacher"), Panel(images, "student, the same noise")]
+            panels = [Panel(teachers, "teacher"), Panel(images, "student, the same noise")]
             save_panels(path, panels, overwrite=True)
         else:
             save_grid(path, images, overwrite=True)
@@ -234,12 +276,23 @@ def parse_flags(argv: list[str]) -> list[str]:
     return argv[:1]
 
 
+def join_processes() -> None:
+    """Joins the others where this is one of several processes; before JAX is used."""
+    explicit = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if _DISTRIBUTED.value or any(value is not None for value in explicit):
+        distributed.initialize(*explicit)
+
+
 def main(argv: list[str]) -> None:
     """Entry point."""
     logging.set_verbosity(logging.WARNING)
     directory = Path(_WORKDIR.value).absolute()
-    with wiring.readable_errors(traceback=_TRACEBACK.value):
+    readable = wiring.readable_errors(traceback=_TRACEBACK.value)
+    with distributed.ending_together(), readable:
+        join_processes()
         result = run(_CONFIG.value, directory, init_from=_INIT_FROM.value, force=_FORCE.value)
+    if not distributed.is_first():
+        return
     if result.interrupted:
         print(f"saved step {result.step} in {directory}; run the same command to continue")
     else:

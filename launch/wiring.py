@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
@@ -17,11 +16,14 @@ from dit_jax.sampling import generate, image_keys
 from dit_jax.training import metrics, workdir
 from dit_jax.training.checkpoints import CheckpointError
 from dit_jax.training.loop import NonFiniteError
+from parallel.distributed import DistributedError, gathered
 from parallel.mesh import DataParallel, create_mesh
+from parallel.partitioning import ShardedPlacement, rules_for
+from parallel.sampling import MODES, ImageParallel, ImagePlacement
 
 # What a user can cause and mend: shown as a message without a stack trace.
 USER_ERRORS = (ConfigError, ValueError, OSError, CheckpointError, NonFiniteError)
-USER_ERRORS += (workdir.WorkdirError, ImportError)
+USER_ERRORS += (workdir.WorkdirError, ImportError, DistributedError)
 
 
 @contextlib.contextmanager
@@ -45,8 +47,11 @@ def readable_errors(*, traceback: bool = False) -> Iterator[None]:
 
 
 def create_placement(config: ml_collections.ConfigDict) -> DataParallel:
-    """Placement over the mesh of `config.mesh`."""
-    return DataParallel(create_mesh(**config.mesh.to_dict()))
+    """Placement over the mesh of `config.mesh`: whole states, unless an axis divides them."""
+    mesh = create_mesh(**config.mesh.to_dict())
+    if mesh.shape["fsdp"] == mesh.shape["tensor"] == 1:
+        return DataParallel(mesh)
+    return ShardedPlacement(mesh, rules_for(config.model.name))
 
 
 def override(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,13 +79,13 @@ def stream_images(
     labels: np.ndarray,
     *,
     seed: int,
-    placement: DataParallel,
+    placement: DataParallel | ImagePlacement,
     batch_size: int,
     decode: Callable[[np.ndarray], np.ndarray] | None = None,
     start: int = 0,
     announce: bool = True,
 ) -> Iterator[np.ndarray]:
-    """Samples one image a label, in batches over all devices.
+    """Samples one image a label, in batches over all devices; every process gets all images.
 
     Args:
         plan: how.
@@ -100,8 +105,9 @@ def stream_images(
     draw = plan.bind(params)
 
     def sample(keys, labels):
-        samples = draw(jax.device_put(keys, placement.split), labels)
-        return decode(np.asarray(samples)) if decode else samples
+        with placement.tracing():
+            samples = gathered(draw(placement.put_keys(keys), labels))
+        return decode(samples) if decode else samples
 
     def progress(done: int, seconds: float) -> None:
         rate = (done - start) / seconds
@@ -162,6 +168,49 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch_size", type=int, help="images sampled at once, over all devices")
     group.add_argument("--seed", type=int, default=0, help="image i depends on seed and i only")
     parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
+
+
+def add_parallel_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of one image on many devices."""
+    group = parser.add_argument_group("one image on many devices (docs/parallel_sampling.md)")
+    group.add_argument("--parallel", choices=MODES, help="what the devices exchange")
+    group.add_argument("--patch_devices", type=int, help="devices one image is split over")
+    group.add_argument(
+        "--warmup_steps", type=int, help="synchronous steps before displaced ones; default 4"
+    )
+    group.add_argument(
+        "--split_guidance",
+        action="store_true",
+        help="the two evaluations of guidance on devices of their own, twice as many in all",
+    )
+    group.add_argument(
+        "--ulysses_devices",
+        type=int,
+        help="of --patch_devices, those that exchange heads; the others are a ring",
+    )
+
+
+def image_parallel(args: argparse.Namespace) -> ImageParallel | None:
+    """What `add_parallel_arguments`' options choose; None for one device an image.
+
+    Raises:
+        ValueError: options that do nothing, or not together.
+    """
+    if args.parallel is None:
+        names = ("patch_devices", "warmup_steps", "split_guidance", "ulysses_devices")
+        for name in names:
+            if getattr(args, name) not in (None, False):
+                raise ValueError(f"--{name} would do nothing without --parallel={'|'.join(MODES)}")
+        return None
+    if args.patch_devices is None and not args.split_guidance:
+        raise ValueError(f"--parallel={args.parallel} needs --patch_devices (or --split_guidance)")
+    return ImageParallel(
+        args.parallel,
+        1 if args.patch_devices is None else args.patch_devices,
+        warmup_steps=args.warmup_steps,
+        split_guidance=args.split_guidance,
+        ulysses=args.ulysses_devices,
+    )
 
 
 def sampling_overrides(args: argparse.Namespace) -> dict[str, Any]:

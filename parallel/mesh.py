@@ -1,28 +1,79 @@
 """The device mesh, and where states and batches live on it."""
 
+import contextlib
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+# The slowest first: neighbours in the last axes are the devices closest to each other.
+AXES = ("data", "fsdp", "tensor", "sequence")
 
-def create_mesh(*, data: int = -1) -> Mesh:
-    """A mesh over all devices of all processes.
+
+def create_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) -> Mesh:
+    """A mesh over all devices of all processes, with the axes `AXES`.
 
     Args:
-        data: devices over which a batch is split; -1 takes them all.
+        data: parts of a batch; every one of them has the whole state.
+        fsdp: parts of a batch among which the state is divided as well.
+        tensor: devices over which the columns and rows of matrices are divided.
+        sequence: devices over which the rows of an image are divided.
+        One of the four may be -1: all the devices that the others leave.
 
     Raises:
-        ValueError: the axes do not multiply to the number of devices.
+        ValueError: the axes do not multiply to the number of devices, with values that do; a
+            process would hold parts of images only.
     """
-    count = jax.device_count()
-    if data not in (-1, count):
+    sizes = resolve_axes(
+        {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence}, jax.device_count()
+    )
+    inner, local = sizes["tensor"] * sizes["sequence"], jax.local_device_count()
+    if jax.process_count() > 1 and local % inner:
         raise ValueError(
-            f"mesh.data={data}, but there are {count} devices: set config.mesh.data={count} or -1"
+            f"mesh.tensor x mesh.sequence = {inner} does not divide the {local} devices of a "
+            "process: keep these two axes within a process, and use mesh.fsdp across processes"
         )
-    return jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
+    )
+
+
+def resolve_axes(axes: dict[str, int], count: int) -> dict[str, int]:
+    """The sizes of the axes, -1 replaced, whose product is `count`.
+
+    Raises:
+        ValueError: there are none, with values that would do.
+    """
+    given = ", ".join(f"mesh.{name}={size}" for name, size in axes.items())
+    devices = "1 device" if count == 1 else f"{count} devices"
+    for name, size in axes.items():
+        if size < 1 and size != -1:
+            raise ValueError(f"mesh.{name}={size}: expected 1 or more, or -1 for the rest")
+    rest = [name for name, size in axes.items() if size == -1]
+    if len(rest) > 1:
+        raise ValueError(f"{given}: only one axis can be -1, all that the others leave")
+    known = math.prod(size for size in axes.values() if size != -1)
+    if rest:
+        if count % known:
+            possible = [n for n in range(1, count + 1) if count % n == 0]
+            raise ValueError(
+                f"{given}: the axes other than {rest[0]} multiply to {known}, which does not "
+                f"divide {devices}: they must multiply to one of {', '.join(map(str, possible))}"
+            )
+        return {**axes, rest[0]: count // known}
+    if known != count:
+        others = {name: known // size for name, size in axes.items()}
+        fitting = [
+            f"mesh.{name}={count // product}"
+            for name, product in others.items()
+            if count % product == 0
+        ]
+        hint = " or ".join([*fitting, "mesh.data=-1 with others that divide them"])
+        raise ValueError(f"{given} multiply to {known}, but there are {devices}: set {hint}")
+    return axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +88,23 @@ class DataParallel:
         return self.mesh.size
 
     @property
+    def batch_parts(self) -> int:
+        """Parts into which a batch is divided."""
+        return math.prod(self.mesh.shape[name] for name in self._batch_axes)
+
+    @property
+    def _batch_axes(self) -> tuple[str, ...]:
+        return tuple(name for name in ("data", "fsdp") if name in self.mesh.shape)
+
+    @property
     def replicated(self) -> NamedSharding:
         """The whole array on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
     def split(self) -> NamedSharding:
-        """The leading axis split over the devices."""
-        return NamedSharding(self.mesh, PartitionSpec("data"))
+        """The leading axis split as batches are."""
+        return NamedSharding(self.mesh, PartitionSpec(self._batch_axes))
 
     def check_batch_size(self, batch_size: int, num_microbatches: int = 1) -> None:
         """Refuses a batch that the devices cannot share evenly.
@@ -52,13 +112,13 @@ class DataParallel:
         Raises:
             ValueError: with the nearest batch sizes that would do.
         """
-        parts = self.num_devices * num_microbatches
+        parts = self.batch_parts * num_microbatches
         if batch_size < 1 or batch_size % parts:
             below, above = batch_size // parts * parts, (batch_size // parts + 1) * parts
             sizes = f"{below} or {above}" if below > 0 else f"{above}"
             microbatches = f" x {num_microbatches} microbatches" if num_microbatches > 1 else ""
             raise ValueError(
-                f"a batch of {batch_size} is not divisible by {self.num_devices} devices"
+                f"a batch of {batch_size} is not divisible by {self.batch_parts} devices"
                 f"{microbatches}: use {sizes}, or change "
                 "config.training.num_microbatches"
             )
@@ -67,9 +127,46 @@ class DataParallel:
         """Every leaf replicated."""
         return jax.tree.map(lambda _: self.replicated, abstract_state)
 
+    def put_params(self, path: str, array: Any) -> jax.Array:
+        """One parameter of a network, read from a file, to where it belongs."""
+        return put_whole(array, self.replicated)
+
     def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's part of a batch, onto its devices."""
         return {
-            name: jax.make_array_from_process_local_data(self.split, value)
+            name: jax.make_array_from_process_local_data(self.batch_sharding(value.ndim), value)
             for name, value in batch.items()
         }
+
+    def put_keys(self, keys: jax.Array) -> jax.Array:
+        """Keys that every process has, one an example of a batch, onto the devices."""
+        if jax.process_count() == 1:
+            return jax.device_put(keys, self.split)
+        return jax.random.wrap_key_data(put_whole(jax.random.key_data(keys), self.split))
+
+    def batch_sharding(self, ndim: int) -> NamedSharding:
+        """Of an array of a batch with so many dimensions; the rows of images may be split too."""
+        split_rows = ndim == 4 and self.mesh.shape.get("sequence", 1) > 1
+        rows = ("sequence",) if split_rows else ()
+        return NamedSharding(self.mesh, PartitionSpec(self._batch_axes, *rows))
+
+    def tracing(self) -> contextlib.AbstractContextManager:
+        """A context for tracing programs: networks then keep to the axes of the mesh.
+
+        Where whole states are trained on whole images they need no telling, and nothing is set.
+        """
+        divides = self.mesh.shape.get("sequence", 1) > 1 or type(self) is not DataParallel
+        return jax.set_mesh(self.mesh) if divides else contextlib.nullcontext()
+
+    def put_flag(self, flag: bool) -> jax.Array:
+        """A yes or no of every process, int32 [batch_parts]: its maximum is whether any says so."""
+        part = np.full(self.batch_parts // jax.process_count(), flag, np.int32)
+        return jax.make_array_from_process_local_data(self.split, part)
+
+
+def put_whole(array: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has in full, each device given its part of it alone."""
+    if jax.process_count() == 1:
+        return jax.device_put(array, sharding)
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -6,6 +6,7 @@ program compiled before. The solver and the process are static.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -58,6 +59,7 @@ def sample(
     times: Float[Array | np.ndarray, " steps_plus_1"],
     key: Key[Array, "*keys"],
     carry: Any = None,
+    warmup: tuple[Denoise, int] | None = None,
 ) -> tuple[Float[Array, "b *shape"], Any]:
     """Follows a schedule from noise to data.
 
@@ -73,6 +75,7 @@ def sample(
             (from 0) is ``normal(fold_in(key, i), x.shape)``. With one key an example, shape [b],
             each example's noise is drawn so from its own key: it does not depend on the batch.
         carry: Anything that denoise passes on from one evaluation to the next.
+        warmup: (another denoise, how many steps): it takes the first steps, with the same carry.
 
     Returns:
         x at the last time, and the carry after the last evaluation.
@@ -81,7 +84,7 @@ def sample(
         ValueError: If times are not one sequence of at least two, or (where their values are known)
             do not decrease in noise; if the solver cannot sample this process.
     """
-    x, carry, _ = _follow(solver, process, denoise, x, times, key, carry, ())
+    x, carry, _ = _follow(solver, process, denoise, x, times, key, carry, (), warmup)
     return x, carry
 
 
@@ -94,6 +97,7 @@ def sample_path(
     key: Key[Array, "*keys"],
     kept: tuple[int, ...],
     carry: Any = None,
+    warmup: tuple[Denoise, int] | None = None,
 ) -> tuple[Float[Array, "b *shape"], Float[Array, "b k *shape"]]:
     """``sample``, and the states it passed through.
 
@@ -106,6 +110,7 @@ def sample_path(
         key: See there.
         kept: Which states: i is that at times[i], from 1 to the number of steps.
         carry: See there.
+        warmup: See there.
 
     Returns:
         x at the last time, the same bits as ``sample``'s, and the states in the order of ``kept``.
@@ -116,7 +121,7 @@ def sample_path(
     steps = times.shape[0] - 1
     if any(not 1 <= index <= steps for index in kept) or len(set(kept)) != len(kept):
         raise ValueError(f"kept={kept}: expected different numbers from 1 to {steps}.")
-    x, _, states = _follow(solver, process, denoise, x, times, key, carry, kept)
+    x, _, states = _follow(solver, process, denoise, x, times, key, carry, kept, warmup)
     return x, jnp.moveaxis(states, 0, 1)
 
 
@@ -126,7 +131,7 @@ def is_deterministic(solver: Solver) -> bool:
     return not random and not isinstance(solver, Ancestral | Consistency)
 
 
-def _follow(solver, process, denoise, x, times, key, carry, kept):
+def _follow(solver, process, denoise, x, times, key, carry, kept, warmup):
     _check_times(process, times)
     count = times.shape[0] - 1
     times = jnp.asarray(times, jnp.float32)
@@ -135,7 +140,7 @@ def _follow(solver, process, denoise, x, times, key, carry, kept):
     rows = np.full(count, len(kept), np.int32)
     rows[np.asarray(kept, np.int32) - 1] = np.arange(len(kept))
 
-    def body(state: tuple, inputs: tuple) -> tuple[tuple, None]:
+    def body(denoise: Denoise, state: tuple, inputs: tuple) -> tuple[tuple, None]:
         x, solver_state, carry, states = state
         index, row, t, s = inputs
         step = Step(t, s, _fold_in(key, index), count)
@@ -146,8 +151,15 @@ def _follow(solver, process, denoise, x, times, key, carry, kept):
 
     inputs = (jnp.arange(count), jnp.asarray(rows), times[:-1], times[1:])
     states = jnp.zeros((len(kept), *x.shape), jnp.float32)
-    start = (x, solver.init(process, x), carry, states)
-    (x, _, carry, states), _ = jax.lax.scan(body, start, inputs)
+    state = (x, solver.init(process, x), carry, states)
+    warmup, warmup_steps = warmup or (denoise, 0)
+    if warmup_steps:
+        first = jax.tree.map(lambda values: values[:warmup_steps], inputs)
+        state, _ = jax.lax.scan(functools.partial(body, warmup), state, first)
+    if warmup_steps < count:
+        rest = jax.tree.map(lambda values: values[warmup_steps:], inputs)
+        state, _ = jax.lax.scan(functools.partial(body, denoise), state, rest)
+    x, _, carry, states = state
     return x, carry, states
 
 

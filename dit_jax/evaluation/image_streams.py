@@ -189,6 +189,11 @@ class FolderImages:
         size = f" to {image_size}" if resize == "adm" else ""
         self.preprocessing = f"decoded, {channels} channels, resize {resize}{size}"
 
+    @property
+    def first_file(self) -> Path:
+        """Path of the first image."""
+        return self._root / self._files[0]
+
     def batches(self, batch_size: int) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
         """See `ImageSet`; files are decoded in threads, one batch ahead.
 

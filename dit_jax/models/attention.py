@@ -4,6 +4,14 @@ Every network calls an `Attention` strategy with this layer's queries, keys and 
 strategies that keep something between calls (displaced patches keep the other devices' stale keys
 and values), this layer's state. `LocalAttention`, the default, keeps none. Strategies that exchange
 keys and values between devices live in the room `parallel` and fit the same call.
+
+A strategy may offer two methods more, which the networks look for:
+
+- `prefetch(state)`: turns the state of one layer into what the call takes, without the layer's
+  queries, keys and values. `stack.run_stack` calls it for layer l + 1 before layer l is computed,
+  so that communication in it can overlap with that computation.
+- `own_tokens(values, count)`: of values for all tokens [L, d] (positions) those of the `count`
+  tokens at hand, where a device holds a part of the image only.
 """
 
 import dataclasses
@@ -11,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from dit_jax.models import gradients
@@ -31,6 +40,12 @@ class Attention(Protocol):
     ) -> tuple[Float[Array, "b lq h d"], Any]:
         """Returns the attention output and the layer's new state."""
         ...
+
+
+def own_tokens(attention: Attention, values: Array | np.ndarray, count: int) -> Array | np.ndarray:
+    """Of `values` [L, d] for all tokens, those of the `count` tokens that `attention` is given."""
+    select = getattr(attention, "own_tokens", None)
+    return values if select is None else select(values, count)
 
 
 def einsum_attention(

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Key
 from dit_jax.models import layers
 from dit_jax.models.autoencoder_layers import Decoder, Encoder
 from dit_jax.models.dit import resolve_dtype
+from dit_jax.models.spatial import LOCAL, Spatial
 
 Params = dict[str, Any]
 
@@ -76,7 +77,8 @@ class AutoencoderKLConfig:
             )
         if not self.scaling_factor > 0:
             raise ValueError(f"autoencoder scaling_factor={self.scaling_factor}: expected above 0")
-        if resolve_dtype(self.dtype) == jnp.float16 and self.force_upcast:
+        # For any backend 'auto' is no float16: naming one here keeps JAX from starting its own.
+        if resolve_dtype(self.dtype, backend="cpu") == jnp.float16 and self.force_upcast:
             raise ValueError(
                 "autoencoder dtype='float16': this autoencoder's activations exceed float16's "
                 "range (force_upcast in its config). Use 'bfloat16' or 'float32'"
@@ -116,11 +118,11 @@ class AutoencoderKLModule(nnx.Module):
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
-    def decode(self, z):
+    def decode(self, z, spatial):
         """See `AutoencoderKL.decode`."""
         if self.config.use_post_quant_conv:
             z = self.post_quant_conv(z)
-        return self.decoder(z).astype(jnp.float32)
+        return self.decoder(z, spatial).astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,8 +176,15 @@ class AutoencoderKL:
         mean, logvar = self.encode(params, images)
         return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
 
-    def decode(self, params: Params, z: Float[Array, "b h w k"]) -> Float[Array, "b h2 w2 c"]:
+    def decode(
+        self, params: Params, z: Float[Array, "b h w k"], *, spatial: Spatial = LOCAL
+    ) -> Float[Array, "b h2 w2 c"]:
         """Images of raw latents, float32, about [-1, 1] but not clipped.
+
+        Args:
+            params: the parameters.
+            z: raw latents, or the rows of them at hand.
+            spatial: how layers see the rows around them; by default the whole image is at hand.
 
         Raises:
             ValueError: another number of channels.
@@ -185,7 +194,7 @@ class AutoencoderKL:
                 f"cannot decode latents of {z.shape[-1]} channels: this autoencoder's have "
                 f"{self.config.latent_channels}"
             )
-        return nnx.merge(self._graph, params).decode(z)
+        return nnx.merge(self._graph, params).decode(z, spatial)
 
     def decode_tiled(
         self,

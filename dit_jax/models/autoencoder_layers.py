@@ -1,8 +1,8 @@
 """Layers of the convolutional autoencoder: convolution, group normalisation, the U-shaped halves.
 
-Everything that looks beyond one pixel goes through `convolve`, `group_statistics` or the attention
-seam, the three places that have to know when an image is spread over devices. Parameters, group
-statistics and the softmax are float32; `dtype` is what convolutions are computed in.
+Everything that looks beyond one pixel goes through a `Spatial` object, which knows when an image is
+spread over devices. Parameters, group statistics and the softmax are float32; `dtype` is what
+convolutions are computed in.
 """
 
 import itertools
@@ -16,47 +16,13 @@ from jaxtyping import Array, Float
 
 from dit_jax.models import attention as attention_lib
 from dit_jax.models import layers
+from dit_jax.models.spatial import LOCAL, SAME_3X3, Padding, Spatial
 
-# ((before, after) rows, (before, after) columns) of zeros.
-Padding = tuple[tuple[int, int], tuple[int, int]]
-SAME_3X3: Padding = ((1, 1), (1, 1))
 # Downsampling pads only below and to the right, as the original does: with stride 2 this places
 # the samples differently from symmetric padding.
 DOWNSAMPLING: Padding = ((0, 1), (0, 1))
 
 EPSILON = 1e-6  # of every group normalisation
-
-
-def convolve(
-    x: Float[Array, "b h w i"],
-    kernel: Float[Array, "kh kw i o"],
-    *,
-    stride: int = 1,
-    padding: Padding = SAME_3X3,
-) -> Float[Array, "b h2 w2 o"]:
-    """Cross-correlation of channels-last images, zeros around them."""
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(stride, stride),
-        padding=padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-
-
-def group_statistics(
-    x: Float[Array, "b h w c"], num_groups: int
-) -> tuple[Float[Array, "b 1 1 c"], Float[Array, "b 1 1 c"]]:
-    """Mean and variance of each channel's group, repeated for its channels, in float32."""
-    c = x.shape[-1]
-    x = x.astype(jnp.float32)
-
-    def mean_in_group(values):  # sums over pixels first: no transposition of the image
-        means = values.mean(axis=(1, 2)).reshape(-1, num_groups, c // num_groups).mean(axis=-1)
-        return jnp.repeat(means, c // num_groups, axis=-1)[:, None, None]
-
-    mean = mean_in_group(x)
-    return mean, mean_in_group(jnp.square(x - mean))
 
 
 class Conv(nnx.Module):
@@ -77,10 +43,13 @@ class Conv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_channels))
         self.stride, self.padding, self.dtype = stride, padding, dtype
 
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+    def __call__(
+        self, x: Float[Array, "b h w i"], spatial: Spatial = LOCAL
+    ) -> Float[Array, "b h2 w2 o"]:
         """Convolves in `self.dtype`."""
         kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-        y = convolve(x.astype(self.dtype), kernel, stride=self.stride, padding=self.padding)
+        x = x.astype(self.dtype)
+        y = spatial.convolve(x, kernel, stride=self.stride, padding=self.padding)
         return y + bias[None, None, None]
 
 
@@ -92,9 +61,11 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(channels))
         self.num_groups = num_groups
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], spatial: Spatial = LOCAL
+    ) -> Float[Array, "b h w c"]:
         """Normalises in float32; the result has the input's dtype."""
-        mean, variance = group_statistics(x, self.num_groups)
+        mean, variance = spatial.group_statistics(x, self.num_groups)
         scale = jax.lax.rsqrt(variance + EPSILON) * self.scale[...][None, None, None]
         y = (x.astype(jnp.float32) - mean) * scale + self.bias[...][None, None, None]
         return y.astype(x.dtype)
@@ -120,10 +91,12 @@ class ResnetBlock(nnx.Module):
         if self.has_shortcut:
             self.conv_shortcut = layers.Linear(in_channels, out_channels, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h w o"]:
+    def __call__(
+        self, x: Float[Array, "b h w i"], spatial: Spatial = LOCAL
+    ) -> Float[Array, "b h w o"]:
         """Applies the block."""
-        h = self.conv1(jax.nn.silu(self.norm1(x)))
-        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        h = self.conv1(jax.nn.silu(self.norm1(x, spatial)), spatial)
+        h = self.conv2(jax.nn.silu(self.norm2(h, spatial)), spatial)
         return (self.conv_shortcut(x) if self.has_shortcut else x) + h
 
 
@@ -136,11 +109,13 @@ class AttentionBlock(nnx.Module):
             layers.Linear(channels, channels, rngs=rngs, dtype=dtype) for _ in range(4)
         )
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], spatial: Spatial = LOCAL
+    ) -> Float[Array, "b h w c"]:
         """Applies the block."""
         b, h, w, c = x.shape
-        tokens = self.group_norm(x).reshape(b, h * w, 1, c)
-        attention = attention_lib.LocalAttention()
+        tokens = self.group_norm(x, spatial).reshape(b, h * w, 1, c)
+        attention = spatial.attention or attention_lib.LocalAttention()
         out, _ = attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
         return x + self.to_out(out).reshape(b, h, w, c)
 
@@ -158,11 +133,13 @@ class MidBlock(nnx.Module):
         if add_attention:
             self.attention = AttentionBlock(channels, num_groups, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], spatial: Spatial = LOCAL
+    ) -> Float[Array, "b h w c"]:
         """Applies the three."""
-        x = self.resnets["0"](x)
-        x = self.attention(x) if self.add_attention else x
-        return self.resnets["1"](x)
+        x = self.resnets["0"](x, spatial)
+        x = self.attention(x, spatial) if self.add_attention else x
+        return self.resnets["1"](x, spatial)
 
 
 class Downsample(nnx.Module):
@@ -171,9 +148,11 @@ class Downsample(nnx.Module):
     def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: Any):
         self.conv = Conv(channels, channels, rngs=rngs, dtype=dtype, stride=2, padding=DOWNSAMPLING)
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], spatial: Spatial = LOCAL
+    ) -> Float[Array, "b h2 w2 c"]:
         """Applies the layer."""
-        return self.conv(x)
+        return self.conv(x, spatial)
 
 
 class Upsample(nnx.Module):
@@ -182,11 +161,13 @@ class Upsample(nnx.Module):
     def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: Any):
         self.conv = Conv(channels, channels, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], spatial: Spatial = LOCAL
+    ) -> Float[Array, "b h2 w2 c"]:
         """Applies the layer."""
         b, h, w, c = x.shape
         x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
-        return self.conv(x.reshape(b, 2 * h, 2 * w, c))
+        return self.conv(x.reshape(b, 2 * h, 2 * w, c), spatial)
 
 
 class Level(nnx.Module):
@@ -212,10 +193,12 @@ class Level(nnx.Module):
         if resample:
             self.resample = resample(out_channels, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+    def __call__(
+        self, x: Float[Array, "b h w i"], spatial: Spatial = LOCAL
+    ) -> Float[Array, "b h2 w2 o"]:
         """Applies the level."""
-        x = in_turn(self.resnets, x)
-        return self.resample(x) if self.has_resample else x
+        x = in_turn(self.resnets, x, spatial)
+        return self.resample(x, spatial) if self.has_resample else x
 
 
 class Encoder(nnx.Module):
@@ -245,10 +228,13 @@ class Encoder(nnx.Module):
         self.conv_norm_out = GroupNorm(widths[-1], num_groups)
         self.conv_out = Conv(widths[-1], out_channels, **options)
 
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+    def __call__(
+        self, x: Float[Array, "b h w i"], spatial: Spatial = LOCAL
+    ) -> Float[Array, "b h2 w2 o"]:
         """Encodes."""
-        x = self.mid_block(in_turn(self.down_blocks, self.conv_in(x)))
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        x = in_turn(self.down_blocks, self.conv_in(x, spatial), spatial)
+        x = self.mid_block(x, spatial)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x, spatial)), spatial)
 
 
 class Decoder(nnx.Module):
@@ -279,10 +265,13 @@ class Decoder(nnx.Module):
         self.conv_norm_out = GroupNorm(upwards[-1], num_groups)
         self.conv_out = Conv(upwards[-1], out_channels, **options)
 
-    def __call__(self, z: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+    def __call__(
+        self, z: Float[Array, "b h w i"], spatial: Spatial = LOCAL
+    ) -> Float[Array, "b h2 w2 o"]:
         """Decodes."""
-        x = in_turn(self.up_blocks, self.mid_block(self.conv_in(z)))
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        x = self.mid_block(self.conv_in(z, spatial), spatial)
+        x = in_turn(self.up_blocks, x, spatial)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x, spatial)), spatial)
 
 
 def numbered(modules: Iterable[nnx.Module]) -> nnx.Dict:
@@ -290,8 +279,8 @@ def numbered(modules: Iterable[nnx.Module]) -> nnx.Dict:
     return nnx.Dict({str(i): module for i, module in enumerate(modules)})
 
 
-def in_turn(modules: nnx.Dict, x: Array) -> Array:
+def in_turn(modules: nnx.Dict, x: Array, spatial: Spatial = LOCAL) -> Array:
     """Applies numbered modules one after the other."""
     for i in range(len(modules)):
-        x = modules[str(i)](x)
+        x = modules[str(i)](x, spatial)
     return x

@@ -279,7 +279,8 @@ class DiT(nnx.Module):
         """Predicts from the noisy input.
 
         Args:
-            x: the (preconditioned) noisy input.
+            x: the (preconditioned) noisy input; where `attention` is of a strategy that splits an
+                image, the rows at hand.
             t: network time, as the process defines it (DDPM's index, SiT's [0, 1], EDM's c_noise).
             conditions: {'label': int32 [b]}, `num_classes` standing for none; {} if unconditional.
                 With a second time also 'r' (else r = t), with augmentation labels 'augment'.
@@ -299,6 +300,7 @@ class DiT(nnx.Module):
         dtype = resolve_dtype(config.dtype)
         tokens = self.x_embedder(layers.patchify(x, config.patch_size))
         positions = layers.sincos_position_embedding(config.hidden_size, config.grid)
+        positions = attention_lib.own_tokens(attention, positions, tokens.shape[1])
         tokens = tokens + positions[None].astype(dtype)
         condition = self._condition(t, conditions).astype(dtype)
 
@@ -312,12 +314,14 @@ class DiT(nnx.Module):
             layer_loop=config.layer_loop,
             remat=config.remat,
             capture=features or (),
+            prefetch=getattr(attention, "prefetch", None),
         )
         patches = self.final_layer(tokens, condition)
-        out = layers.unpatchify(patches, config.patch_size, config.grid)
+        grid = tuple(side // config.patch_size for side in x.shape[1:3])
+        out = layers.unpatchify(patches, config.patch_size, grid)
         if features is not None:
-            grid = (x.shape[0], *config.grid, config.hidden_size)
-            return out, tuple(tokens.reshape(grid) for tokens in captured)
+            maps = (x.shape[0], *grid, config.hidden_size)
+            return out, tuple(tokens.reshape(maps) for tokens in captured)
         return out if attention_state is None else (out, new_state)
 
     def _condition(self, t: Array, conditions: dict[str, Array]) -> Float[Array, "b d"]:

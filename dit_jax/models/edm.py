@@ -20,6 +20,7 @@ from dit_jax.models import edm_layers, edm_plan, gradients, layers
 from dit_jax.models.dit import resolve_dtype
 from dit_jax.models.edm_config import DhariwalUNetConfig, SongUNetConfig, UNetConfig
 from dit_jax.models.edm_layers import Initialization, Linear
+from dit_jax.models.spatial import LOCAL, Spatial
 
 __all__ = ["DhariwalUNet", "DhariwalUNetConfig", "SongUNet", "SongUNetConfig"]
 
@@ -71,19 +72,22 @@ class _UNet(nnx.Module):
         features: tuple[int, ...] | None = None,
         attention: attention_lib.Attention | None = None,
         attention_state: Any = None,
+        spatial: Spatial = LOCAL,
     ):
         """Predicts from the noisy input.
 
         Args:
-            x: the preconditioned noisy input.
+            x: the preconditioned noisy input, or the rows of it at hand.
             t: network time, EDM's c_noise.
             conditions: any of 'label' (int32 [b], `num_classes` standing for none), 'r' (a second
                 network time [b]; without it r = t) and 'augment' ([b, augment_dim]; without it
                 zeros).
             dropout_keys: one an example; None for no dropout.
             features: numbers of resolutions whose encoder output is wanted besides, ascending.
-            attention: a strategy for the attention seam; by default local attention.
+            attention: a strategy for the attention seam; by default that of `spatial`, else local
+                attention.
             attention_state: the strategy's states, a tuple with one for each attention layer.
+            spatial: how layers see the rows around them; by default the whole image is at hand.
 
         Returns:
             float32 [b, h, w, out_channels]; with `features` also the feature maps [b, h', w', c'];
@@ -94,10 +98,14 @@ class _UNet(nnx.Module):
         """
         config = self.config
         self._require_known(conditions, features)
-        attention = attention or attention_lib.LocalAttention(
-            config.attention, gradients.resolve_custom_gradients(config.custom_gradients)
+        attention = (
+            attention
+            or spatial.attention
+            or attention_lib.LocalAttention(
+                config.attention, gradients.resolve_custom_gradients(config.custom_gradients)
+            )
         )
-        walk = _Walk(config, self._embedding(t, conditions), dropout_keys, attention)
+        walk = _Walk(config, self._embedding(t, conditions), dropout_keys, attention, spatial)
         walk.states = None if attention_state is None else list(attention_state)
         maps, skips = self._encode(x.astype(resolve_dtype(config.dtype)), walk)
         out = self._decode(skips, walk).astype(jnp.float32)
@@ -134,16 +142,16 @@ class _UNet(nnx.Module):
         for layer in self.config.encoder:
             module = self.enc.get(layer.name)
             if layer.kind == "aux_down":
-                aux = edm_layers.downsample(aux, self.config.resample_filter)
+                aux = edm_layers.downsample(aux, self.config.resample_filter, spatial=walk.spatial)
             elif layer.kind == "aux_skip":
                 x = skips[-1] = x + module(aux)
             elif layer.kind == "aux_residual":
                 taps = self.config.resample_filter
-                wide = module(aux, padding=1 + (len(taps) - 1) // 2)
+                wide = module(aux, walk.spatial, padding=1 + (len(taps) - 1) // 2)
                 aux = (x + edm_layers.downsample(wide, taps, padding=0)) * math.sqrt(0.5)
                 x = skips[-1] = aux
             else:
-                x = module(x) if layer.kind == "conv" else walk.block(module, x)
+                x = module(x, walk.spatial) if layer.kind == "conv" else walk.block(module, x)
                 skips.append(x)
             if layer.is_feature:
                 maps.append(x)
@@ -154,11 +162,11 @@ class _UNet(nnx.Module):
         for layer in self.config.decoder:
             module = self.dec.get(layer.name)
             if layer.kind == "aux_up":
-                aux = edm_layers.upsample(aux, self.config.resample_filter)
+                aux = edm_layers.upsample(aux, self.config.resample_filter, spatial=walk.spatial)
             elif layer.kind == "aux_norm":
-                normalised = module(x)
+                normalised = module(x, spatial=walk.spatial)
             elif layer.kind == "aux_conv":
-                out = module(jax.nn.silu(normalised))
+                out = module(jax.nn.silu(normalised), walk.spatial)
                 aux = out if aux is None else out + aux
             else:
                 if layer.concatenates:
@@ -170,8 +178,9 @@ class _UNet(nnx.Module):
 class _Walk:
     """Runs blocks one after the other: what they share, and what is counted along the way."""
 
-    def __init__(self, config, emb, dropout_keys, attention):
+    def __init__(self, config, emb, dropout_keys, attention, spatial):
         self.config, self.emb, self.attention = config, emb, attention
+        self.spatial = spatial
         self.dropout_keys = dropout_keys if config.dropout else None
         self.states, self.new_states, self.blocks = None, [], 0
 
@@ -185,7 +194,7 @@ class _Walk:
         graph, params = nnx.split(block)
 
         def run(params, x, emb, state, keys):
-            return nnx.merge(graph, params)(x, emb, self.attention, state, keys)
+            return nnx.merge(graph, params)(x, emb, self.attention, state, keys, self.spatial)
 
         run = edm_layers.rematerialised(run, self.config.remat)
         x, state = run(params, x, self.emb, state, keys)
@@ -292,4 +301,5 @@ class DhariwalUNet(_UNet):
         return jax.nn.silu(_conditioned(emb, self.map_label, None, conditions))
 
     def _decode(self, skips: list[Array], walk: _Walk) -> Array:
-        return self.out_conv(jax.nn.silu(self.out_norm(super()._decode(skips, walk))))
+        x = self.out_norm(super()._decode(skips, walk), spatial=walk.spatial)
+        return self.out_conv(jax.nn.silu(x), walk.spatial)

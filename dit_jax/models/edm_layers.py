@@ -3,8 +3,7 @@
 They are those of Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models"
 (arXiv 2206.00364), with channels last. Parameters, normalisation and everything that depends on the
 noise level alone are float32; `dtype` is what convolutions are computed in. What looks beyond one
-pixel goes through `autoencoder_layers` (`convolve`, `group_statistics`), the resampling below, or
-the attention seam.
+pixel goes through a `Spatial` object (`dit_jax.models.spatial`) or the attention seam.
 """
 
 import dataclasses
@@ -19,7 +18,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from dit_jax.models import attention as attention_lib
 from dit_jax.models import stack
-from dit_jax.models.autoencoder_layers import convolve, group_statistics
+from dit_jax.models.batch_axes import divided_by_examples, is_training_mesh
+from dit_jax.models.spatial import LOCAL, Spatial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +91,12 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         """Applies the map in `self.dtype`."""
-        y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        # A mesh may divide two of the leading axes: then they cannot become one.
+        rows = x if is_training_mesh() else x.reshape(-1, x.shape[-1])
+        y = rows.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
         if self.bias is not None:
-            y = y + self.bias[...].astype(self.dtype)[None]
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+            y = y + self.bias[...].astype(self.dtype)[(None,) * (y.ndim - 1)]
+        return divided_by_examples(y.reshape(*x.shape[:-1], y.shape[-1]))
 
 
 class LabelMap(Linear):
@@ -126,15 +128,21 @@ class Conv(nnx.Module):
         self.kernel, self.bias = init.kernel(rngs, shape), init.bias(rngs, shape)
         self.dtype = dtype
 
-    def __call__(self, x: Float[Array, "b h w i"], padding: int = 1) -> Float[Array, "b h2 w2 o"]:
+    def __call__(
+        self, x: Float[Array, "b h w i"], spatial: Spatial = LOCAL, padding: int = 1
+    ) -> Float[Array, "b h2 w2 o"]:
         """Convolves in `self.dtype`, with `padding` zeros on every side."""
         kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-        y = convolve(x.astype(self.dtype), kernel, padding=((padding, padding),) * 2)
-        return y + bias[None, None, None]
+        x = x.astype(self.dtype)
+        y = spatial.convolve(x, kernel, padding=((padding, padding),) * 2)
+        return divided_by_examples(y + bias[None, None, None])
 
 
 def downsample(
-    x: Float[Array, "b h w c"], resample_filter: Sequence[float], padding: int | None = None
+    x: Float[Array, "b h w c"],
+    resample_filter: Sequence[float],
+    padding: int | None = None,
+    spatial: Spatial = LOCAL,
 ) -> Float[Array, "b h2 w2 c"]:
     """Half the resolution: the normalised separable filter at every second pixel.
 
@@ -145,10 +153,10 @@ def downsample(
     taps = [f / sum(resample_filter) for f in resample_filter]
     padding = (len(taps) - 1) // 2 if padding is None else padding
     for axis in (1, 2):
-        if padding:
-            widths = [(0, 0)] * 4
-            widths[axis] = (padding, padding)
-            x = jnp.pad(x, widths)
+        if padding and axis == 1:
+            x = spatial.extend(x, padding, padding)
+        elif padding:
+            x = jnp.pad(x, ((0, 0), (0, 0), (padding, padding), (0, 0)))
         count = (x.shape[axis] - len(taps)) // 2 + 1
         x = sum(
             tap * jax.lax.slice_in_dim(x, i, i + 2 * (count - 1) + 1, 2, axis)
@@ -158,7 +166,7 @@ def downsample(
 
 
 def upsample(
-    x: Float[Array, "b h w c"], resample_filter: Sequence[float]
+    x: Float[Array, "b h w c"], resample_filter: Sequence[float], spatial: Spatial = LOCAL
 ) -> Float[Array, "b h2 w2 c"]:
     """Twice the resolution: zeros between the pixels, then the separable filter, of sum 2 an axis.
 
@@ -176,22 +184,28 @@ def upsample(
             ]
             for phase in (0, 1)
         }
-        phases = [
-            sum(tap * _shifted(x, shift, axis) for shift, tap in shifts[phase]) for phase in (0, 1)
-        ]
+        reach = max(abs(shift) for phase in (0, 1) for shift, _ in shifts[phase])
         shape = list(x.shape)
+        wide = x
+        if reach and axis == 1:
+            wide = spatial.extend(x, reach, reach)
+        elif reach:
+            wide = jnp.pad(x, ((0, 0), (0, 0), (reach, reach), (0, 0)))
+        phases = [
+            sum(
+                tap * _window(wide, reach + shift, shape[axis], axis)
+                for shift, tap in shifts[phase]
+            )
+            for phase in (0, 1)
+        ]
         shape[axis] *= 2
         x = jnp.stack(phases, axis=axis + 1).reshape(shape)
     return x
 
 
-def _shifted(x: Array, shift: int, axis: int) -> Array:
-    """x[i + shift] along an axis, zeros beyond the ends."""
-    if shift == 0:
-        return x
-    widths = [(0, 0, 0)] * x.ndim
-    widths[axis] = (-shift, shift, 0)
-    return jax.lax.pad(x, jnp.zeros((), x.dtype), widths)
+def _window(x: Array, start: int, length: int, axis: int) -> Array:
+    """x[start : start + length] along an axis."""
+    return jax.lax.slice_in_dim(x, start, start + length, axis=axis)
 
 
 class GroupNorm(nnx.Module):
@@ -208,9 +222,10 @@ class GroupNorm(nnx.Module):
         x: Float[Array, "b h w c"],
         scale: Float[Array, "b c"] | None = None,
         shift: Float[Array, "b c"] | None = None,
+        spatial: Spatial = LOCAL,
     ) -> Float[Array, "b h w c"]:
         """norm(x), or norm(x) (1 + scale) + shift, in float32; the result has x's dtype."""
-        mean, variance = group_statistics(x, self.num_groups)
+        mean, variance = spatial.group_statistics(x, self.num_groups)
         gain = jax.lax.rsqrt(variance + self.epsilon) * self.scale[...][None, None, None]
         offset = self.bias[...][None, None, None] - mean * gain
         if scale is not None and shift is not None:
@@ -321,6 +336,7 @@ class UNetBlock(nnx.Module):
         attention: attention_lib.Attention,
         state: Any = None,
         keys: Key[Array, " b"] | None = None,
+        spatial: Spatial = LOCAL,
     ):
         """Returns the features and the attention layer's state.
 
@@ -330,33 +346,36 @@ class UNetBlock(nnx.Module):
             attention: the strategy of the seam.
             state: its state of this layer.
             keys: of dropout, one an example; None for none.
+            spatial: how layers see the rows around them.
         """
         style = self.style
-        h = self.conv0(self._resampled(jax.nn.silu(self.norm0(x))))
+        h = jax.nn.silu(self.norm0(x, spatial=spatial))
+        h = self.conv0(self._resampled(h, spatial), spatial)
         affine = self.affine(emb)
         if style.adaptive_scale:
-            h = jax.nn.silu(self.norm1(h, *jnp.split(affine, 2, axis=-1)))
+            h = jax.nn.silu(self.norm1(h, *jnp.split(affine, 2, axis=-1), spatial=spatial))
         else:
-            h = jax.nn.silu(self.norm1(h + affine[:, None, None].astype(h.dtype)))
+            h = h + affine[:, None, None].astype(h.dtype)
+            h = jax.nn.silu(self.norm1(h, spatial=spatial))
         if style.dropout and keys is not None:
             h = dropout(h, style.dropout, keys)
-        shortcut = self._resampled(x)
+        shortcut = self._resampled(x, spatial)
         shortcut = shortcut if self.skip is None else self.skip(shortcut)
-        x = (self.conv1(h) + shortcut) * style.skip_scale
+        x = (self.conv1(h, spatial) + shortcut) * style.skip_scale
         if self.num_heads:
-            out, state = self._attend(x, attention, state)
+            out, state = self._attend(x, attention, state, spatial)
             x = (out + x) * style.skip_scale
         return x, state
 
-    def _resampled(self, x: Array) -> Array:
+    def _resampled(self, x: Array, spatial: Spatial) -> Array:
         if self.resample == "none":
             return x
         function = upsample if self.resample == "up" else downsample
-        return function(x, self.style.resample_filter)
+        return function(x, self.style.resample_filter, spatial=spatial)
 
-    def _attend(self, x: Array, attention: attention_lib.Attention, state: Any):
+    def _attend(self, x: Array, attention: attention_lib.Attention, state: Any, spatial: Spatial):
         b, height, width, c = x.shape
-        tokens = self.qkv(self.norm2(x).reshape(b, height * width, c))
+        tokens = self.qkv(self.norm2(x, spatial=spatial).reshape(b, height * width, c))
         tokens = tokens.reshape(b, height * width, self.num_heads, c // self.num_heads, 3)
         out, state = attention(tokens[..., 0], tokens[..., 1], tokens[..., 2], state)
         return self.proj(out.reshape(b, height, width, c)), state

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dit_jax.models import gradients
+from dit_jax.models.batch_axes import divided_by_examples, is_training_mesh
 
 TIME_FREQUENCY_SPACINGS = ("original", "diffusers")
 SECOND_TIMES = ("none", "r", "t-r")
@@ -46,10 +47,12 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         """Applies the map in `self.dtype`."""
-        y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        # A mesh may divide two of the leading axes: then they cannot become one.
+        rows = x if is_training_mesh() else x.reshape(-1, x.shape[-1])
+        y = rows.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
         if self.use_bias:
-            y = y + self.bias[...].astype(self.dtype)[None]
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+            y = y + self.bias[...].astype(self.dtype)[(None,) * (y.ndim - 1)]
+        return divided_by_examples(y.reshape(*x.shape[:-1], y.shape[-1]))
 
 
 def layer_norm(x: Float[Array, "*batch d"], epsilon: float = 1e-6) -> Float[Array, "*batch d"]:
@@ -144,7 +147,7 @@ class LabelEmbedder(nnx.Module):
 
     def __call__(self, label: Int[Array, " b"]) -> Float[Array, "b d"]:
         """Looks the labels up."""
-        return self.embedding[...][label]
+        return divided_by_examples(self.embedding[...][label])
 
 
 class Mlp(nnx.Module):

@@ -53,6 +53,7 @@ class Network:
         features: tuple[int, ...] | None = None,
         attention: Any = None,
         attention_state: Any = None,
+        spatial: Any = None,
     ):
         """Calls the network with `params`.
 
@@ -68,6 +69,8 @@ class Network:
             features: numbers of feature maps wanted besides, see `feature_shapes`.
             attention: a strategy for the attention seam; by default local attention.
             attention_state: the strategy's state.
+            spatial: of U-Nets, how layers see the rows around them (`models.spatial`); by default
+                the whole image is at hand.
 
         Returns:
             float32 output [b, h, w, c]; with `features` (output, maps [b, h', w', c']); with
@@ -76,6 +79,8 @@ class Network:
         options = {} if features is None else {"features": features}
         if dropout_keys is not None:
             options["dropout_keys"] = dropout_keys
+        if spatial is not None:
+            options["spatial"] = spatial
         module = nnx.merge(self._graph, params)
         return module(
             x, t, conditions, attention=attention, attention_state=attention_state, **options

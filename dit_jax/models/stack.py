@@ -75,6 +75,7 @@ def run_stack(
     layer_loop: str = "auto",
     remat: str = "none",
     capture: tuple[int, ...] = (),
+    prefetch: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, Any, tuple[Any, ...]]:
     """Runs `x, state_l = call(block_l, x, state_l, *args)` through the layers in order.
 
@@ -88,6 +89,8 @@ def run_stack(
         layer_loop: 'scan', 'unroll' or 'auto'.
         remat: 'none', 'block' or 'dots'.
         capture: numbers of layers whose activations are wanted besides, ascending.
+        prefetch: turns a layer's state into what `call` takes in its place; done for layer l + 1
+            before layer l is computed, and once for every layer. Needs a state.
 
     Returns:
         The last activations, the new stacked state (None if none was given), and the activations
@@ -105,10 +108,16 @@ def run_stack(
     def layer(x, parameters, state, args):
         return call(nnx.merge(graph, parameters), x, state, *args)
 
+    if scanned and prefetch is not None and state is not None:
+        return _scan_prefetched(layer, prefetch, x, (parameters, state), args, capture, depth)
     if scanned:
         return _scan_segments(layer, x, (parameters, state), args, capture, depth)
     states, captured = [], []
     unstacked_states = [None] * depth if state is None else _unstack(state, depth)
+    if prefetch is not None and state is not None:
+        # All of it is independent of the activations: the compiler may start each one as early as
+        # it likes, the first must be there before the first layer.
+        unstacked_states = [prefetch(layer_state) for layer_state in unstacked_states]
     for layer_parameters, layer_state in zip(
         _unstack(parameters, depth), unstacked_states, strict=True
     ):
@@ -141,3 +150,44 @@ def _scan_segments(layer, x, layers, args, capture, depth):
     if len(states) > 1:
         states = [jax.tree.map(lambda *leaves: jax.numpy.concatenate(leaves), *states)]
     return x, states[0], tuple(captured)
+
+
+def _scan_prefetched(layer, prefetch, x, layers, args, capture, depth):
+    """A scan that carries the next layer's prefetched state, the last layer after it.
+
+    The iteration of layer l prefetches for layer l + 1 from the state the stack was called with,
+    which no iteration changes: nothing of it waits for layer l, and layer l does not wait for it.
+    The last layer stands outside, as it has nothing to prefetch. Parameters are taken by index from
+    the whole: slices of them would be copies.
+    """
+    parameters, state = layers
+
+    def at(tree, index):
+        return jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree
+        )
+
+    def put(tree, values, index):
+        return jax.tree.map(
+            lambda leaf, value: jax.lax.dynamic_update_index_in_dim(leaf, value, index, 0),
+            tree,
+            values,
+        )
+
+    def step(carry, index):
+        x, ready, new_state = carry
+        following = prefetch(at(state, index + 1))
+        x, layer_state = layer(x, at(parameters, index), ready, args)
+        return (x, following, put(new_state, layer_state, index)), None
+
+    carry = (x, prefetch(at(state, 0)), jax.tree.map(jax.numpy.zeros_like, state))
+    captured, start = [], 0
+    for end in (*(i + 1 for i in capture if i + 1 < depth), depth - 1):
+        if end > start:
+            carry, _ = jax.lax.scan(step, carry, jax.numpy.arange(start, end))
+        captured.append(carry[0])
+        start = end
+    x, ready, new_state = carry
+    x, layer_state = layer(x, at(parameters, depth - 1), ready, args)
+    captured[-1] = x
+    return x, put(new_state, layer_state, depth - 1), tuple(captured[: len(capture)])

@@ -7,6 +7,7 @@ damaged disk or a partial copy changed later.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,6 @@ class Restored:
     data: dict
 
 
-@jax.jit
 def _bit_sums(tree: Any) -> jax.Array:
     def bit_sum(leaf):
         bits = leaf.astype(jnp.uint32) if leaf.dtype == jnp.bool_ else leaf
@@ -55,9 +55,19 @@ def _bit_sums(tree: Any) -> jax.Array:
     return jnp.stack([bit_sum(leaf) for leaf in jax.tree.leaves(tree)])
 
 
+@functools.cache
+def _compiled_bit_sums(mesh: jax.sharding.Mesh | None):
+    # Every process reads the sums: they must be whole on each.
+    whole = mesh and jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.jit(_bit_sums, out_shardings=whole)
+
+
 def fingerprint(tree: Any) -> list[int]:
     """Per leaf the sum of its bit patterns modulo 2^32: exact and independent of the sharding."""
-    return [int(s) for s in np.asarray(_bit_sums(tree))]
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    meshes = [s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding)]
+    several = jax.process_count() > 1 and meshes
+    return [int(s) for s in np.asarray(_compiled_bit_sums(meshes[0] if several else None)(tree))]
 
 
 def _path(entries: tuple) -> str:

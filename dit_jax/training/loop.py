@@ -5,6 +5,7 @@ save until done, interrupted or diverged. The metrics of one step are fetched af
 been dispatched, so the device never waits for the host.
 """
 
+import contextlib
 import dataclasses
 import signal
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.training import metrics as metrics_lib
@@ -32,6 +34,12 @@ class Placement(Protocol):
 
     def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's part of a batch, onto its devices."""
+
+    def put_flag(self, flag: bool) -> jax.Array:
+        """A yes or no of every process, as one array whose maximum says whether any says yes."""
+
+    def tracing(self) -> contextlib.AbstractContextManager:
+        """A context in which the updates are traced."""
 
 
 @runtime_checkable
@@ -92,6 +100,9 @@ class TrainResult:
     interrupted: bool
     seconds: float
     steps_per_second: float
+
+
+_STOP = "stop"  # among the metrics of several processes
 
 
 class NonFiniteError(FloatingPointError):
@@ -164,7 +175,8 @@ def train(
     if restored is None:
         given = initial_params() if initial_params else None
         init = jax.jit(method.init, out_shardings=shardings)
-        state, step = init(key, given, frozen), 0
+        with placement.tracing():
+            state, step = init(key, given, frozen), 0
         del given
     else:
         state, step = restored.state["state"], restored.step
@@ -173,19 +185,21 @@ def train(
         announce(f"already at step {step} of {options.num_steps}: nothing to train")
         return TrainResult(state, step, False, 0.0, 0.0)
 
-    updates = _Updates(method, shardings, frozen, announce)
+    updates = _Updates(method, shardings, frozen, announce, placement)
     with _Interruption() as interruption:
         host_batch = next(data)
-        updates.compile(state, placement.put_batch(host_batch), key)
+        updates.compile(state, host_batch, key)
 
         run = _Run(method, key, options, checkpoints, writers(step), preview, announce, placement)
         run.throughput.resume()
         while True:
-            state, metrics = updates(step, state, placement.put_batch(host_batch), key)
+            # Read once: a signal between two readings must not end the run unsaved.
+            stops = interruption.signal is not None
+            state, metrics = updates(step, state, host_batch, key, stops)
             step += 1
             run.stepped(step, metrics, host_batch)
-            # Read once: a signal between two readings must not end the run unsaved.
-            ends = step == options.num_steps or interruption.signal is not None
+            stops = run.stops if updates.agree else interruption.signal is not None
+            ends = step == options.num_steps or stops
             if run.is_pause(step) or ends:
                 run.pause(step, state, data, final=ends)
             if ends:
@@ -199,30 +213,44 @@ def train(
 
 
 class _Updates:
-    """The compiled updates of a method, one program a phase."""
+    """The compiled updates of a method, one program a phase.
 
-    def __init__(self, method, shardings, frozen, announce):
+    Of several processes any may be told to stop, and all have to at the same step: whether one was
+    goes into the update, and comes out among the metrics as what all of them know.
+    """
+
+    def __init__(self, method, shardings, frozen, announce, placement):
         self._method, self._shardings, self._frozen = method, shardings, frozen
-        self._announce = announce
+        self._announce, self._placement = announce, placement
         self._compiled = {}
+        self.agree = jax.process_count() > 1
 
-    def compile(self, state, batch, key) -> None:
+    def compile(self, state, host_batch, key) -> None:
         """Compiles all phases, so that none interrupts the run later."""
+        inputs = self._inputs(host_batch, False)
         for phase in self._method.phases:
             started = time.perf_counter()
 
-            def update(state, batch, key, frozen, phase=phase):
+            def update(state, batch, key, frozen, stop=None, phase=phase):
                 key = jax.random.fold_in(key, state.step)
-                return self._method.update(state, batch, key, frozen, phase)
+                state, metrics = self._method.update(state, batch, key, frozen, phase)
+                return state, metrics if stop is None else {**metrics, _STOP: jnp.max(stop)}
 
             jitted = jax.jit(update, donate_argnums=0, out_shardings=(self._shardings, None))
-            self._compiled[phase] = jitted.lower(state, batch, key, self._frozen).compile()
+            with self._placement.tracing():
+                lowered = jitted.lower(state, inputs[0], key, self._frozen, *inputs[1:])
+            self._compiled[phase] = lowered.compile()
             name = "the update" if len(self._method.phases) == 1 else f"the {phase} update"
             self._announce(f"compiled {name} in {time.perf_counter() - started:.1f} s")
 
-    def __call__(self, step: int, state, batch, key):
+    def _inputs(self, host_batch, stop: bool) -> list:
+        batch = self._placement.put_batch(host_batch)
+        return [batch, self._placement.put_flag(stop)] if self.agree else [batch]
+
+    def __call__(self, step: int, state, host_batch, key, stop: bool):
         """The update that follows `step` updates."""
-        return self._compiled[self._method.phase(step)](state, batch, key, self._frozen)
+        batch, *flag = self._inputs(host_batch, stop)
+        return self._compiled[self._method.phase(step)](state, batch, key, self._frozen, *flag)
 
 
 def _restore(checkpoints, abstract, shardings, placement, data, key, strict):
@@ -236,7 +264,8 @@ def _restore(checkpoints, abstract, shardings, placement, data, key, strict):
     restored = checkpoints.restore(target, set_aside=True)
     if restored is None:
         return None
-    if strict and (restored.state["key"] != jax.random.key_data(key)).any():
+    saved_key = np.asarray(restored.state["key"])
+    if strict and (saved_key != np.asarray(jax.random.key_data(key))).any():
         raise ValueError(
             f"the checkpoints in {checkpoints.directory} were trained from another seed: set "
             "config.seed to the run's own"
@@ -251,12 +280,19 @@ class _Run:
     def __init__(self, method, key, options, checkpoints, writers, preview, announce, placement):
         self.method, self.options, self.checkpoints = method, options, checkpoints
         self.writers, self.preview, self.announce = writers, preview, announce
-        self.key = key
+        self._key_data = jax.random.key_data(key)
+        if jax.process_count() > 1:  # only arrays that lie on the devices of all can be saved
+            host = np.asarray(self._key_data)
+            sharding = placement.state_shardings(jax.ShapeDtypeStruct(host.shape, host.dtype))
+            self._key_data = jax.make_array_from_callback(
+                host.shape, sharding, lambda index: host[index]
+            )
         self.throughput = metrics_lib.Throughput(
             options.batch_size, method.flops_per_example, placement.num_devices
         )
         self._pending: tuple[int, Any, Any] | None = None
         self._window: list[dict[str, float]] = []
+        self.stops = False  # whether a process was told to, as of the last metrics fetched
 
     def stepped(self, step: int, metrics: Any, host_batch: Any) -> None:
         """Takes the dispatched step's metrics and checks those of the step before it."""
@@ -278,7 +314,7 @@ class _Run:
         self.throughput.pause()
         every = self.options.checkpoint_every
         if final or (every and step % every == 0):
-            tree = {"state": state, "key": jax.random.key_data(self.key)}
+            tree = {"state": state, "key": self._key_data}
             self.checkpoints.save(step, tree, data.get_state())
         every = self.options.preview_every
         if self.preview and every and (step % every == 0 or step == self.options.num_steps):
@@ -291,6 +327,7 @@ class _Run:
         step, metrics, host_batch = self._pending
         self._pending = None
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.stops |= metrics.pop(_STOP, 0.0) > 0
         bad = [name for name in ("loss", *metrics) if not np.isfinite(metrics[name])]
         if bad:
             self.checkpoints.wait()

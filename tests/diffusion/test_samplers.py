@@ -440,3 +440,31 @@ def test_mean_flow_of_another_process_is_refused():
         sample(
             make_solver("mean_flow"), EDM(), denoise, jnp.asarray(NOISE), np.array([1.0, 0]), KEY
         )
+
+
+@pytest.mark.parametrize(("name", "process"), [("ddpm", DDPM()), ("dpmpp_2m", RectifiedFlow())])
+def test_a_warmup_takes_the_first_steps_of_the_same_schedule(name, process):
+    """Noise and history of the steps go on where the warm-up ended."""
+
+    def denoise(scale, x, t, carry):
+        return process.interpret(jnp.tanh(scale * x), x, t), carry + scale
+
+    def follow(first, then, warmup):
+        def call(x, times):
+            late, early = (functools.partial(denoise, scale) for scale in (then, first))
+            return sample(solver, process, late, x, times, KEY, jnp.float32(0), (early, warmup))
+
+        return jax.jit(call)(NOISE, times)
+
+    solver, times = make_solver(name), schedule(process, 6)
+    plain = jax.jit(
+        lambda x, times: sample(
+            solver, process, functools.partial(denoise, 1.0), x, times, KEY, jnp.float32(0)
+        )
+    )(NOISE, times)
+    for warmup in (2, 6):
+        x, count = follow(1.0, 1.0, warmup)
+        np.testing.assert_allclose(x, plain[0], atol=1e-6)
+        assert count == plain[1] == 6
+    x, count = follow(0.5, 1.0, 2)
+    assert count == 5 and np.abs(x - plain[0]).max() > 1e-3

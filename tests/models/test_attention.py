@@ -10,6 +10,7 @@ from dit_jax.models.attention import (
     LocalAttention,
     cudnn_supports,
     einsum_attention,
+    own_tokens,
     resolve_implementation,
 )
 
@@ -111,3 +112,29 @@ def test_a_strategy_keeps_state_for_every_layer(small, layer_loop):
         )[0].sum()
     )(x)
     assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SecondRow:
+    """Is given the second row of patches alone."""
+
+    def own_tokens(self, values, count):
+        return values[count : 2 * count]
+
+    def __call__(self, q, k, v, state=None):
+        return einsum_attention(q, k, v), state
+
+
+def test_positions_are_those_of_the_tokens_at_hand(small):
+    config, params, (x, t, conditions) = small
+    whole = Network(config)
+    one_row = Network(dataclasses.replace(config, image_size=(2, 8)))
+    part = x[:, 2:4]
+    second = whole.apply(params, part, t, conditions, attention=SecondRow())
+    assert second.shape == (2, 2, 8, 8)
+    first = one_row.apply(params, part, t, conditions)
+    assert np.abs(np.asarray(second - first)).max() > 1e-2
+    # Positions alone tell them apart: the first row's, by the same strategy's rule.
+    positions = np.arange(16)[:, None]
+    np.testing.assert_array_equal(own_tokens(SecondRow(), positions, 4)[:, 0], [4, 5, 6, 7])
+    np.testing.assert_array_equal(own_tokens(LocalAttention(), positions, 16), positions)

@@ -8,6 +8,7 @@ from flax import nnx
 
 from dit_jax.models import DiTConfig, Network, stack
 from dit_jax.models import dit as dit_lib
+from dit_jax.models.attention import LocalAttention
 from tests.models.conftest import SMALL, random_inputs
 
 
@@ -121,3 +122,40 @@ def test_rematerialisation_saves_memory_by_default():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes("block") < temporary_bytes("none") / 2
+
+
+class Doubled:
+    """Its state is used two times over, by `prefetch`, which counts how often it is called."""
+
+    def __init__(self):
+        self.calls = []
+
+    def prefetch(self, state):
+        jax.debug.callback(lambda: self.calls.append(1))
+        return {"bias": 2 * state["bias"]}
+
+    def __call__(self, q, k, v, state=None):
+        out, _ = LocalAttention("einsum")(q, k, v)
+        return out + state["bias"].mean(), {"bias": state["bias"] / 2 + 1}
+
+
+@pytest.mark.parametrize("layer_loop", ["scan", "unroll"])
+@pytest.mark.parametrize("captured", [None, (0, 1, 2), (1,)])
+def test_states_are_prefetched_once_a_layer(small, layer_loop, captured):
+    config, params, (x, t, conditions) = small
+    network = Network(dataclasses.replace(config, layer_loop=layer_loop))
+    bias = jnp.arange(3, dtype=jnp.float32) * 0.1
+    plain = Doubled()
+    plain.prefetch = None  # nothing to do ahead: given the doubled state at once
+
+    def call(strategy, bias):
+        state = {"bias": bias[:, None]}
+        arguments = {"attention": strategy, "attention_state": state, "features": captured}
+        return network.apply(params, x, t, conditions, **arguments)
+
+    strategy = Doubled()
+    found = jax.block_until_ready(jax.jit(lambda bias: call(strategy, bias))(bias))
+    jax.effects_barrier()
+    assert len(strategy.calls) == config.depth
+    expected = jax.jit(lambda bias: call(plain, bias))(2 * bias)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)

@@ -1,0 +1,55 @@
+"""What to change where a plan does not fit; `launch.planning` makes plans."""
+
+from typing import Any
+
+import ml_collections
+
+GIB = 2**30
+
+
+def suggestions(config: ml_collections.ConfigDict, plan: dict[str, Any]) -> list[str]:
+    """Overrides that lower what a device holds, those that help most first."""
+    memory, mesh = plan["memory"], plan["mesh"]
+    held = sum(memory["held_bytes"].values())
+    replicas = mesh["data"]
+    of_state = []
+    if replicas > 1:
+        saved = held * (1 - 1 / replicas) / GIB
+        of_state.append(
+            f"--config.mesh.data=1 --config.mesh.fsdp={mesh['fsdp'] * replicas} (the state divided "
+            f"over all replicas: about {saved:.1f} GiB less)"
+        )
+    of_programs = []
+    if plan["what"] == "sample":
+        smaller = plan["batch_size"] // 2
+        if smaller % plan["batch_parts"] == 0 and smaller:
+            of_programs.append(f"--config.sampling.batch_size={smaller} (fewer images at once)")
+    else:
+        of_programs += _of_activations(config, plan)
+    tensor = mesh["tensor"] * 2
+    if config.model.name == "dit" and tensor <= 8 and config.model.num_heads % tensor == 0:
+        axis = next((name for name in ("fsdp", "data") if mesh[name] % 2 == 0), None)
+        if axis:
+            of_programs.append(
+                f"--config.mesh.tensor={tensor} --config.mesh.{axis}={mesh[axis] // 2} (matrices "
+                "and their activations divided within a node)"
+            )
+    larger = memory["temporary_bytes"] > held
+    found = of_programs + of_state if larger else of_state + of_programs
+    return found or ["more devices, or a smaller model"]
+
+
+def _of_activations(config: ml_collections.ConfigDict, plan: dict[str, Any]) -> list[str]:
+    found = []
+    if config.model.remat != "block":
+        found.append("--config.model.remat=block (blocks recomputed, a third more arithmetic)")
+    parts, local = plan["num_microbatches"], plan["batch_size"] // plan["batch_parts"]
+    more = next((n for n in range(2 * parts, local + 1) if local % n == 0), None)
+    if more:
+        found.append(
+            f"--config.training.num_microbatches={more} (activations of {local // more} examples "
+            "at once)"
+        )
+    elif plan["batch_size"] > plan["batch_parts"]:
+        found.append(f"--config.training.batch_size={plan['batch_parts']} (an example a device)")
+    return found

@@ -1,0 +1,328 @@
+"""EDM's U-Nets with the rows of one image split over devices (DistriFusion for U-Nets).
+
+Li et al., "DistriFusion", CVPR 2024, section 4.2: convolutions take the neighbours' boundary rows,
+group normalisation the others' statistics, and attention the others' keys and values, all of the
+evaluation before; this device's own are fresh. The first layer sees fresh rows.
+
+What an evaluation leaves for the next is this device's *own* boundary rows, statistics, keys and
+values; the next one exchanges them. So everything that a displaced evaluation sends was known when
+it began, and the compiler may overlap all of it with computation.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from dit_jax.models import Network, gradients
+from dit_jax.models.attention import Attention, LocalAttention
+from dit_jax.sampling import Carried
+from parallel.patch import Displaced, Naive, Synchronous
+from parallel.rows import RowExchange, Rows
+from parallel.transformer import BATCH_AXES, PATCH_AXES
+
+UNET_MODES = (
+    "full_sync",
+    "corrected_async_gn",
+    "stale_gn",
+    "sync_gn",
+    "separate_gn",
+    "no_sync",
+)
+# What the modes of one image on many devices mean for a U-Net.
+ALIASES = {"displaced": "corrected_async_gn", "synchronous": "full_sync", "naive": "naive"}
+# Those that take something of the evaluation before, and so begin with a warm-up.
+DISPLACED_MODES = UNET_MODES[1:]
+
+
+def resolve_mode(mode: str) -> str:
+    """One of `UNET_MODES`, or 'naive', for it or for its name among the modes of DiT.
+
+    Raises:
+        ValueError: there is no such mode for U-Nets.
+    """
+    mode = ALIASES.get(mode, mode)
+    if mode not in (*UNET_MODES, "naive"):
+        known = (*ALIASES, *UNET_MODES)
+        raise ValueError(f"parallel={mode!r} is not for U-Nets: expected one of {', '.join(known)}")
+    return mode
+
+
+def split_units(config: Any, height: int, devices: int) -> Rows:
+    """How a U-Net's image of `height` rows is split.
+
+    Raises:
+        ValueError: the network cannot halve it as often as it does; more devices than rows.
+    """
+    factor = 2 ** (len(config.channel_mult) - 1)
+    if height % factor:
+        raise ValueError(f"{height} rows: this U-Net takes multiples of {factor}")
+    return Rows(height // factor, devices, PATCH_AXES)
+
+
+def row_notes(config: Any, devices: int) -> list[str]:
+    """A note if the rows do not divide evenly, else nothing; refuses what `split_units` does."""
+    rows = split_units(config, config.input_size[0], devices)
+    if not rows.padding:
+        return []
+    return [
+        f"{rows.units} rows at the coarsest resolution over {devices} devices: padded to "
+        f"{rows.own * devices}, {rows.own} a device (no layer sees the padding, and it is cut off)"
+    ]
+
+
+class UNetExchange(RowExchange):
+    """What the layers of one evaluation exchange, as it is traced.
+
+    All modes but 'full_sync' take boundary rows, keys and values of the evaluation before. They
+    differ in the statistics of group normalisation, of which the first two moments count:
+
+    - 'corrected_async_gn': everyone's of the evaluation before, plus by how much this device's own
+      have changed since; its own variance where that turns negative.
+    - 'stale_gn': the others' of the evaluation before with this device's fresh ones.
+    - 'sync_gn': everyone's fresh ones; every normalisation waits for them.
+    - 'separate_gn': this device's own.
+    - 'no_sync': this device's own; rows, keys and values of others stay those of the warm-up.
+    - 'full_sync': everything fresh, exact.
+    - 'naive': zeros for the neighbours' rows, nothing of other devices at all.
+
+    The states are a tape: layers take theirs in the order in which they run, and leave new ones in
+    `recorded`. So an object serves one evaluation, and rematerialisation has to be off.
+
+    Args:
+        rows: how the image is split.
+        mode: one of these.
+        states: of the evaluation before, in order; None for none.
+        records: whether new states are wanted.
+        kernel: attention among the keys and values at hand.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        mode: str,
+        *,
+        states: tuple[Any, ...] | None = None,
+        records: bool = False,
+        kernel: Attention | None = None,
+    ):
+        super().__init__(rows, kernel)
+        self.mode = resolve_mode(mode)
+        self.records = records
+        self._states = None if states is None else list(states)
+        self._is_first, self.recorded = True, []
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether this evaluation takes nothing of the one before: full_sync, and warm-ups."""
+        return self._states is None
+
+    def _turn(self, own: dict[str, Array]) -> dict[str, Array] | None:
+        """A layer's state; leaves `own` as its new one."""
+        stale = None if self._states is None else self._states.pop(0)
+        if self.records:
+            keeps = self.mode == "no_sync" and stale is not None
+            self.recorded.append(stale if keeps else own)
+        return stale
+
+    def neighbours(self, first: Array, last: Array) -> tuple[Array, Array]:
+        """The rows above and below: stale ones, but in the first layer."""
+        if self.mode == "naive":
+            return jnp.zeros_like(last), jnp.zeros_like(first)
+        if self._is_first:
+            self._is_first = False
+            return self.rows.exchange(first, last)
+        stale = self._turn({"first": first, "last": last})
+        if stale is not None:
+            first, last = stale["first"], stale["last"]
+        return self.rows.exchange(first, last)
+
+    def combined(self, mean: Array, variance: Array) -> tuple[Array, Array]:
+        """The mode's statistics, from this device's own."""
+        if self.mode == "naive":
+            return mean, variance
+        if self.mode not in ("corrected_async_gn", "stale_gn"):
+            exact = self.is_fresh or self.mode in ("full_sync", "sync_gn")
+            return super().combined(mean, variance) if exact else (mean, variance)
+        moments = jnp.stack([mean, variance + jnp.square(mean)], axis=1)
+        stale = self._turn({"moments": moments[:, None]})
+        if stale is None:
+            return super().combined(mean, variance)
+        everyone = jax.lax.all_gather(stale["moments"][:, 0], self.rows.axes)
+        weights = self.rows.weights()
+        whole = (weights[:, None, None, None] * everyone).sum(axis=0)
+        change = moments - stale["moments"][:, 0]
+        if self.mode == "stale_gn":
+            change = weights[jax.lax.axis_index(self.rows.axes)] * change
+        whole_mean, second = whole[:, 0] + change[:, 0], whole[:, 1] + change[:, 1]
+        whole_variance = second - jnp.square(whole_mean)
+        # Of a mixture of devices' moments it is negative by rounding alone.
+        instead = variance if self.mode == "corrected_async_gn" else jnp.zeros_like(variance)
+        return whole_mean, jnp.where(whole_variance < 0, instead, whole_variance)
+
+    def attend(self, q: Array, k: Array, v: Array, state=None) -> tuple[Array, None]:
+        """See `Attention`; its states are on the tape."""
+        options = (self.rows.whole(k.shape[1]), self.rows.axes)
+        if self.mode == "naive":
+            return Naive(*options, kernel=self.kernel)(q, k, v)
+        stale = self._turn({"k": k, "v": v})
+        if stale is None:
+            return Synchronous(*options, kernel=self.kernel)(q, k, v)
+        strategy = Displaced(*options, kernel=self.kernel)
+        return strategy(q, k, v, strategy.prefetch(stale))[0], None
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelUNet:
+    """A U-Net evaluated by many devices, with the face of `dit_jax.models.Network`.
+
+    Arrays are global: x [b, h, w, c] goes in and the output comes out whole, however they lie. The
+    image need not be square.
+
+    Attributes:
+        network: on one device.
+        mesh: with axes guidance, data, ulysses (1) and ring.
+        mode: see `UNetExchange`; 'displaced', 'synchronous' and 'naive' too.
+        warmup_steps: of the displaced modes.
+        is_warmup: everything fresh, for what the mode takes of the evaluation before.
+
+    Raises:
+        ValueError: an unknown mode; more devices than rows.
+    """
+
+    network: Network
+    mesh: Mesh
+    mode: str
+    warmup_steps: int = 0
+    is_warmup: bool = False
+
+    def __post_init__(self):
+        resolve_mode(self.mode)
+        self.rows(self.network.config.input_size[0])
+
+    def __getattr__(self, name: str) -> Any:
+        # Shapes, classes and conditions are the network's own.
+        if name.startswith("_") or name == "network":
+            raise AttributeError(name)
+        return getattr(self.network, name)
+
+    def rows(self, height: int) -> Rows:
+        """How an image of `height` rows is split, see `split_units`."""
+        devices = self.mesh.shape["ulysses"] * self.mesh.shape["ring"]
+        return split_units(self.network.config, height, devices)
+
+    @property
+    def is_displaced(self) -> bool:
+        """Whether evaluations take something of the one before."""
+        return resolve_mode(self.mode) in DISPLACED_MODES
+
+    def carried(self, batch: int) -> Carried:
+        """The state sampling begins with: none, or zeros and the warm-up."""
+        if not self.is_displaced:
+            return Carried()
+        shape = (batch, *self.network.sample_shape)
+        sharding = NamedSharding(self.mesh, self._state_spec(batch))
+        zeros = [
+            jax.tree.map(
+                lambda leaf: jax.lax.with_sharding_constraint(
+                    jnp.zeros(leaf.shape, leaf.dtype), sharding
+                ),
+                state,
+            )
+            for state in self.state_shapes(shape)
+        ]
+        warmup = dataclasses.replace(self, is_warmup=True, warmup_steps=0)
+        return Carried(tuple(zeros), warmup, self.warmup_steps)
+
+    def state_shapes(self, shape: tuple[int, int, int, int]) -> tuple[Any, ...]:
+        """The states of an evaluation of x of `shape`, as shapes."""
+        warmup = dataclasses.replace(self, is_warmup=True)
+        params = jax.eval_shape(self.network.init, jax.random.key(0))
+        x = jax.ShapeDtypeStruct(shape, jnp.float32)
+        t = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
+        return jax.eval_shape(
+            lambda *inputs: warmup.apply(*inputs, {}, attention_state=())[1], params, x, t
+        )
+
+    def apply(
+        self,
+        params: Any,
+        x: Float[Array, "b h w c"],
+        t: Float[Array, " b"],
+        conditions: dict[str, Array],
+        *,
+        dropout_keys: Any = None,
+        features: tuple[int, ...] | None = None,
+        attention: Any = None,
+        attention_state: Any = None,
+    ):
+        """As `Network.apply`, on the mesh.
+
+        Args:
+            params: on every device.
+            x: the (preconditioned) noisy input.
+            t: network time.
+            conditions: see there.
+            dropout_keys: refused: this is for sampling.
+            features: refused.
+            attention: refused: the mode decides it.
+            attention_state: of `carried`, then of the evaluation before. A warm-up reads nothing of
+                it and may be given ().
+
+        Returns:
+            float32 output [b, h, w, c]; with `attention_state` (output, new state).
+
+        Raises:
+            ValueError: for what is refused; a displaced mode without a state.
+        """
+        refused = {"dropout_keys": dropout_keys, "features": features, "attention": attention}
+        for name, value in refused.items():
+            if value is not None:
+                raise ValueError(f"a network on many devices takes no {name}")
+        records, is_stale = attention_state is not None, self.is_displaced and not self.is_warmup
+        if is_stale and not records:
+            raise ValueError(f"{self.mode} needs the states that a warm-up leaves")
+        config = dataclasses.replace(self.network.config, remat="none")
+        network, rows = Network(config), self.rows(x.shape[1])
+        height, batch_axes = x.shape[1], self._batch_axes(x.shape[0])
+        padding = rows.padding * (height // rows.units)
+        x = jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0)))
+        custom_gradients = gradients.resolve_custom_gradients(config.custom_gradients)
+        kernel = LocalAttention(config.attention, custom_gradients)
+
+        def evaluate(params, x, t, conditions, states):
+            exchange = UNetExchange(rows, self.mode, states=states, records=records, kernel=kernel)
+            out = network.apply(params, x, t, conditions, spatial=exchange)
+            return out, tuple(exchange.recorded)
+
+        examples, slabs = PartitionSpec(batch_axes), PartitionSpec(batch_axes, PATCH_AXES)
+        state_spec = self._state_spec(x.shape[0])
+        out, state = jax.shard_map(
+            evaluate,
+            mesh=self.mesh,
+            in_specs=(PartitionSpec(), slabs, examples, examples, state_spec),
+            out_specs=(slabs, state_spec),
+            # Whether a value differs between devices cannot be followed through the hand-written
+            # gradients; the outputs all do.
+            check_vma=False,
+        )(params, x, t, conditions, attention_state if is_stale else None)
+        out = out[:, :height]
+        return (out, state) if records else out
+
+    def _state_spec(self, batch: int) -> PartitionSpec:
+        """Of every leaf of the states: examples, then what the devices of a slab have each."""
+        return PartitionSpec(self._batch_axes(batch), PATCH_AXES)
+
+    def _batch_axes(self, batch: int) -> tuple[str, ...]:
+        """Axes an evaluation's examples are split over: all that divide them."""
+        for axes in (BATCH_AXES, BATCH_AXES[1:]):
+            if batch % int(np.prod([self.mesh.shape[axis] for axis in axes])) == 0:
+                return axes
+        return ()

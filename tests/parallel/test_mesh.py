@@ -1,0 +1,65 @@
+"""Meshes from a configuration's axes, and what is refused."""
+
+import jax
+import numpy as np
+import pytest
+
+from launch import methods, wiring
+from parallel.mesh import AXES, DataParallel, create_mesh, resolve_axes
+from parallel.partitioning import ShardedPlacement
+from tests.launch.conftest import tiny_config
+
+
+def test_one_axis_takes_the_devices_that_the_others_leave():
+    assert dict(create_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1, "sequence": 1}
+    assert dict(create_mesh(fsdp=2, tensor=2).shape)["data"] == 2
+    assert dict(create_mesh(data=1, fsdp=-1, sequence=2).shape)["fsdp"] == 4
+    assert create_mesh(data=2, fsdp=4).axis_names == AXES
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"data": 3}, r"mesh.data=3.* multiply to 3, but there are 8 devices: set mesh.data=8"),
+        ({"data": 2, "fsdp": 2}, r"multiply to 4, .*mesh.data=4 or mesh.fsdp=4"),
+        ({"fsdp": 3}, r"multiply to 3, which does not divide 8 devices.* 1, 2, 4, 8"),
+        ({"fsdp": -1}, r"only one axis can be -1"),
+        ({"tensor": 0}, r"mesh.tensor=0: expected 1 or more"),
+    ],
+)
+def test_axes_that_do_not_multiply_to_the_devices_are_an_error_with_values_that_do(axes, message):
+    with pytest.raises(ValueError, match=message):
+        create_mesh(**axes)
+
+
+def test_any_number_of_devices_can_be_resolved():
+    axes = {"data": -1, "fsdp": 64, "tensor": 2, "sequence": 1}
+    assert resolve_axes(axes, 256)["data"] == 2
+
+
+def test_the_default_mesh_keeps_whole_states_and_sets_no_mesh_for_tracing():
+    placement = wiring.create_placement(methods.resolve_config(tiny_config()))
+    assert type(placement) is DataParallel and placement.batch_parts == 8
+    with placement.tracing():
+        assert jax.sharding.get_abstract_mesh().empty
+    batch = placement.put_batch({"image": np.zeros((8, 4, 4, 1), np.float32)})
+    assert batch["image"].addressable_shards[0].data.shape == (1, 4, 4, 1)
+
+
+def test_batches_are_divided_over_data_and_fsdp_and_rows_over_sequence():
+    config = methods.resolve_config(tiny_config(**{"mesh.fsdp": 2, "mesh.sequence": 2}))
+    placement = wiring.create_placement(config)
+    assert type(placement) is ShardedPlacement
+    assert (placement.batch_parts, placement.num_devices) == (4, 8)
+    placement.check_batch_size(4)
+    batch = placement.put_batch(
+        {"image": np.zeros((8, 4, 4, 1), np.float32), "label": np.zeros(8, np.int32)}
+    )
+    assert batch["image"].addressable_shards[0].data.shape == (2, 2, 4, 1)
+    assert batch["label"].addressable_shards[0].data.shape == (2,)
+
+
+def test_a_batch_the_axes_cannot_share_is_an_error():
+    placement = DataParallel(create_mesh(data=2, fsdp=4))
+    with pytest.raises(ValueError, match="not divisible by 8 devices: use 8 or 16"):
+        placement.check_batch_size(12)
