@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 
 from dit_jax import experiment
+from dit_jax.config import default_config
 from dit_jax.models import Network
 from dit_jax.training import workdir
 from dit_jax.training.saved_weights import RunWeights
@@ -120,7 +121,7 @@ def load_model(
         CheckpointError: it has no such checkpoint or no such weights.
     """
     config = workdir.load_config(directory).copy_and_resolve_references()
-    config = methods.resolve_config(wiring.override(config.to_dict(), overrides or {}))
+    config = methods.resolve_config(_here(wiring.override(config.to_dict(), overrides or {})))
     run = RunWeights(directory, methods.build_method(config), weights or config.sampling.weights)
     saved, params = run.load(_placer(config), step)
     autoencoder = vae or (Path(config.autoencoder.path) if config.autoencoder.path else None)
@@ -131,12 +132,17 @@ def load_found(
     found: FoundModel, *, overrides: dict | None = None, vae: Path | None = None
 ) -> TrainedModel:
     """Reads a model that `interop.open_model` found onto the devices, array by array."""
-    values = wiring.override(found.config.to_dict(), overrides or {})
+    values = _here(wiring.override(found.config.to_dict(), overrides or {}))
     config = methods.resolve_config(values)
     put = _placer(config)
     params = found.load(lambda path, array: put(array))
     source = f"{found.kind}:{found.path}"
     return TrainedModel(config, params, found.weights, found.step, source, vae or found.autoencoder)
+
+
+def _here(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration's values with all devices of this machine, not those it was trained on."""
+    return {**values, "mesh": default_config().mesh.to_dict()}
 
 
 def _placer(config: ml_collections.ConfigDict) -> Callable[[np.ndarray], jax.Array]:

@@ -30,6 +30,7 @@ from parallel.transformer import (
     PATCH_AXES,
     ParallelNetwork,
     check_network,
+    exchange_note,
     place_split,
 )
 from parallel.unet import (
@@ -149,6 +150,11 @@ class ImageParallel:
         if unused:
             notes.append(unused)
         is_dit = isinstance(network.config, DiTConfig)
+        if is_dit and self.patch_devices > 1:
+            branches = 2 if guided and not self.split_guidance else 1
+            examples = branches * max(1, batch_size // mesh.shape["data"])
+            split = (self.mode, self.patch_devices, self.ulysses_degree)
+            notes.append(exchange_note(network.config, *split, examples))
         parallel = (ParallelNetwork if is_dit else ParallelUNet)(
             network, mesh, self.mode, warmup_steps
         )
@@ -231,7 +237,7 @@ class ImagePlacement:
     Attributes:
         plan: samples on the mesh.
         mesh: axes guidance, data, ulysses and ring; or guidance, data and tensor.
-        notes: lines for the user: padding, devices that are not used.
+        notes: lines for the user: padding, devices that are not used, bytes exchanged.
     """
 
     plan: SamplingPlan

@@ -15,7 +15,7 @@ from dit_jax.models.dit import DiTConfig, resolve_dtype
 from dit_jax.sampling import Carried
 from parallel.partitioning import DIT, place_tree
 from parallel.patch import Displaced, Naive, Synchronous
-from parallel.sequence import UlyssesRing, check_heads
+from parallel.sequence import UlyssesRing, check_heads, exchanged_bytes
 
 DIT_MODES = ("displaced", "synchronous", "naive", "ulysses", "ring", "tensor")
 BATCH_AXES = ("guidance", "data")
@@ -61,6 +61,35 @@ def split_rows(rows: int, devices: int) -> list[str]:
         f"{rows} rows of patches over {devices} devices: padded to {own * devices}, {own} a device "
         f"(nothing attends to the padding, and it is cut off)"
     ]
+
+
+def exchange_note(
+    config: DiTConfig, mode: str, patch_devices: int, ulysses: int, examples: int
+) -> str:
+    """What a device receives in one evaluation of `examples`, beside the other modes' (formulas).
+
+    Modes that this network or number of devices does not allow are left out.
+    """
+    rows, columns = config.grid
+    tokens = -(-rows // patch_devices) * patch_devices * columns
+    activation = examples * tokens * config.hidden_size * resolve_dtype(config.dtype).itemsize
+    degrees = {"displaced": 1, "ulysses": patch_devices, "ring": 1, "tensor": 1}
+    if config.num_heads % patch_devices:
+        del degrees["ulysses"], degrees["tensor"]
+    degrees.pop(mode, None)
+
+    def mib(mode: str, degree: int) -> str:
+        received = exchanged_bytes(
+            mode,
+            depth=config.depth,
+            activation_bytes=activation,
+            devices=patch_devices,
+            ulysses=degree,
+        )
+        return f"{mode} {received / 2**20:.3g} MiB"
+
+    others = ", ".join(mib(*item) for item in degrees.items())
+    return f"a device receives in one evaluation: {mib(mode, ulysses)} (for comparison {others})"
 
 
 def _check_tensor(config: DiTConfig, devices: int) -> None:

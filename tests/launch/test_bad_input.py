@@ -45,7 +45,7 @@ def trained(tmp_path_factory):
         ({"model.patch_size": 3}, "model.image_size=8 is not divisible by model.patch_size=3"),
         ({"model.image_size": 16}, "set config.model.image_size=8 and config.model.in_channels=1"),
         ({"model.num_classes": 7}, "set config.model.num_classes=10"),
-        ({"mesh.data": 3}, "mesh.data=3, but there are 8 devices"),
+        ({"mesh.data": 3}, "multiply to 3, but there are 8 devices: set mesh.data=8"),
         ({"data.name": "image_folder"}, "config.data.image_folder.path"),
         ({"data.name": "imagenet"}, "'imagenet'"),
         ({"training.num_steps": 0}, "config.training.num_steps=0: expected at least 1"),

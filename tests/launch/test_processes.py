@@ -126,8 +126,12 @@ def test_its_checkpoint_is_the_same_bits_on_one_device_and_on_eight(killed_and_r
     jax.tree.map(np.testing.assert_array_equal, one, eight)
 
 
-def test_one_process_goes_on_with_the_checkpoint_of_two(tiny_file, killed_and_resumed):
+def test_one_process_samples_and_goes_on_with_the_checkpoint_of_two(
+    tiny_file, killed_and_resumed, tmp_path
+):
     workdir, end, _, _ = killed_and_resumed
+    out, _ = run("sample", f"--workdir={workdir}", "--num_images=2", f"--out={tmp_path / 'x.png'}")
+    assert f"step {end}" in out
     out, _ = run(
         "train",
         *(f"--config={tiny_file}", f"--workdir={workdir}"),

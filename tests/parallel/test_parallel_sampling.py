@@ -351,8 +351,9 @@ def test_networks_and_plans_that_do_not_fit_are_refused():
 def test_padding_unused_devices_and_few_steps_are_said():
     plan = make_plan(steps=50)
     placement = ImageParallel("naive", patch_devices=3).distribute(plan, batch_size=3)
-    (note,) = placement.notes
-    assert note == "5 of 8 devices are not used: 3 images at once over groups of 3"
+    unused, exchanged = placement.notes
+    assert unused == "5 of 8 devices are not used: 3 images at once over groups of 3"
+    assert exchanged.startswith("a device receives in one evaluation: naive 0 MiB (for comparison")
     placement = ImageParallel("naive", patch_devices=4).distribute(plan, batch_size=2)
     assert placement.mesh.shape == {"guidance": 1, "data": 2, "ulysses": 1, "ring": 4}
     assert "15 rows of patches over 4 devices: padded to 16, 4 a device" in placement.notes[0]
