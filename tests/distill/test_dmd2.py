@@ -13,6 +13,7 @@ from distill import METHODS
 from distill.adversarial import Adversary
 from distill.discriminator import Discriminator
 from distill.dmd2 import DMD2
+from distill.f_distill import FDistill
 from distill.few_step import FewSteps
 from distill.student import Student, Teacher
 from dit_jax.config import ConfigError, default_config
@@ -90,8 +91,20 @@ def assert_gradients_equal(ours, module):
             np.testing.assert_allclose(value, expected, rtol=2e-3, atol=2e-6)
 
 
-def test_student_loss_and_gradients_equal_the_papers(edm):
+@pytest.mark.parametrize("divergence", ["", "kl", "js"])
+def test_student_loss_and_gradients_equal_the_papers(edm, divergence):
     method, params, batch = edm
+    weights = None
+    if divergence:  # f-distill: DMD2 with a weight of every example's gradient
+        fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+        method = FDistill(**fields, divergence=divergence)
+
+        def weights(logits):
+            ratio = logits.mean(1).exp().clamp(0.1, 20.0)
+            with torch.enable_grad():
+                h = torch_dmd2.divergence_weight(ratio, divergence)
+            return (h / h.mean()).float()
+
     examples = method.draw_examples(batch, jax.random.key(3), "student")
     frozen = {"teacher": params["teacher"]}
     gradients, metrics = jax.grad(method.student_loss, has_aux=True)(
@@ -107,14 +120,19 @@ def test_student_loss_and_gradients_equal_the_papers(edm):
         x0, hidden = networks["teacher"](x, t)
         return x0, (hidden[0], hidden[2])
 
+    def fake(x, t):
+        return networks["fake_score"](x, t)[0]
+
     loss, matching, gan = torch_dmd2.student_loss(
-        x0, real, lambda x, t: networks["fake_score"](x, t)[0], classify, t, eps, gan_weight=0.3
+        x0, real, fake, classify, t, eps, gan_weight=0.3, weights=weights
     )
     loss.backward()
     found = [metrics[name] for name in ("loss", "vsd", "gan_generator")]
     expected = [value.item() for value in (loss, matching, gan)]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     assert_gradients_equal(gradients, networks["student"])
+    if divergence:
+        assert metrics["h_max"] > 1.01 > 0.99 > metrics["h_min"]
 
 
 def test_critic_loss_and_gradients_equal_the_papers(edm):
