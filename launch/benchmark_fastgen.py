@@ -66,6 +66,20 @@ class _Placeholders(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """Nothing."""
 
 
+def make_importable(checkout: Path) -> None:
+    """Lets `import fastgen` find a checkout, and placeholders for what it imports and lacks.
+
+    Raises:
+        FileNotFoundError: it is no checkout of FastGen.
+    """
+    if not (Path(checkout) / "fastgen" / "methods").is_dir():
+        raise FileNotFoundError(
+            f"{checkout} is no checkout of FastGen: git clone https://github.com/NVlabs/FastGen"
+        )
+    sys.meta_path.append(_Placeholders())
+    sys.path.append(str(checkout))
+
+
 def student_step(checkout: Path, batch_size: int, device: str = "cpu") -> Callable[[], None]:
     """A function that makes one update of the student, of random weights, data and noise.
 
@@ -77,14 +91,8 @@ def student_step(checkout: Path, batch_size: int, device: str = "cpu") -> Callab
     Raises:
         FileNotFoundError: it is no checkout of FastGen.
     """
-    if not (Path(checkout) / "fastgen" / "methods").is_dir():
-        raise FileNotFoundError(
-            f"{checkout} is no checkout of FastGen: git clone https://github.com/NVlabs/FastGen"
-        )
+    make_importable(checkout)
     import torch
-
-    sys.meta_path.append(_Placeholders())
-    sys.path.append(str(checkout))
     from fastgen.methods import DMD2Model
     from fastgen.networks.discriminators import Discriminator_EDM
     from fastgen.networks.EDM.network import EDMPrecond

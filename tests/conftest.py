@@ -10,7 +10,12 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 DEVICES_FLAG = "--xla_force_host_platform_device_count=8"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES_FLAG}".strip()
+# Most tests run a program once or twice: compiling it is what takes the time. What is given in the
+# environment comes last and so counts.
+QUICK_COMPILATION_FLAG = "--xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = " ".join(
+    (QUICK_COMPILATION_FLAG, os.environ.get("XLA_FLAGS", ""), DEVICES_FLAG)
+)
 
 from jaxtyping import install_import_hook  # noqa: E402
 

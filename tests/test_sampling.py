@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax import sampling
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import DDPM, RectifiedFlow
 from dit_jax.diffusion.samplers import make_solver, schedule
 from dit_jax.models import DiTConfig, Network
 from dit_jax.sampling import Sampler, generate, image_keys
 from parallel.mesh import DataParallel, create_mesh
+from tests.compilations import compilations
 from tests.models.conftest import random_params
 
 CONFIG = DiTConfig(image_size=4, in_channels=2, hidden_size=16, depth=1, num_heads=2, num_classes=3)
@@ -71,26 +71,31 @@ def test_over_devices_images_are_the_same(stochastic):
     np.testing.assert_allclose(images, expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_only_another_number_of_steps_recompiles(flow):
-    sampler, params, times = flow
-    draw(flow, np.arange(4))
-    compiled = sampling._sample._cache_size()
-    draw(flow, np.arange(4), scale=3.0, seed=7)
-    draw(flow, np.arange(4, 8))
-    draw(flow, np.arange(4), scale=jnp.float32(1.5))
-    shifted = np.array(times, copy=True)
-    shifted[1:-1] *= 0.9
-    draw((sampler, params, shifted), np.arange(4))
-    draw((sampler, jax.tree.map(lambda a: a * 0.5, params), times), np.arange(4))
-    draw((make_sampler("heun", RectifiedFlow()), params, times), np.arange(4))  # an equal one
-    assert sampling._sample._cache_size() == compiled
-    for _ in range(2):
-        draw((sampler, params, schedule(RectifiedFlow(), 5)), np.arange(4))
-    assert sampling._sample._cache_size() == compiled + 1
-    # An interval is another program, its ends are inputs.
-    for low in (0.1, 0.3):
-        draw(flow, np.arange(4), guidance_interval=(low, 0.8))
-    assert sampling._sample._cache_size() == compiled + 2
+def test_only_another_number_of_steps_recompiles():
+    # A width that no other test has, so that nothing is compiled before.
+    sampler = make_sampler("heun", RectifiedFlow(), hidden_size=24)
+    params, times = random_params(sampler.denoiser.network), schedule(RectifiedFlow(), 4)
+    setup = (sampler, params, times)
+    with compilations("_sample") as compiled:
+        draw(setup, np.arange(4))
+        assert len(compiled) == 1
+        draw(setup, np.arange(4), scale=3.0, seed=7)
+        draw(setup, np.arange(4, 8))
+        draw(setup, np.arange(4), scale=jnp.float32(1.5))
+        shifted = np.array(times, copy=True)
+        shifted[1:-1] *= 0.9
+        draw((sampler, params, shifted), np.arange(4))
+        draw((sampler, jax.tree.map(lambda a: a * 0.5, params), times), np.arange(4))
+        equal = make_sampler("heun", RectifiedFlow(), hidden_size=24)
+        draw((equal, params, times), np.arange(4))
+        assert len(compiled) == 1
+        for _ in range(2):
+            draw((sampler, params, schedule(RectifiedFlow(), 5)), np.arange(4))
+        assert len(compiled) == 2
+        # An interval is another program, its ends are inputs.
+        for low in (0.1, 0.3):
+            draw(setup, np.arange(4), guidance_interval=(low, 0.8))
+        assert len(compiled) == 3
 
 
 def test_guidance(flow):

@@ -20,6 +20,7 @@ from dit_jax.diffusion.process import DDPM, Process
 from dit_jax.diffusion.samplers import make_solver, schedule
 from dit_jax.sampling import Sampler, image_keys
 from dit_jax.training.ema import Average
+from tests.compilations import OPTIMIZED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +237,7 @@ def train(
             data_key, update_key = jax.random.split(key)
             return method.update(state, draw(data_key), update_key, frozen, phase)
 
-        return jax.jit(function, donate_argnums=0)
+        return jax.jit(function, donate_argnums=0, compiler_options=OPTIMIZED)
 
     updates = {phase: update(phase) for phase in method.phases}
     metrics = {}

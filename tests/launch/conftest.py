@@ -59,8 +59,8 @@ def tiny_file(tmp_path_factory):
 
 def environment(devices=1):
     """Of a command: this one's, but with so many virtual devices."""
-    flag = f"--xla_force_host_platform_device_count={devices}"
-    return {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flag, "PYTHONUNBUFFERED": "1"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
 
 
 def start(command, *arguments, devices=1):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from dit_jax.models import autoencoder_kl, autoencoder_layers
+from dit_jax.models import autoencoder_layers
 from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from interop.autoencoder_kl import KNOWN
+from tests.compilations import compilations
 from tests.references import diffusers_autoencoder as reference
 
 SD = AutoencoderKLConfig(
@@ -195,11 +196,11 @@ def test_tiled_decoding_matches_diffusers(small, size, tile, overlap):
 def test_tiles_of_one_shape_are_compiled_once(small):
     _, autoencoder, params = small
     z = jnp.zeros((1, 28, 28, 4))
-    before = autoencoder_kl._decode._cache_size()
-    for _ in range(2):
-        autoencoder.decode_tiled(params, z, tile=10, overlap=0.3)
+    with compilations("_decode") as compiled:
+        for _ in range(2):
+            autoencoder.decode_tiled(params, z, tile=10, overlap=0.3)
     # Rows start at 0, 7, 14 (ten latents high) and 21 (seven): 16 tiles of four shapes.
-    assert autoencoder_kl._decode._cache_size() - before == 4
+    assert len(compiled) == 4
 
 
 def test_mistakes_are_refused(small):
