@@ -6,12 +6,13 @@ Trains the teacher (configs/digits.py), then each method's student from it or be
 them all by the same classifier against the same held-out digits. Writes OUT.json with all numbers,
 OUT.md with the table and OUT.png with samples of teacher and one-step students on the same noise.
 What is trained already is not trained again: the same command goes on where it was. About an hour
-on two CPU cores; --only=NAME... does a part.
+on two CPU cores; --only=NAME... does a part, and leaves the other rows of OUT as they are.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -136,7 +137,9 @@ VARIANTS: dict[str, Variant] = {
         several_steps={"method.f_distill.student_input": "simulation"},
         few_step=True,
     ),
-    "ladd": Variant(ladd_config, few_step=True),
+    "ladd": Variant(
+        ladd_config, several_steps={"method.ladd.student_input": "simulation"}, few_step=True
+    ),
 }
 
 
@@ -197,11 +200,14 @@ def score(model: loading.TrainedModel, judge_folder: Path, num_images: int) -> t
     ), {"samples": samples, "labels": labels, "test": test}
 
 
-def study_variant(
-    name: str, variant: Variant, teacher: Path, args: argparse.Namespace
-) -> tuple[dict, np.ndarray]:
-    """Trains and scores one row; returns its record and one-step samples."""
-    record, pictures, seconds = {"steps": {}}, None, 0.0
+def kept_samples(workdir: Path, name: str) -> Path:
+    """Where a row's samples in one step are."""
+    return workdir / f"{run_directory(workdir, name).name}.npy"
+
+
+def study_variant(name: str, variant: Variant, teacher: Path, args: argparse.Namespace) -> dict:
+    """Trains and scores one row; returns its record."""
+    record, seconds = {"steps": {}}, 0.0
     trainings = STEPS if variant.few_step else STEPS[:1]
     for steps in STEPS:
         directory = run_directory(args.workdir, name, steps if variant.few_step else 0)
@@ -220,15 +226,14 @@ def study_variant(
         model = loading.load_model(directory, overrides={"sampling.steps": steps})
         found, images = score(model, teacher, args.num_images)
         record["steps"][str(steps)] = dataclasses.asdict(found)
-        pictures = images["samples"] if steps == 1 else pictures
         if steps == 1:
-            np.save(args.workdir / f"{run_directory(args.workdir, name).name}.npy", pictures)
+            np.save(kept_samples(args.workdir, name), images["samples"])
         print(
             f"{name}, {steps} steps: Fréchet {found.frechet_distance:.3f}, "
             f"labels {found.label_accuracy:.1%}",
             flush=True,
         )
-    return record, pictures
+    return record
 
 
 def run_directory(workdir: Path, name: str, steps: int = 0) -> Path:
@@ -267,13 +272,15 @@ def _earlier_seconds(directory: Path) -> float:
     return json.loads(file.read_text())["seconds"] if file.is_file() else 0.0
 
 
-def earlier_rows(file: Path, record: dict) -> dict:
-    """Rows of a study that was interrupted, if it was scored alike."""
+def continued(file: Path, record: dict) -> dict:
+    """The record of a study that was interrupted or is done in parts, else `record`: teacher and
+    scoring have to be the same."""
     if not file.is_file():
-        return {}
+        return record
     earlier = json.loads(file.read_text())
     alike = all(earlier[key] == record[key] for key in ("seed", "num_images"))
-    return earlier["students"] if alike else {}
+    distances = (other["teacher"]["frechet_distance"] for other in (earlier, record))
+    return earlier if alike and math.isclose(*distances, rel_tol=1e-3) else record
 
 
 def markdown(record: dict) -> str:
@@ -327,27 +334,32 @@ def main() -> None:
         if args.teacher is None:
             _keep_seconds(teacher, seconds)
         found, images = score(loading.load_model(teacher), teacher, args.num_images)
+        command = " ".join(["python", "launch/study_distillation.py", *sys.argv[1:]])
         record = {
-            "command": " ".join(["python", "launch/study_distillation.py", *sys.argv[1:]]),
+            "command": command,
             "seed": args.seed,
             "num_images": args.num_images,
             "teacher": {**dataclasses.asdict(found), "training_seconds": seconds},
             "students": {},
         }
-        pictures = {"teacher": images["samples"]}
-        earlier = earlier_rows(args.out.with_suffix(".json"), record)
+        record = continued(args.out.with_suffix(".json"), record)
+        rows = record["students"]
         for name in args.only:
-            kept = args.workdir / f"{run_directory(args.workdir, name).name}.npy"
-            if name in earlier and kept.is_file():
-                row, samples = earlier[name], np.load(kept)
-            else:
-                row, samples = study_variant(name, VARIANTS[name], teacher, args)
-            record["students"][name] = row
-            pictures[name] = samples
+            samples = kept_samples(args.workdir, name)
+            if name not in rows or not samples.is_file():
+                row = study_variant(name, VARIANTS[name], teacher, args)
+                rows[name] = {**row, "command": command}
+            record["students"] = {name: rows[name] for name in VARIANTS if name in rows}
             evaluation.save_json(args.out.with_suffix(".json"), record, overwrite=True)
             args.out.with_suffix(".md").write_text(markdown(record))
-            save_pictures(args.out.with_suffix(".png"), pictures)
         print(markdown(record))
+        files = {name: kept_samples(args.workdir, name) for name in record["students"]}
+        if missing := [name for name, file in files.items() if not file.is_file()]:
+            print(f"{args.out}.png stays: --workdir has no samples of {', '.join(missing)}")
+        else:
+            pictures = {name: np.load(file) for name, file in files.items()}
+            pictures = {"teacher": images["samples"], **pictures}
+            save_pictures(args.out.with_suffix(".png"), pictures)
 
 
 if __name__ == "__main__":
