@@ -15,7 +15,6 @@ from dit_jax.experiment import build_method, resolve_config
 from tests.distill import few_step_bench as few
 from tests.distill.test_dmd2 import small_config
 
-
 STEPS = 2400
 
 
