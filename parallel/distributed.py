@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,8 +14,10 @@ from jax.experimental import multihost_utils
 
 # A process that says nothing for so long is taken for dead, and the others end.
 HEARTBEAT_SECONDS = 30
-# How long a process that failed waits for the others to tell their errors too.
+# How long a process that failed waits for the others to tell their errors too, and how much longer
+# the first one, in which the coordinator lives: the others are aborted where it is gone.
 _PARTING_SECONDS = 5
+_LAST_SECONDS = 2
 
 
 class DistributedError(RuntimeError):
@@ -153,3 +156,5 @@ def _part() -> None:
         from jax._src.distributed import global_state
 
         global_state.client.wait_at_barrier("ending", 1000 * _PARTING_SECONDS)
+    if is_first():
+        time.sleep(_LAST_SECONDS)

@@ -1,0 +1,339 @@
+"""Every key of the configuration with its default and meaning.
+
+An experiment starts from `default_config()` and states only what differs. Where one of several
+things is chosen by `name`, each has a namespace of its own (`process.ddpm`, `process.edm`, ...).
+"""
+
+import ml_collections
+
+# Keys of the methods with a discriminator.
+_ADVERSARIAL = {
+    "student_update_frequency": 5,  # updates of a round: one of the student, the rest its critics'
+    "student_input": "data",  # data (renoised) | simulation (the student's own), of several steps
+    "discriminator_learning_rate": 0.0,  # 0: config.optimizer's
+    "feature_indices": (),  # feature maps it reads; empty: a U-Net's last, a transformer's middle
+    "same_noise": False,  # renoise real and generated data alike
+    "r1_weight": 0.0,  # of the approximate R1 penalty (APT); 0: none
+    "r1_noise": 0.1,  # its perturbation of data
+}
+
+_DMD2 = {
+    **_ADVERSARIAL,
+    "fake_score_learning_rate": 0.0,  # 0: config.optimizer's
+    "fake_score_loss": "raw",  # raw (the process's own) | x0 | eps | velocity
+    "gan_weight": 0.001,  # of the student's GAN loss; 0: no discriminator
+    "gan_critic_weight": 1.0,  # of the discriminator's loss beside the fake score's
+    "features_of": "teacher",  # teacher | fake_score: whose features the discriminator reads
+}
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The default experiment: DiT-XL/2 on 256-pixel ImageNet latents, as in the paper."""
+    return ml_collections.ConfigDict(
+        {
+            "name": "",  # shown in logs and reports
+            "seed": 0,  # of initialisation, noise, and data order
+            "model": {
+                "name": "dit",  # dit | song_unet | dhariwal_unet
+                "image_size": 32,  # input side: latents are 32 for 256 pixels, 64 for 512
+                "in_channels": 4,
+                "num_classes": 1000,  # 0: unconditional
+                "second_time": "none",  # none | r | t-r: what else of time the network sees
+                "augment_dim": 0,  # labels of config.augmentation that the network sees
+                "remat": "none",  # none | block | dots
+                "attention": "auto",  # einsum | xla | cudnn | cpu | auto: by backend
+                "custom_gradients": "auto",  # on | off (where jax.jvp is needed) | auto: on on CPUs
+                "dtype": "auto",  # of matrix products; auto: bfloat16 on accelerators
+                # Of dit only, as are the keys up to layer_loop.
+                "patch_size": 2,
+                "hidden_size": 1152,
+                "depth": 28,
+                "num_heads": 16,
+                "mlp_ratio": 4.0,
+                "learn_sigma": True,
+                "time_frequency_spacing": "original",  # original | diffusers
+                "mlp_norm_epsilon": 1e-6,  # 1e-5 in diffusers' default DiT
+                "layer_loop": "auto",  # scan | unroll | auto: by backend
+                "song_unet": {  # EDM's DDPM++ (these defaults) and NCSN++
+                    "model_channels": 128,
+                    "channel_mult": (2, 2, 2),
+                    "channel_mult_emb": 4,
+                    "num_blocks": 4,
+                    "attn_resolutions": (16,),
+                    "dropout": 0.10,
+                    "embedding_type": "positional",  # positional | fourier (NCSN++)
+                    "channel_mult_noise": 1,  # 2 for NCSN++
+                    "encoder_type": "standard",  # standard | skip | residual (NCSN++)
+                    "decoder_type": "standard",  # standard | skip
+                    "resample_filter": (1, 1),  # (1, 3, 3, 1) for NCSN++
+                },
+                "dhariwal_unet": {  # ADM
+                    "model_channels": 192,
+                    "channel_mult": (1, 2, 3, 4),
+                    "channel_mult_emb": 4,
+                    "num_blocks": 3,
+                    "attn_resolutions": (32, 16, 8),
+                    "dropout": 0.10,
+                },
+            },
+            "process": {
+                "name": "ddpm",  # ddpm | flow | edm
+                "ddpm": {
+                    "num_timesteps": 1000,
+                    "beta_start": 1e-4,
+                    "beta_end": 2e-2,
+                    "prediction": "eps",  # eps | x0 | velocity
+                },
+                "flow": {
+                    "network_convention": "sit",  # sit | flux
+                    "time_scale": 1.0,  # multiplies the time the network sees
+                },
+                "edm": {
+                    "sigma_data": 0.5,
+                    "sigma_min": 0.002,  # where sampling ends, before 0
+                    "sigma_max": 80.0,  # where sampling starts
+                    "preconditioning": "edm",  # edm | vp | ve | iddpm: how the network is wrapped
+                    "vp_beta_d": 19.9,
+                    "vp_beta_min": 0.1,
+                    "vp_epsilon_t": 1e-5,
+                    "ve_sigma_min": 0.02,
+                    "ve_sigma_max": 100.0,
+                    "iddpm_c_1": 0.001,
+                    "iddpm_c_2": 0.008,
+                    "num_timesteps": 1000,  # M of vp and iddpm
+                },
+            },
+            "timesteps": {
+                # uniform | log_normal | logit_normal | truncated_log_normal | log_student_t |
+                # polynomial | speed | speed_first_release
+                "name": "uniform",
+                "log_normal": {"mean": -1.2, "std": 1.2},
+                "logit_normal": {"mean": 0.0, "std": 1.0},
+                # Between two times; 0: the process's own first or last.
+                "truncated_log_normal": {
+                    "mean": -1.1,
+                    "std": 2.0,
+                    "min_time": 0.0,
+                    "max_time": 0.0,
+                },
+                "log_student_t": {
+                    "mean": 0.0,
+                    "std": 0.2,
+                    "min_time": 0.0,
+                    "max_time": 0.0,
+                    "df": 0.01,
+                },
+                # EDM's sampling schedule of that many noise levels, without its ends.
+                "polynomial": {
+                    "rho": 7.0,
+                    "num_levels": 1000,
+                    "min_fraction": 0.002,
+                    "max_fraction": 0.998,
+                },
+                "speed": {  # as in the paper; for flow and edm, by the process's own increments
+                    "asymmetric": True,
+                    "weighted": True,
+                    "dual": True,
+                    "k": 5.0,
+                    "tau": 0,  # index from which the process counts as converged; 0: by process
+                    "lam": 0.6,
+                },
+                "speed_first_release": {"asymmetric": True, "weighted": True, "dual": True},
+            },
+            "loss": {
+                "weighting": "none",  # none | p2 | min_snr
+                "p2": {"k": 1.0, "gamma": 1.0},
+                "min_snr": {"gamma": 5.0},
+                "vlb_weight": 1.0,  # of the variance term, when model.learn_sigma
+            },
+            "teacher": {  # of the methods that distil
+                "path": "",  # [KIND:]SRC as for --init_from: workdir, .pt, folder, hub:...
+                "weights": "ema",  # ema: the first average; or raw, or an average's own name
+                "initialize_student": True,  # start from it (unless --init_from says otherwise)
+                "guidance_scale": 1.0,  # of the teacher's answers; 1: none
+                "guidance_interval": (),  # (low, high) in process time; empty: always
+            },
+            "method": {
+                # denoising | kd | consistency | tcm | scm | mean_flow | dmd2 | f_distill | ladd
+                "name": "denoising",
+                "label_dropout": 0.1,  # share of labels, if any, replaced by the null class
+                "consistency": {
+                    "trajectory": "data",  # data (training) | teacher (distillation): x at time r
+                    "solver": "euler",  # euler | heun: of the teacher's step from t to r
+                    "target": "student",  # whose x0 at r: student (its own), or an average's name
+                    "growth": 2.0,  # q: the ratio r / t is 1 - growth^-(stage + 1)
+                    "ratio_limit": 0.999,  # its largest value
+                    "images_per_stage": 6_400_000,
+                    "min_r": 0.0,  # smallest noise level of r; 0: clean data
+                    "quantize": False,  # t and r are indices (process.name = ddpm)
+                    "distance": "pseudo_huber",  # pseudo_huber | l2 | squared_l2
+                    "huber_constant": 1e-8,
+                    "weighting": "default",  # default: 1 / (t - r) | c_out | c_out_sq | sigma_sq |
+                    # sqrt: 1 / sqrt(t - r) | one
+                },
+                "tcm": {  # the second stage; times are those of config.timesteps
+                    "stage1": "",  # the first stage, a consistency model: [KIND:]SRC
+                    "stage1_weights": "ema",  # ema: the first average; or raw, or an average's name
+                    "transition": 1.0,  # time from which the student takes over
+                    "boundary_probability": 0.25,  # share of examples at the transition
+                    "boundary_weight": 0.1,  # of their loss
+                    "growth": 2.0,  # this and the others as for consistency
+                    "ratio_limit": 0.999,
+                    "images_per_stage": 1_000_000,
+                    "images_before": 0,  # that count as seen, so that the ratio goes on from there
+                    "min_r": 0.0,
+                    "distance": "pseudo_huber",
+                    "huber_constant": 1e-8,
+                    "weighting": "default",
+                },
+                "scm": {
+                    "velocity": "teacher",  # teacher (sCD) | data (sCT): which flow is followed
+                    "sigma_data": 0.5,  # standard deviation of the data, for TrigFlow
+                    "tangent_warmup_steps": 10_000,  # over which the derivative comes in
+                    "tangent": "normalize",  # normalize: g / (|g| + constant) | clip: to [-1, 1]
+                    "tangent_constant": 0.1,
+                    "spatially_invariant": True,  # |g| a root mean square, not of the sum
+                    "adaptive_weighting": True,  # learn a log variance of the loss by noise level
+                    "prior_weighting": True,  # divide the loss by sigma / alpha
+                    "divide_by_dimension": True,  # the mean square by the values of an example
+                    "derivative": "jvp",  # jvp | finite_difference
+                    "derivative_dtype": "",  # float32 | bfloat16; empty: as model.dtype
+                    "finite_difference_step": 1e-3,  # in log(sigma / alpha)
+                },
+                "mean_flow": {
+                    "velocity": "data",  # data | teacher: whose velocity is learned
+                    "direction": "velocity",  # velocity (MeanFlow) | network (improved MeanFlow)
+                    "interval_share": 0.25,  # of examples with r < t; of the others r = t
+                    "r_distribution": "same",  # same (as timesteps) | uniform | logit_normal
+                    "r_mean": 0.0,  # of logit_normal
+                    "r_std": 1.0,
+                    "guidance_omega": 1.0,  # guidance of scale omega / (1 - kappa), from data only
+                    "guidance_kappa": 0.0,
+                    "guidance_interval": (),  # (low, high) times of that; empty: always
+                    "loss": "l2",  # l2 | opt_grad
+                    "weight_power": 1.0,  # of the adaptive loss weight; 0: none
+                    "weight_constant": 0.01,  # kept from the weight's pole
+                    "scale_by_dimension": False,  # errors by the root of the pixels, in opt_grad
+                    "tangent_warmup_steps": 0,  # over which the derivative comes in
+                    "derivative": "jvp",  # jvp | finite_difference
+                    "derivative_dtype": "",  # float32 | bfloat16; empty: as model.dtype
+                    "finite_difference_step": 1e-3,  # in t
+                },
+                "kd": {
+                    "loss": "mse",  # mse: half the mean square | pseudo_huber
+                    "huber_c": 0.0,  # of pseudo_huber; 0: 0.00054 sqrt(values of an example)
+                },
+                "dmd2": _DMD2,
+                "f_distill": {
+                    **_DMD2,
+                    "divergence": "js",  # js | kl | rkl | sh | neyman | jf | sf
+                    "ratio_lower": 0.1,  # real over generated density is clipped to these
+                    "ratio_upper": 20.0,
+                    "ratio_normalization": True,  # divide it by its recent mean at like times
+                    "ratio_bins": 10,  # of time
+                    "ratio_decay": 0.0,  # share of the old mean kept; 0: the batch's own
+                },
+                "ladd": _ADVERSARIAL,
+            },
+            "data": {
+                "name": "latents",  # digits | image_folder | jpeg_npz | latents | pairs | tfds
+                "horizontal_flip": False,  # mirror half of the training images
+                "num_workers": 0,  # processes that read and decode; 0: a thread of this one
+                "latents": {"path": "", "moments": "sample"},
+                "image_folder": {
+                    "path": "",
+                    "resize": "adm",  # adm: scale and centre-crop to model.image_size | none
+                    "test_fraction": 0.0,  # share held out where the folder has no test/
+                    "verify": "fast",  # fast | full | none: looking for corrupt files
+                    "index_cache": "",  # where the result of that is kept; empty: beside the data
+                },
+                "jpeg_npz": {"path": ""},  # with {split} where the split's name stands
+                "pairs": {"path": ""},  # noise and a teacher's samples, of launch/write_pairs.py
+                "tfds": {"dataset": "", "data_dir": "", "resize": "adm"},
+            },
+            "augmentation": {  # EDM's, on the device, told to the network (model.augment_dim)
+                "probability": 0.0,  # of each transformation, times its multiplier; 0: none
+                "xflip": 1e8,  # multipliers, 0 for leaving a transformation out; 1e8: a fair coin
+                "yflip": 1.0,
+                "rotate_int": 0.0,
+                "translate_int": 0.0,
+                "scale": 1.0,
+                "rotate_frac": 1.0,
+                "aniso": 1.0,
+                "translate_frac": 1.0,
+                "brightness": 0.0,
+                "contrast": 0.0,
+                "lumaflip": 0.0,
+                "hue": 0.0,
+                "saturation": 0.0,
+                "translate_int_max": 0.125,  # of the side
+                "scale_std": 0.2,  # of log2
+                "rotate_frac_max": 1.0,  # of 180 degrees
+                "aniso_std": 0.2,  # of log2
+                "aniso_rotate_prob": 0.5,
+                "translate_frac_std": 0.125,  # of the side
+                "brightness_std": 0.2,
+                "contrast_std": 0.5,  # of log2
+                "hue_max": 1.0,  # of 180 degrees
+                "saturation_std": 1.0,  # of log2
+            },
+            "optimizer": {
+                "name": "adamw",  # adamw | radam | lion
+                "learning_rate": 1e-4,
+                "schedule": "constant",  # constant | cosine | linear, after the warm-up
+                "warmup_steps": 0,
+                "final_learning_rate": 0.0,  # of cosine and linear, at training.num_steps
+                "weight_decay": 0.0,
+                "gradient_clip_norm": 0.0,  # 0: no clipping
+                "adamw": {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8},
+                "radam": {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8},
+                "lion": {"beta1": 0.9, "beta2": 0.99},
+            },
+            "ema": {
+                "decays": (0.9999,),  # constant decays, each its own average
+                "power_stds": (),  # EDM2 power-function averages by relative width, e.g. 0.05
+            },
+            "training": {
+                "num_steps": 400_000,
+                "batch_size": 256,  # over all devices
+                "num_microbatches": 1,  # gradient accumulation: the batch in so many parts
+                "log_every": 100,
+                "preview_every": 0,  # steps between sample grids; 0: none
+                "preview_images": 64,
+                "checkpoint_every": 5_000,
+                "keep_last": 2,  # most recent checkpoints kept
+                "keep_every": 0,  # also keep checkpoints at multiples of this; 0: none
+                "tensorboard": True,
+                "wandb": False,
+            },
+            "sampling": {
+                "solver": "ddpm",  # ddpm | ddim | euler | heun | dpmpp_2m | consistency | mean_flow
+                "steps": 250,
+                "times": (),  # explicit process times from noise to clean, instead of a spacing
+                "guidance_scale": 1.0,
+                "guidance_interval": (),  # (low, high) in process time; empty: always
+                "guidance_channels": "all",  # all | first3 (the original DiT's)
+                "spacing": "",  # of the times (diffusion.schedules); empty: by solver and process
+                "shift": 1.0,  # of flow's times, above 1 towards noise
+                "rho": 7.0,  # of EDM's times
+                "ddpm": {"variance": "auto", "clip_denoised": False},
+                "ddim": {"eta": 0.0, "clip_denoised": False},
+                "heun": {"s_churn": 0.0, "s_min": 0.0, "s_max": 1e9, "s_noise": 1.0},
+                "batch_size": 64,  # images sampled at once, over all devices
+                "weights": "ema",  # ema: the first average; or raw, or an average's own name
+            },
+            "autoencoder": {
+                "path": "",  # the VAE that decodes latents, a diffusers folder; empty: none
+                "batch_size": 16,  # images decoded at once, over all devices
+                "tile": 0,  # side in latents of tiles to decode large images by; 0: whole images
+            },
+            "evaluation": {"num_images": 1000},  # samples that launch/evaluate.py scores
+            "mesh": {  # devices along each axis; of one of them -1: all that the others leave
+                "data": -1,  # parts of a batch, each with the whole state
+                "fsdp": 1,  # parts of a batch among which the state is divided too
+                "tensor": 1,  # parts of the network's matrices
+                "sequence": 1,  # parts of an image, by rows
+            },
+        },
+        convert_dict=True,
+    ).lock()
