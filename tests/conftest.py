@@ -12,7 +12,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 DEVICES_FLAG = "--xla_force_host_platform_device_count=8"
 # Most tests run a program once or twice: compiling it is what takes the time. (At level 0 sums are
 # rounded otherwise, and training to a distance comes out elsewhere.) What is given in the
-# environment comes last and so counts.
+# environment comes after it and so counts.
 QUICK_COMPILATION_FLAG = "--xla_backend_optimization_level=1"
 os.environ["XLA_FLAGS"] = " ".join(
     (QUICK_COMPILATION_FLAG, os.environ.get("XLA_FLAGS", ""), DEVICES_FLAG)

@@ -51,7 +51,7 @@ EXECUTIONS = [
     ("dit", {"layer_loop": loop, "remat": remat})
     for loop in ("unroll", "scan")
     for remat in ("none", "block", "dots")
-] + [("song_unet", {"remat": remat}) for remat in ("none", "dots")]
+] + [("song_unet", {"remat": remat}) for remat in ("none", "block", "dots")]
 
 
 def _normal(seed, *shape):

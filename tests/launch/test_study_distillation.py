@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from launch import methods
 from launch import study_distillation as study
 
 
@@ -46,8 +47,6 @@ def test_table():
 @pytest.mark.parametrize("name", study.VARIANTS)
 def test_every_row_builds(name, tmp_path):
     """Of one and of several steps, before anything is trained."""
-    from launch import methods
-
     for steps in study.STEPS:
         config = study.configure(
             study.VARIANTS[name], tmp_path, steps, seed=0, pairs=tmp_path / "pairs"
