@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from dit_jax.models import Network, gradients
+from dit_jax.models import Network, cpu_kernels
 from dit_jax.models.attention import LocalAttention
 from dit_jax.models.dit import DiTConfig, resolve_dtype
 from dit_jax.sampling import Carried
@@ -221,7 +221,7 @@ class ParallelNetwork:
     @property
     def _kernel(self) -> LocalAttention:
         config = self.network.config
-        custom_gradients = gradients.resolve_custom_gradients(config.custom_gradients)
+        custom_gradients = cpu_kernels.resolve_custom_gradients(config.custom_gradients)
         return LocalAttention(config.attention, custom_gradients)
 
     def _strategy(self):

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from dit_jax.models import Network, gradients
+from dit_jax.models import Network, cpu_kernels
 from dit_jax.models.attention import Attention, LocalAttention
 from dit_jax.sampling import Carried
 from parallel.patch import Displaced, Naive, Synchronous
@@ -294,7 +294,7 @@ class ParallelUNet:
         height, batch_axes = x.shape[1], self._batch_axes(x.shape[0])
         padding = rows.padding * (height // rows.units)
         x = jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0)))
-        custom_gradients = gradients.resolve_custom_gradients(config.custom_gradients)
+        custom_gradients = cpu_kernels.resolve_custom_gradients(config.custom_gradients)
         kernel = LocalAttention(config.attention, custom_gradients)
 
         def evaluate(params, x, t, conditions, states):

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dit_jax.models import gradients
+from dit_jax.models import cpu_kernels
 
 IMPLEMENTATIONS = ("auto", "einsum", "xla", "cudnn", "cpu")
 
@@ -82,7 +82,7 @@ def resolve_implementation(
 ) -> str:
     """The kernel that `implementation` stands for on `backend` (default: JAX's own).
 
-    'auto' is 'cpu' (`gradients.attention`) on CPUs if `custom_gradients`, else 'einsum' there;
+    'auto' is 'cpu' (`cpu_kernels.attention`) on CPUs if `custom_gradients`, else 'einsum' there;
     'cudnn' on GPUs where cuDNN takes the dtype and head size, and 'xla' elsewhere. An explicit
     'cudnn' that cannot run is an error, never a silent substitute.
     """
@@ -119,7 +119,7 @@ class LocalAttention:
             self.implementation, q.dtype, q.shape[-1], custom_gradients=self.custom_gradients
         )
         if implementation == "cpu":
-            return gradients.attention(q, k, v), state
+            return cpu_kernels.attention(q, k, v), state
         if implementation == "einsum":
             return einsum_attention(q, k, v), state
         return jax.nn.dot_product_attention(q, k, v, implementation=implementation), state

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from dit_jax.models import attention as attention_lib
-from dit_jax.models import gradients, layers, stack
+from dit_jax.models import cpu_kernels, layers, stack
 
 # The paper's table 1: (depth, hidden size, heads).
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -42,8 +42,8 @@ class DiTConfig:
         layer_loop: 'scan', 'unroll' or 'auto' (`stack.resolve_layer_loop`).
         remat: 'none', 'block' or 'dots' (`stack.rematerialised`).
         attention: kernel of the local attention, see `attention.resolve_implementation`.
-        custom_gradients: 'on' for hand-written backward passes (`gradients`), which have no forward
-            mode; 'off' for JAX's own; 'auto' is 'on' on CPUs.
+        custom_gradients: 'on' for hand-written backward passes (`cpu_kernels`), which have no
+            forward mode; 'off' for JAX's own; 'auto' is 'on' on CPUs.
         dtype: of the matrix products, 'float32', 'bfloat16', 'float16', or 'auto': bfloat16 on
             accelerators and float32 on CPUs.
     """
@@ -98,7 +98,7 @@ class DiTConfig:
             raise ValueError(f"model.augment_dim={self.augment_dim}: expected 0 or more")
         stack.resolve_layer_loop(self.layer_loop)
         stack.rematerialised(lambda: None, self.remat)
-        gradients.resolve_custom_gradients(self.custom_gradients)
+        cpu_kernels.resolve_custom_gradients(self.custom_gradients)
         dtype = resolve_dtype(self.dtype)
         attention_lib.resolve_implementation(self.attention, dtype, self.head_dim)
 
@@ -185,7 +185,7 @@ class DiTBlock(nnx.Module):
         dim = config.hidden_size
         self.mlp_norm_epsilon = config.mlp_norm_epsilon
         self.attn = SelfAttention(dim, config.num_heads, rngs=rngs, dtype=dtype)
-        self.custom_gradients = gradients.resolve_custom_gradients(config.custom_gradients)
+        self.custom_gradients = cpu_kernels.resolve_custom_gradients(config.custom_gradients)
         self.mlp = layers.Mlp(
             dim,
             int(dim * config.mlp_ratio),
@@ -222,7 +222,7 @@ class FinalLayer(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: Any):
         dim, zeros = config.hidden_size, nnx.initializers.zeros_init()
-        self.custom_gradients = gradients.resolve_custom_gradients(config.custom_gradients)
+        self.custom_gradients = cpu_kernels.resolve_custom_gradients(config.custom_gradients)
         patch_dim = config.patch_size**2 * config.out_channels
         self.adaLN_modulation = layers.Linear(
             dim, 2 * dim, rngs=rngs, kernel_init=zeros, dtype=dtype
@@ -295,7 +295,7 @@ class DiT(nnx.Module):
         """
         config = self.config
         attention = attention or attention_lib.LocalAttention(
-            config.attention, gradients.resolve_custom_gradients(config.custom_gradients)
+            config.attention, cpu_kernels.resolve_custom_gradients(config.custom_gradients)
         )
         dtype = resolve_dtype(config.dtype)
         tokens = self.x_embedder(layers.patchify(x, config.patch_size))

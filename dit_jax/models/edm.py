@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from dit_jax.models import attention as attention_lib
-from dit_jax.models import edm_layers, edm_plan, gradients, layers
+from dit_jax.models import cpu_kernels, edm_layers, edm_plan, layers
 from dit_jax.models.dit import resolve_dtype
 from dit_jax.models.edm_config import DhariwalUNetConfig, SongUNetConfig, UNetConfig
 from dit_jax.models.edm_layers import Initialization, Linear
@@ -102,7 +102,7 @@ class _UNet(nnx.Module):
             attention
             or spatial.attention
             or attention_lib.LocalAttention(
-                config.attention, gradients.resolve_custom_gradients(config.custom_gradients)
+                config.attention, cpu_kernels.resolve_custom_gradients(config.custom_gradients)
             )
         )
         walk = _Walk(config, self._embedding(t, conditions), dropout_keys, attention, spatial)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from dit_jax.models import attention as attention_lib
-from dit_jax.models import edm_plan, gradients, layers, stack
+from dit_jax.models import cpu_kernels, edm_plan, layers, stack
 from dit_jax.models.dit import resolve_dtype
 from dit_jax.models.edm_layers import BlockStyle, Initialization
 
@@ -58,7 +58,7 @@ class UNetConfig:
             edm_plan.require_group_width(layer)
             edm_plan.require_heads(layer, self.style)
         stack.rematerialised(lambda: None, self.remat)
-        gradients.resolve_custom_gradients(self.custom_gradients)
+        cpu_kernels.resolve_custom_gradients(self.custom_gradients)
         dtype = resolve_dtype(self.dtype)
         for layer in edm_plan.attention_layers(self):
             head_dim = layer.out_channels // self.style.num_heads(layer.out_channels)

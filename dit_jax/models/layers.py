@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dit_jax.models import gradients
+from dit_jax.models import cpu_kernels
 from dit_jax.models.batch_axes import divided_by_examples, is_training_mesh
 
 TIME_FREQUENCY_SPACINGS = ("original", "diffusers")
@@ -80,7 +80,7 @@ def modulated_layer_norm(
 ) -> Float[Array, "b l d"]:
     """adaLN: `modulate(layer_norm(x), shift, scale)`, with either backward pass."""
     if custom_gradients:
-        return gradients.modulated_layer_norm(x, shift, scale, epsilon)
+        return cpu_kernels.modulated_layer_norm(x, shift, scale, epsilon)
     return modulate(layer_norm(x, epsilon), shift, scale)
 
 
@@ -93,7 +93,7 @@ def gated_residual(
 ) -> Float[Array, "b l d"]:
     """adaLN-zero's residual, x + gate update, with either backward pass."""
     if custom_gradients:
-        return gradients.gated_residual(x, update, gate)
+        return cpu_kernels.gated_residual(x, update, gate)
     return x + gate[:, None] * update
 
 
@@ -169,7 +169,7 @@ class Mlp(nnx.Module):
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         """Applies the MLP to every token."""
         hidden = self.fc1(x)
-        gelu = gradients.gelu if self.custom_gradients else jax.nn.gelu
+        gelu = cpu_kernels.gelu if self.custom_gradients else jax.nn.gelu
         return self.fc2(gelu(hidden))
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax.models import DiTConfig, Network, attention, gradients, layers
+from dit_jax.models import DiTConfig, Network, attention, cpu_kernels, layers
 
 SMALL = DiTConfig(
     image_size=16, hidden_size=32, depth=2, num_heads=4, num_classes=10, custom_gradients="off"
@@ -29,34 +29,36 @@ def assert_same_derivatives(custom, plain, *operands):
 
 def test_modulated_layer_norm():
     operands = 3 * normal(0, 3, 7, 16) + 1, normal(1, 3, 16), normal(2, 3, 16)
-    assert_same_derivatives(gradients.modulated_layer_norm, layers.modulated_layer_norm, *operands)
+    assert_same_derivatives(
+        cpu_kernels.modulated_layer_norm, layers.modulated_layer_norm, *operands
+    )
 
 
 def test_gated_residual():
     operands = normal(0, 3, 7, 16), normal(1, 3, 7, 16), normal(2, 3, 16)
-    assert_same_derivatives(gradients.gated_residual, layers.gated_residual, *operands)
+    assert_same_derivatives(cpu_kernels.gated_residual, layers.gated_residual, *operands)
 
 
 def test_gelu():
     x = jnp.linspace(-12, 12, 1001)
-    assert_same_derivatives(gradients.gelu, lambda x: jax.nn.gelu(x, approximate=True), x)
+    assert_same_derivatives(cpu_kernels.gelu, lambda x: jax.nn.gelu(x, approximate=True), x)
 
 
 @pytest.mark.parametrize("longest_stored", [512, 4])
 def test_attention(monkeypatch, longest_stored):
-    monkeypatch.setattr(gradients, "_LONGEST_STORED", longest_stored)
+    monkeypatch.setattr(cpu_kernels, "_LONGEST_STORED", longest_stored)
     operands = [2 * normal(i, 6, 9, 2, 8) for i in range(3)]
-    assert_same_derivatives(gradients.attention, attention.einsum_attention, *operands)
+    assert_same_derivatives(cpu_kernels.attention, attention.einsum_attention, *operands)
 
 
 def test_attention_with_fewer_queries_than_keys():
     operands = normal(0, 3, 4, 2, 8), normal(1, 3, 9, 2, 8), normal(2, 3, 9, 2, 8)
-    assert_same_derivatives(gradients.attention, attention.einsum_attention, *operands)
+    assert_same_derivatives(cpu_kernels.attention, attention.einsum_attention, *operands)
 
 
 def test_large_scores_stay_finite():
     q, k, v = 100 * normal(0, 2, 5, 2, 8), 100 * normal(1, 2, 5, 2, 8), normal(2, 2, 5, 2, 8)
-    grads = jax.grad(lambda *qkv: gradients.attention(*qkv).sum(), (0, 1, 2))(q, k, v)
+    grads = jax.grad(lambda *qkv: cpu_kernels.attention(*qkv).sum(), (0, 1, 2))(q, k, v)
     assert all(np.isfinite(g).all() for g in grads)
 
 
@@ -99,7 +101,7 @@ def test_forward_mode_works_when_off_and_says_no_when_on():
 
 
 def test_auto_is_on_for_cpus_only():
-    assert gradients.resolve_custom_gradients("auto", "cpu")
-    assert not gradients.resolve_custom_gradients("auto", "gpu")
+    assert cpu_kernels.resolve_custom_gradients("auto", "cpu")
+    assert not cpu_kernels.resolve_custom_gradients("auto", "gpu")
     with pytest.raises(ValueError, match="custom_gradients='yes'"):
         DiTConfig(custom_gradients="yes")
