@@ -7,7 +7,7 @@ nothing.
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -40,6 +40,9 @@ DIT_KEYS = (
     "mlp_norm_epsilon",
     "layer_loop",
 )
+
+# Keys that came after the first runs, and what those did: what a config.json without them means.
+_LATER_KEYS = {"ema.warmup": False}
 
 
 class ConfigError(ValueError):
@@ -185,11 +188,31 @@ def differences(old: AnyConfig, new: AnyConfig) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def to_json(config: ml_collections.ConfigDict) -> str:
-    """The configuration as JSON text."""
-    return json.dumps(config.to_dict(), indent=2) + "\n"
+def to_json(config: ml_collections.ConfigDict, *, without: Sequence[str] = ()) -> str:
+    """The configuration as JSON text, `without` some keys ('ema.warmup')."""
+    values = config.to_dict()
+    for path in without:
+        section, _, leaf = path.rpartition(".")
+        del values[section][leaf]
+    return json.dumps(values, indent=2) + "\n"
 
 
 def from_json(text: str) -> ml_collections.ConfigDict:
-    """Reads `to_json`'s text back, checked like any other configuration."""
-    return resolve(json.loads(text))
+    """Reads `to_json`'s text back, checked like any other configuration.
+
+    A key that is younger than the text has the value that runs had before there was such a key.
+    """
+    values = json.loads(text)
+    for path, value in earlier_values(text).items():
+        section, _, leaf = path.rpartition(".")
+        values[section] = {**values.get(section, {}), leaf: value}
+    return resolve(values)
+
+
+def earlier_values(text: str) -> dict[str, Any]:
+    """Keys that `to_json`'s text is too old to have, with what it means without them."""
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise ConfigError(f"expected a JSON object, not {type(values).__name__}")
+    present = {path for path, _ in flatten(values)}
+    return {path: value for path, value in _LATER_KEYS.items() if path not in present}

@@ -292,6 +292,7 @@ def default_config() -> ml_collections.ConfigDict:
             "ema": {
                 "decays": (0.9999,),  # constant decays, each its own average
                 "power_stds": (),  # EDM2 power-function averages by relative width, e.g. 0.05
+                "warmup": True,  # constant decays grow to theirs, as (1 + step) / (10 + step)
             },
             "training": {
                 "num_steps": 400_000,

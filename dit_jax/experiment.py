@@ -185,7 +185,8 @@ def build_timesteps(config: ml_collections.ConfigDict) -> TimeDistribution:
 
 def build_averages(config: ml_collections.ConfigDict) -> tuple[ema.Average, ...]:
     """The averages of the parameters of `config.ema`."""
-    return tuple(ema.averages(config.ema.decays, config.ema.power_stds))
+    options = config.ema
+    return tuple(ema.averages(options.decays, options.power_stds, warmup=options.warmup))
 
 
 def build_augmentation(config: ml_collections.ConfigDict) -> Augmentation | None:

@@ -1,6 +1,6 @@
 """Displaced patches on a trained model: how far from one device's image, and what it costs.
 
-  python launch/train.py --config=configs/digits.py --workdir=runs/digits
+  python launch/train.py --config=configs/digits.py --workdir=runs/digits --config.ema.warmup=False
   XLA_FLAGS=--xla_force_host_platform_device_count=8 python launch/study_displaced.py \\
       --workdir=runs/digits --devices 2 4 --out=docs/results/displaced_digits
 

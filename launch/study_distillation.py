@@ -164,6 +164,7 @@ def train_teacher(directory: Path, seed: int) -> float:
     """Trains the teacher unless it is there; returns the seconds it took, 0 if it was."""
     config = digits.get_config()
     config.seed = seed
+    config.ema.warmup = False  # as all of the record was made
     config.training.tensorboard = False
     return train.run(config, directory).seconds
 
@@ -176,6 +177,7 @@ def configure(
     overrides = variant.overrides | (variant.several_steps if steps > 1 else {})
     config = ml_collections.ConfigDict(wiring.override(config.to_dict(), overrides))
     config.seed = seed
+    config.ema.warmup = False
     config.training.tensorboard = False
     config.training.preview_every = 0
     config.sampling.steps = steps

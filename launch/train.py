@@ -71,7 +71,7 @@ def run(
         init_from: a checkpoint whose parameters a new run starts from (`interop.open_model`).
         force: go on in a workdir of another configuration.
     """
-    config = methods.resolve_config(config)
+    config = workdir.keep_earlier(directory, methods.resolve_config(config))
     agreed = f"{config_lib.to_json(config)}{init_from}{force}"
     distributed.require_agreement(agreed, "the configuration, --init_from and --force")
     method = methods.build_method(config)

@@ -32,10 +32,12 @@ class Average:
     Attributes:
         decay: share of the old average kept at every update, or None.
         power_std: relative width of EDM2's profile, or None.
+        warmup: keep less at first: the smaller of `decay` and (1 + step) / (10 + step).
     """
 
     decay: float | None = None
     power_std: float | None = None
+    warmup: bool = False
 
     def __post_init__(self):
         if (self.decay is None) == (self.power_std is None):
@@ -44,6 +46,8 @@ class Average:
             raise ValueError(f"ema.decays: {self.decay} is not in [0, 1)")
         if self.power_std is not None:
             power_function_exponent(self.power_std)
+            if self.warmup:
+                raise ValueError("only an average of constant decay has a warmup")
 
     @property
     def name(self) -> str:
@@ -55,17 +59,24 @@ class Average:
 
         One minus the decay; for the power function 1 - (1 - 1 / step)^(gamma + 1), in a form whose
         float32 rounding does not grow with the step. The power function forgets the initial
-        parameters at the first step by itself; a constant decay starts from them, as DiT does.
+        parameters at the first step by itself. A constant decay starts from them, as DiT does:
+        after n steps they still weigh decay^n. Warmed up, as TensorFlow's ExponentialMovingAverage
+        does it, they weigh 10! (n + 1)! / (n + 10)! while the warm-up lasts, hardly anything after
+        ten steps; it lasts 9 / (1 - decay).
         """
         if self.decay is not None:
-            return jnp.float32(1 - self.decay)
+            share = jnp.float32(1 - self.decay)
+            return jnp.maximum(share, 9 / (10 + step.astype(jnp.float32))) if self.warmup else share
         exponent = power_function_exponent(self.power_std) + 1
         return -jnp.expm1(exponent * jnp.log1p(-1 / step.astype(jnp.float32)))
 
 
-def averages(decays: Sequence[float] = (), power_stds: Sequence[float] = ()) -> list[Average]:
-    """The averages a configuration asks for, constant decays first."""
-    found = [Average(decay=d) for d in decays] + [Average(power_std=s) for s in power_stds]
+def averages(
+    decays: Sequence[float] = (), power_stds: Sequence[float] = (), *, warmup: bool = False
+) -> list[Average]:
+    """The averages a configuration asks for, constant decays first, these with `warmup` or not."""
+    found = [Average(decay=d, warmup=warmup) for d in decays]
+    found += [Average(power_std=s) for s in power_stds]
     names = [average.name for average in found]
     if len(set(names)) != len(names):
         raise ValueError(f"ema: the same average is asked for twice: {names}")

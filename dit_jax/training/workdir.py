@@ -47,6 +47,32 @@ class WorkdirError(RuntimeError):
     """A workdir that cannot be used as asked."""
 
 
+def keep_earlier(workdir: Path, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """`config` for the run in `workdir`, if there is one, which may be older than some keys.
+
+    It goes on as it began: keys that its config.json is too old to have get the values that they
+    stand for there, whatever `config` has. A line says so. Other differences are `prepare`'s.
+    """
+    now = dict(config_lib.flatten(config))
+    earlier = _earlier_values(Path(workdir))
+    changed = {key: value for key, value in earlier.items() if now[key] != value}
+    if not changed:
+        return config
+    listed = ", ".join(f"config.{key}={value}" for key, value in changed.items())
+    logging.warning("%s is of before there was such a key: it continues with %s", workdir, listed)
+    return config_lib.from_json(config_lib.to_json(config, without=list(changed)))
+
+
+def _earlier_values(workdir: Path) -> dict:
+    file = workdir / CONFIG_FILE
+    if not file.exists() or not any((workdir / CHECKPOINTS).glob("[0-9]*")):
+        return {}
+    try:
+        return config_lib.earlier_values(file.read_text())
+    except ValueError as error:
+        raise WorkdirError(f"{file} cannot be used: {error}") from error
+
+
 def prepare(workdir: Path, config: ml_collections.ConfigDict, *, force: bool = False) -> None:
     """Makes `workdir` the home of a run with `config`, or refuses before anything is trained.
 
@@ -75,7 +101,7 @@ def prepare(workdir: Path, config: ml_collections.ConfigDict, *, force: bool = F
             logging.warning("continuing %s with another configuration:\n%s", workdir, listed)
     if jax.process_index() == 0:
         temporary = file.with_suffix(".json.tmp")
-        temporary.write_text(config_lib.to_json(config))
+        temporary.write_text(config_lib.to_json(config, without=list(_earlier_values(workdir))))
         temporary.replace(file)
 
 

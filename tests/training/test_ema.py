@@ -1,3 +1,5 @@
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,6 +22,35 @@ def test_a_constant_decay_starts_from_the_initial_parameters():
     for value in values[1:]:
         expected = 0.9 * expected + 0.1 * value
     assert averaged(Average(decay=0.9), values) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 10, 500])
+def test_a_warmed_up_decay_weighs_its_first_steps_less(steps):
+    # While (1 + n) / (10 + n) < decay the update that ends step i weighs 9 (i + 9)! (n + 1)! /
+    # ((i + 1)! (n + 10)!) after n steps, the initial parameters 10! (n + 1)! / (n + 10)!.
+    def factorials(a, b):  # a! / b! of b <= a
+        return math.prod(range(b + 1, a + 1))
+
+    weights = [math.factorial(10) / factorials(steps + 10, steps + 1)]
+    weights += [
+        9 * factorials(i + 9, i + 1) / factorials(steps + 10, steps + 1)
+        for i in range(1, steps + 1)
+    ]
+    assert sum(weights) == pytest.approx(1)
+    values = np.random.default_rng(0).normal(size=steps + 1)
+    average = Average(decay=0.999, warmup=True)
+    assert averaged(average, values) == pytest.approx(np.dot(weights, values), abs=1e-6)
+    # Without: the random start still weighs 61 % after 500 steps.
+    assert averaged(Average(decay=0.999), [1.0, *([0.0] * steps)]) == pytest.approx(
+        0.999**steps, rel=1e-4
+    )
+
+
+def test_the_warm_up_ends_at_the_decay():
+    average = Average(decay=0.9, warmup=True)
+    shares = [float(average.share(jnp.int32(step))) for step in (1, 79, 80, 81, 10**6)]
+    assert shares == pytest.approx([9 / 11, 9 / 89, 0.1, 0.1, 0.1], rel=1e-6)
+    assert average.name == Average(decay=0.9).name
 
 
 def test_exponents_are_edm2s():
@@ -60,6 +91,10 @@ def test_shares_stay_exact_in_long_runs(step):
 
 def test_names_and_order():
     found = ema.averages((0.999, 0.9999), (0.05,))
+    assert ema.averages((0.999, 0.9999), (0.05,), warmup=True)[1:] == [
+        Average(decay=0.9999, warmup=True),
+        Average(power_std=0.05),
+    ]
     assert [average.name for average in found] == ["ema_0.999", "ema_0.9999", "ema_std0.05"]
     params = {"w": jnp.ones(3)}
     started = ema.init(found, params)
@@ -74,6 +109,7 @@ def test_names_and_order():
         (lambda: Average(decay=0.9, power_std=0.1), "either a decay or a power_std"),
         (lambda: Average(decay=1.0), "ema.decays: 1.0 is not in"),
         (lambda: Average(power_std=0.3), "ema.power_stds: 0.3 is not between"),
+        (lambda: Average(power_std=0.1, warmup=True), "only an average of constant decay"),
         (lambda: ema.averages((0.9, 0.9)), "asked for twice"),
     ],
 )

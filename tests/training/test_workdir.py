@@ -6,7 +6,13 @@ import pytest
 
 from dit_jax import config as config_lib
 from dit_jax.training import workdir as workdir_lib
-from dit_jax.training.workdir import WorkdirError, load_config, prepare, require_space
+from dit_jax.training.workdir import (
+    WorkdirError,
+    keep_earlier,
+    load_config,
+    prepare,
+    require_space,
+)
 
 
 @pytest.fixture
@@ -51,6 +57,30 @@ def test_another_configuration_is_refused_unless_forced(config, tmp_path):
     assert "--force" in message and load_config(tmp_path) == config
     prepare(tmp_path, other, force=True)
     assert load_config(tmp_path) == other
+
+
+def test_a_run_older_than_a_key_goes_on_as_it_was(config, tmp_path, caplog):
+    # ema.warmup is younger than some runs, which did without.
+    assert config.ema.warmup
+    old = changed(config, ema__warmup=False)
+    file = tmp_path / "config.json"
+    file.write_text(config_lib.to_json(config, without=["ema.warmup"]))
+    assert '"warmup"' not in file.read_text() and load_config(tmp_path) == old
+    assert keep_earlier(tmp_path, config) == config  # nothing was trained there
+    with_checkpoint(tmp_path)
+    for _ in range(2):  # the first time must not make the second differ
+        caplog.clear()
+        continued = keep_earlier(tmp_path, config)
+        assert continued == old and "config.ema.warmup=False" in caplog.text
+        prepare(tmp_path, continued)
+        assert load_config(tmp_path) == old
+    with pytest.raises(WorkdirError, match=r"config.ema.warmup: False there, True now"):
+        prepare(tmp_path, config)
+    # A run that states it is like any other: another value is a difference.
+    file.write_text(config_lib.to_json(old))
+    assert keep_earlier(tmp_path, config) == config
+    with pytest.raises(WorkdirError, match=r"config.ema.warmup: False there, True now"):
+        prepare(tmp_path, config)
 
 
 def test_what_changes_nothing_learned_may_change(config, tmp_path):
