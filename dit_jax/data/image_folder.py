@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +12,18 @@ import numpy as np
 from jaxtyping import Bool, Int, Int32, UInt8
 
 from dit_jax.data.image_index import check_images, validate_verify
-from dit_jax.data.images import DECODE_ERRORS, decode_image, validate_resize
+from dit_jax.data.images import (
+    DECODE_ERRORS,
+    SUFFIXES,
+    decode_image,
+    note_of_others,
+    split_by_suffix,
+    validate_resize,
+)
 from dit_jax.data.source import DatasetInfo, Example, Source, fingerprint
 
 logger = logging.getLogger(__name__)
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 # Beyond this fraction of unreadable files the folder is taken to be damaged.
 MAX_CORRUPT_FRACTION = 0.01
 _SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val", "validation")}
@@ -35,13 +41,13 @@ def open_image_folder(
     verify: str = "fast",
     index_cache: str | None = None,
 ) -> ImageFolder:
-    """Open a folder of JPEG, PNG and WebP images (extensions in upper or lower case).
+    """Open a folder of JPEG, PNG, WebP, BMP and TIFF images (suffixes in upper or lower case).
 
     Layout. If `path` has a folder train/, the splits are its folders train/ and test/ (or val/,
     or validation/); otherwise `path` is taken whole. In there, each subfolder is a class, and the
     labels 0, 1, ... follow the subfolders' sorted names (those of train/, for every split); images
     may lie deeper inside. Without subfolders the images are unlabelled: num_classes = 0. Hidden
-    files and folders are skipped.
+    files and folders are skipped, files of other suffixes too, with one warning.
 
     Corrupt files are left out, each named in a warning, and the images keep their numbers from
     one opening to the next. More than 1 % of them is an error. The check's result is kept in an
@@ -226,21 +232,20 @@ def _subfolders(folder: Path) -> list[str]:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-
-
 def _list_images(root: Path, class_names: tuple[str, ...]) -> _Listing:
-    loose = sorted(e.name for e in os.scandir(root) if e.is_file() and _is_image(e.name))
     unexpected = sorted(set(_subfolders(root)) - set(class_names))
     if unexpected:
         raise ValueError(f"{root} has classes that the training split lacks: {unexpected[:5]}")
+    visible = (e.name for e in os.scandir(root) if e.is_file() and not e.name.startswith("."))
+    loose, others = split_by_suffix(visible)
     if not class_names:
         if not loose:
             raise FileNotFoundError(
-                f"{root} is empty: expected class subfolders, or images "
-                f"({', '.join(EXTENSIONS)}), and found neither"
+                f"{root} is empty: expected class subfolders, or images ({', '.join(SUFFIXES)}), "
+                f"and found neither{note_of_others(others)}"
             )
+        if others:
+            logger.warning("%s%s", root, note_of_others(others))
         return _Listing(loose, np.zeros(len(loose), np.int32), ())
     if loose:
         logger.warning(
@@ -251,14 +256,19 @@ def _list_images(root: Path, class_names: tuple[str, ...]) -> _Listing:
         )
     files: list[str] = []
     labels: list[int] = []
+    others = []
     for label, name in enumerate(class_names):
-        members = _walk(root, name)
+        members, not_images = split_by_suffix(_walk(root, name))
         files += members
         labels += [label] * len(members)
+        others += not_images
     if not files:
         raise FileNotFoundError(
-            f"{root} is empty: its class subfolders hold no image ({', '.join(EXTENSIONS)})"
+            f"{root} is empty: its class subfolders hold no image ({', '.join(SUFFIXES)})"
+            f"{note_of_others(others)}"
         )
+    if others:
+        logger.warning("%s%s", root, note_of_others(others))
     sizes = np.bincount(labels, minlength=len(class_names))
     empty = [class_names[label] for label in np.flatnonzero(sizes == 0)]
     if empty:
@@ -266,13 +276,11 @@ def _list_images(root: Path, class_names: tuple[str, ...]) -> _Listing:
     return _Listing(files, np.array(labels, np.int32), class_names)
 
 
-def _walk(root: Path, name: str) -> list[str]:
-    found = []
+def _walk(root: Path, name: str) -> Iterator[str]:
     for folder, subfolders, files in os.walk(root / name, followlinks=True):
         subfolders[:] = sorted(sub for sub in subfolders if not sub.startswith("."))
         relative = os.path.relpath(folder, root)
-        found += [os.path.join(relative, file) for file in files if _is_image(file)]
-    return sorted(found)
+        yield from (os.path.join(relative, file) for file in files if not file.startswith("."))
 
 
 def _in_split(count: int, split: str, test_fraction: float) -> Bool[np.ndarray, " {count}"]:

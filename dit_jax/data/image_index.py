@@ -16,14 +16,14 @@ import numpy as np
 from jaxtyping import Int32, Int64
 from PIL import Image, UnidentifiedImageError
 
-from dit_jax.data.images import DECODE_ERRORS, FORMATS
+from dit_jax.data.images import DECODE_ERRORS, FORMATS, upright_size
 
 logger = logging.getLogger(__name__)
 
 VERIFY_MODES = ("fast", "full")
 
 # Part of the index file's key: raise it when the check itself changes.
-_VERSION = 1
+_VERSION = 2
 _LARGE = 20_000
 
 
@@ -32,7 +32,7 @@ class ImageIndex:
     """The result of checking a list of files.
 
     Attributes:
-        sizes: (width, height) in pixels, (0, 0) for unreadable files.
+        sizes: (width, height) in pixels, upright, (0, 0) for unreadable files.
         byte_counts: The files' sizes.
         reasons: Why a file is unreadable, by its position in the list.
     """
@@ -83,7 +83,7 @@ def _check(path: Path, verify: str) -> tuple[tuple[int, int], str]:
     """Return (size, "") or ((0, 0), what is wrong)."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            size = image.size
+            size = upright_size(image)
             # Decoding is what costs; a file with a proper end is taken to be whole.
             if verify == "full" or not _has_proper_end(path, image.format):
                 image.load()
@@ -105,6 +105,8 @@ def _has_proper_end(path: Path, image_format: str) -> bool:
         return tail[-12:-4] == b"\0\0\0\0IEND"
     if image_format == "WEBP":
         return int.from_bytes(head[4:8], "little") + 8 <= byte_count
+    if image_format != "JPEG":
+        return False
     return tail.rstrip(b"\0\r\n").endswith(b"\xff\xd9")
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
 RESIZES = ("none", "adm")
 
-# What PIL may try when opening a file, whatever its extension.
-FORMATS = ("JPEG", "PNG", "WEBP")
+# What PIL may try when opening a file, whatever its suffix.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # in any case
+_ORIENTATION = 0x0112  # of EXIF
 Image.init()  # registers WebP, which PIL otherwise loads late
 # What PIL raises for a file it cannot read; decompression bombs (images of more pixels than PIL's
 # limit) are refused like corrupt files.
@@ -26,13 +29,13 @@ def decode_image(
     resize: str = "none",
     image_size: int | None = None,
 ) -> UInt8[np.ndarray, "h w c"]:
-    """Read one JPEG, PNG or WebP image.
+    """Read one JPEG, PNG, WebP, BMP or TIFF image (of several, the first).
 
     Args:
         file: A path, or the file's content.
         channels: 3 for RGB, 1 for grey (luma of ITU-R 601 where the file is coloured). Palettes
             are looked up, CMYK is converted, 16-bit grey keeps its upper 8 bits, transparent
-            pixels are laid over white. EXIF orientation is not applied, as in ADM.
+            pixels are laid over white. Photographs that EXIF says lie on a side are put upright.
         resize: "adm" for `adm_center_crop` to `image_size`, "none" to leave the size alone.
         image_size: Side of the result in pixels, for "adm".
 
@@ -46,11 +49,37 @@ def decode_image(
     opened = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
     with opened as image:
         image.load()
-        image = _to_mode(image, channels)
+        image = _to_mode(ImageOps.exif_transpose(image), channels)
     if resize == "adm":
         image = adm_center_crop(image, image_size)
     pixels = np.asarray(image)
     return pixels[..., None] if channels == 1 else pixels
+
+
+def split_by_suffix(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Sorted names of images, and of other files."""
+    names = sorted(names)
+    images = [name for name in names if name.lower().endswith(SUFFIXES)]
+    return images, [name for name in names if not name.lower().endswith(SUFFIXES)]
+
+
+def note_of_others(names: Sequence[str]) -> str:
+    """What to say of files that are left out for their suffix, after the folder's name; or ""."""
+    if not names:
+        return ""
+    found = sorted({os.path.splitext(name)[1].lower() or "none" for name in names})
+    return (
+        f": {len(names)} files of other suffixes ({', '.join(found[:10])}) are left out, the first "
+        f"being {names[0]}; images are {', '.join(SUFFIXES)}, convert those that should count"
+    )
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of an opened image as `decode_image` gives it, from its header alone."""
+    # Of a TIFF, PIL turns the size itself; of a PNG without it here, getexif decodes the pixels.
+    exif = image.getexif() if "exif" in image.info and image.format != "TIFF" else {}
+    turned = exif.get(_ORIENTATION) in (5, 6, 7, 8)
+    return image.size[::-1] if turned else image.size
 
 
 def adm_center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -92,6 +121,8 @@ def validate_resize(resize: str, image_size: int | None, channels: int) -> None:
 def _to_mode(image: Image.Image, channels: int) -> Image.Image:
     """Convert to 8-bit grey or RGB."""
     mode = "L" if channels == 1 else "RGB"
+    if image.mode == "F":
+        raise ValueError("its pixels are floating point numbers, of unknown range; save 8 bits")
     if image.mode.startswith("I"):
         # PIL clips 16-bit grey to 255 instead of scaling it.
         values = np.asarray(image).astype(np.int64).clip(0, 65535)

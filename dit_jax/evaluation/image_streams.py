@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import struct
 import zipfile
@@ -20,13 +21,21 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
-from dit_jax.data.images import DECODE_ERRORS, decode_image, validate_resize
+from dit_jax.data.images import (
+    DECODE_ERRORS,
+    SUFFIXES,
+    decode_image,
+    note_of_others,
+    split_by_suffix,
+    validate_resize,
+)
 from dit_jax.data.source import Source
 from dit_jax.evaluation.features import batches_of
 from dit_jax.evaluation.files import atomic_file
 from dit_jax.evaluation.images import AnyArray, to_uint8
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+logger = logging.getLogger(__name__)
+
 _READ_BLOCK = 1 << 22
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a member of a zip file: 30 bytes
 
@@ -181,9 +190,13 @@ class FolderImages:
         self._size, self._resize, self._channels = image_size, resize, channels
         if not self._root.is_dir():
             raise FileNotFoundError(f"no folder {path}")
-        self._files = sorted(_walk(self._root))
+        self._files, others = split_by_suffix(_walk(self._root))
         if not self._files:
-            raise FileNotFoundError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {path}")
+            raise FileNotFoundError(
+                f"no images ({', '.join(SUFFIXES)}) in {path}{note_of_others(others)}"
+            )
+        if others:
+            logger.warning("%s%s", path, note_of_others(others))
         self.count = len(self._files)
         self.description = str(path)
         size = f" to {image_size}" if resize == "adm" else ""
@@ -370,5 +383,5 @@ def _walk(root: Path) -> Iterator[str]:
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         relative = os.path.relpath(folder, root)
         for name in files:
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+            if not name.startswith("."):
                 yield os.path.normpath(os.path.join(relative, name))

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from dit_jax.data import image_index, make_loader, open_source
+from dit_jax.evaluation.image_streams import FolderImages
 
 
 def open_folder(path, split="train", **options):
@@ -38,6 +39,46 @@ def test_formats_upper_case_nesting_and_hidden_files(tmp_path, write_image):
     names = [os.path.relpath(source.describe(i), tmp_path) for i in range(len(source))]
     assert names == ["x/0.webp", "x/1.JPG", "x/deep/er/2.Jpeg", "y/3.PNG"]
     np.testing.assert_array_equal(source[0]["image"], webp)
+
+
+def test_files_of_other_suffixes_are_named_in_one_warning(tmp_path, write_image, caplog):
+    write_image("x/0.png")
+    for name in ("x/1.HEIC", "x/deep/2.gif", "y/3.gif"):
+        write_image(f"{name}.png")
+        os.rename(tmp_path / f"{name}.png", tmp_path / name)
+    write_image("y/4.bmp")
+    write_image("y/5.TIFF")
+    assert len(open_folder(tmp_path, channels=1)) == 3
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert f"{tmp_path}: 3 files of other suffixes (.gif, .heic) are left out" in warning
+    assert "the first being x/1.HEIC" in warning and ".bmp, .tif, .tiff" in warning
+    # The same in a folder to compare with; without any image it is the error's reason.
+    caplog.clear()
+    assert FolderImages(tmp_path, channels=1).count == 3
+    assert "3 files of other suffixes" in caplog.text
+    for name in ("x/0.png", "y/4.bmp", "y/5.TIFF"):
+        (tmp_path / name).unlink()
+    for function in (open_folder, FolderImages):
+        with pytest.raises(FileNotFoundError, match=r"3 files of other suffixes \(.gif, .heic\)"):
+            function(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_photographs_are_upright(tmp_path, suffix):
+    # Stored on its side, as cameras do: EXIF's 6 says to turn it clockwise for looking at.
+    upright = np.zeros((24, 16, 3), np.uint8)
+    upright[:8] = 255
+    stored = Image.fromarray(np.rot90(upright))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "a").mkdir()
+    stored.save(tmp_path / "a" / f"0.{suffix}", exif=exif)
+    source = open_folder(tmp_path)
+    assert source.info.image_shape == (24, 16, 3)
+    (batch,) = FolderImages(tmp_path).batches(1)
+    for image in (source[0]["image"], batch[0]):
+        assert np.abs(image.astype(int) - upright).max() < 16
+    assert open_folder(tmp_path, resize="adm", image_size=16)[0]["image"][0].mean() > 200
 
 
 def test_a_flat_folder_is_unlabelled(tmp_path, write_image):
@@ -138,7 +179,7 @@ def test_corrupt_images_are_named_skipped_and_counted(tmp_path, caplog, monkeypa
     assert len(source) == 198
     assert "skipping corrupt image" in caplog.text
     assert "003.jpg (image file is truncated" in caplog.text
-    assert "007.jpg (not an image in one of the formats JPEG, PNG, WEBP)" in caplog.text
+    assert "007.jpg (not an image in one of the formats JPEG, PNG, WEBP, BMP, TIFF)" in caplog.text
     assert "skipped 2 of 200 images (1.00%)" in caplog.text
     # Numbers are stable: the second opening recalls the check instead of repeating it.
     assert (tmp_path / ".dit_jax_index.npz").exists()
