@@ -12,6 +12,7 @@ from typing import Any
 
 import ml_collections
 
+from dit_jax import abbreviations, ranges
 from dit_jax.defaults import default_config as default_config  # part of this module's face
 
 AnyConfig = Mapping | ml_collections.ConfigDict  # the latter is not registered as the former
@@ -60,12 +61,20 @@ def flatten(config: AnyConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def nearest_key(key: str) -> str:
-    """The documented key closest to a mistyped one, as a hint to append to an error."""
+    """The documented key that a wrong one most likely means, as a hint to append to an error.
+
+    A word of the field first ('lr'), then the same name in another section, then the spelling.
+    """
     known = [path for path, _ in flatten(default_config())]
-    match = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if not match:  # right name, wrong section
-        leaf = key.rpartition(".")[2]
-        match = [path for path in known if path.rpartition(".")[2] == leaf]
+    section, _, leaf = key.rpartition(".")
+    meant = abbreviations.meant_by(leaf)
+    same = [path for path in known if path.rpartition(".")[2] == leaf]
+    if meant:
+        match = [path for path in meant if path.startswith(f"{section}.")] or meant
+    elif same:
+        match = difflib.get_close_matches(key, same, n=1, cutoff=0.0)
+    else:
+        match = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         match = match or difflib.get_close_matches(leaf, known, n=1, cutoff=0.4)
     return f"; did you mean config.{match[0]}?" if match else ""
 
@@ -88,16 +97,7 @@ def resolve(config: AnyConfig) -> ml_collections.ConfigDict:
     for path, value in flatten(config):
         if path not in defaults:
             raise ConfigError(f"unknown key config.{path}{nearest_key(path)}")
-        default = defaults[path]
-        if isinstance(default, tuple) and not isinstance(value, tuple):
-            value = (value,)
-        if isinstance(default, float) and type(value) is int:
-            value = float(value)
-        if type(value) is not type(default):
-            raise ConfigError(
-                f"config.{path}={value!r} is of type {type(value).__name__}, expected "
-                f"{type(default).__name__} (default {default!r})"
-            )
+        value = _of_type(path, value, defaults[path])
         section, _, leaf = path.rpartition(".")
         parent = resolved
         for part in section.split(".") if section else ():
@@ -108,7 +108,36 @@ def resolve(config: AnyConfig) -> ml_collections.ConfigDict:
         process = resolved.process
         resolved.model.learn_sigma = (process.name, process.edm.preconditioning) == ("edm", "iddpm")
     _refuse_unused(resolved, defaults)
+    if message := ranges.order_error(dict(flatten(resolved))):
+        raise ConfigError(message)
     return resolved
+
+
+def _of_type(path: str, value: Any, default: Any) -> Any:
+    """The value of one key as the type of its default, its numbers within their range."""
+    given, element_range = value, ranges.range_of(path)
+    if isinstance(default, tuple):
+        value = value if isinstance(value, tuple) else (value,)
+        kind = "int" if element_range.whole else "float"
+        kinds, wanted = (int,) if element_range.whole else (int, float), f"a tuple of {kind}"
+        fits = all(type(element) in kinds for element in value)
+        if kind == "float" and fits:
+            value = tuple(float(element) for element in value)
+    else:
+        wanted = type(default).__name__
+        if isinstance(default, float) and type(value) is int:
+            value = float(value)
+        fits = type(value) is type(default)
+    if not fits:
+        inner = isinstance(given, tuple)
+        wrong = next(e for e in given if type(e) not in kinds) if inner else given
+        raise ConfigError(
+            f"config.{path}={given!r} {'holds a value' if inner else 'is'} of type "
+            f"{type(wrong).__name__}, expected {wanted} (default {default!r})"
+        )
+    if message := ranges.number_error(path, value):
+        raise ConfigError(message)
+    return value
 
 
 def _refuse_unused(config: ml_collections.ConfigDict, defaults: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """From a configuration to the objects it names: network, process, method, sampler, data."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from dit_jax.diffusion import LOSS_WEIGHTS, PROCESSES, TIME_DISTRIBUTIONS, TimeD
 from dit_jax.diffusion.process import DDPM, Process
 from dit_jax.diffusion.samplers import make_solver, schedule
 from dit_jax.models import NETWORK_CONFIGS, Network
+from dit_jax.ranges import INTERVALS
 from dit_jax.sampling import Sampler
 from dit_jax.training import ema, optimizer
 from dit_jax.training.denoising import Denoising
@@ -34,9 +36,9 @@ def resolve_config(
         ConfigError: a value no object accepts, or a combination that cannot work.
     """
     config = resolve(config)
-    _check_counts(config)
     _check_weights(config)
     try:
+        _check_intervals(config)
         build_method(config, methods)
         build_sampling(config)
     except ConfigError:
@@ -46,19 +48,18 @@ def resolve_config(
     return config
 
 
-def _check_counts(config: ml_collections.ConfigDict) -> None:
-    for section, key in (
-        ("training", "num_steps"),
-        ("training", "batch_size"),
-        ("training", "num_microbatches"),
-        ("training", "log_every"),
-        ("training", "preview_images"),
-        ("training", "keep_last"),
-        ("sampling", "batch_size"),
-        ("evaluation", "num_images"),
-    ):
-        if config[section][key] < 1:
-            raise ConfigError(f"config.{section}.{key}={config[section][key]}: expected at least 1")
+def _check_intervals(config: ml_collections.ConfigDict) -> None:
+    """Refuses a guidance interval that holds none of the process's times: it would do nothing."""
+    process = build_process(config)
+    for path in INTERVALS:
+        *sections, key = path.split(".")
+        interval = functools.reduce(lambda values, name: values[name], sections, config)[key]
+        if interval and (interval[1] < process.clean_time or interval[0] > process.noise_time):
+            raise ConfigError(
+                f"config.{path}={tuple(interval)} holds no time of config.process.name="
+                f"{config.process.name!r}, whose times go from {process.clean_time:g} to "
+                f"{process.noise_time:g}"
+            )
 
 
 def _check_weights(config: ml_collections.ConfigDict) -> None:
@@ -277,10 +278,6 @@ def build_sampling(config: ml_collections.ConfigDict) -> SamplingPlan:
     except (ValueError, TypeError) as error:
         raise ConfigError(f"config.sampling: {error}") from error
     interval = tuple(c.guidance_interval)
-    if len(interval) not in (0, 2):
-        raise ConfigError(
-            f"config.sampling.guidance_interval={interval}: expected (low, high) or ()"
-        )
     if c.guidance_channels not in ("all", "first3"):
         raise ConfigError(
             f"config.sampling.guidance_channels={c.guidance_channels!r}: expected 'all' or 'first3'"
@@ -299,6 +296,13 @@ def build_sampling(config: ml_collections.ConfigDict) -> SamplingPlan:
         raise ConfigError(
             "config.sampling.solver='mean_flow' needs a network of average velocities, which sees "
             "a second time: set config.model.second_time='r' or 't-r', or another solver"
+        )
+    # Heun's second evaluation is at the step's end.
+    evaluated = times if c.solver == "heun" else times[:-1]
+    if interval and not ((evaluated >= interval[0]) & (evaluated <= interval[1])).any():
+        raise ConfigError(
+            f"config.sampling.guidance_interval={interval} holds none of the solver's times, which "
+            f"go from {times[0]:.4g} to {evaluated[-1]:.4g}: nothing would be guided"
         )
     sampler = Sampler(denoiser, solver, c.guidance_channels)
     return SamplingPlan(sampler, times, c.guidance_scale, interval or None)

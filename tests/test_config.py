@@ -9,8 +9,8 @@ import jax
 import pytest
 
 from distill.student import build_teacher
+from dit_jax import abbreviations, experiment
 from dit_jax import config as config_lib
-from dit_jax import experiment
 from dit_jax.config import ConfigError, default_config, differences, resolve
 from launch import methods
 
@@ -32,6 +32,34 @@ def tree(path, value):
         ("optimiser.learning_rate", 1.0, "did you mean config.optimizer.learning_rate?"),
         ("training.lr", 1.0, "unknown key config.training.lr"),
         ("model", 3, "unknown key config.model"),
+        (
+            "ema.decays",
+            None,
+            "config.ema.decays=None is of type NoneType, expected a tuple of float",
+        ),
+        ("ema.decays", '(float("nan"),)', "is of type str, expected a tuple of float (default"),
+        ("ema.decays", (0.9, None), "config.ema.decays=(0.9, None) holds a value of type NoneType"),
+        (
+            "ema.decays",
+            (float("nan"),),
+            "config.ema.decays=(nan,): expected every element at least 0",
+        ),
+        (
+            "model.song_unet.channel_mult",
+            (1.5,),
+            "holds a value of type float, expected a tuple of int",
+        ),
+        (
+            "sampling.guidance_scale",
+            float("nan"),
+            "config.sampling.guidance_scale=nan: expected at",
+        ),
+        (
+            "optimizer.learning_rate",
+            float("inf"),
+            "config.optimizer.learning_rate=inf: expected above",
+        ),
+        ("seed", 10**20, "expected at least 0 and at most 4294967295, a whole number"),
         ("model.depth", 3.0, "config.model.depth=3.0 is of type float, expected int (default 28)"),
         ("model.depth", True, "is of type bool, expected int"),
         ("model.learn_sigma", 1, "is of type int, expected bool"),
@@ -75,7 +103,12 @@ def test_errors_of_single_keys(path, value, message):
         ({"sampling.guidance_channels": "first3"}, "would do nothing with"),
         ({"model.num_classes": 0, "sampling.guidance_scale": 2.0}, "config.model.num_classes is 0"),
         ({"model.image_size": 33}, "model.image_size=33 is not divisible by model.patch_size=2"),
-        ({"ema.decays": (1.5,)}, "config.ema.decays: 1.5 is not in [0, 1)"),
+        ({"ema.decays": (1.5,)}, "config.ema.decays=(1.5,): expected every element at least 0 and"),
+        (
+            {"sampling.guidance_scale": 2.0, "sampling.guidance_interval": (0.8, 0.9)},
+            "holds none of the solver's times",
+        ),
+        ({"sampling.guidance_interval": (2e3, 3e3)}, "times go from -1 to 999"),
         ({"ema.decays": ()}, "config.sampling.weights='ema': expected one of raw"),
         ({"sampling.weights": "ema_0.5"}, "expected one of ema, ema_0.9999, raw"),
         ({"training.num_microbatches": 0}, "config.training.num_microbatches=0"),
@@ -151,6 +184,31 @@ def test_default_experiment_is_the_papers():
     assert network.flops_per_example / 2 == pytest.approx(118.64e9, rel=1e-3)
     assert (config.training.batch_size, config.optimizer.learning_rate) == (256, 1e-4)
     assert config.ema.decays == (0.9999,) and config.optimizer.weight_decay == 0
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ("optimizer.lr", "optimizer.learning_rate"),
+        ("training.bs", "training.batch_size"),
+        ("sampling.bs", "sampling.batch_size"),
+        ("sampling.cfg", "sampling.guidance_scale"),
+        ("training.steps", "training.num_steps"),
+        ("sampling.num_steps", "sampling.steps"),
+        ("training.ema", "ema.decays"),
+        ("ema.decay", "ema.decays"),
+        ("training.depth", "model.depth"),
+        ("model.num-layers", "model.depth"),
+    ],
+)
+def test_a_word_of_the_field_is_understood(word, key):
+    assert config_lib.nearest_key(word) == f"; did you mean config.{key}?"
+
+
+def test_the_words_of_the_field_mean_keys_that_exist():
+    known = {path for path, _ in config_lib.flatten(default_config())}
+    for words, keys in abbreviations._MEANINGS.items():
+        assert set(keys) <= known, words
 
 
 def test_the_documentation_lists_every_key_with_its_default():
