@@ -101,13 +101,13 @@ _KEYS = {
         process.edm.ve_sigma_max process.edm.iddpm_c_1 process.edm.iddpm_c_2
         timesteps.*.std timesteps.log_student_t.df timesteps.polynomial.rho loss.p2.k
         loss.min_snr.gamma method.scm.sigma_data method.*.finite_difference_step
-        method.*.huber_constant method.*.r1_noise method.mean_flow.r_std
+        method.*.r1_noise method.mean_flow.r_std
         method.mean_flow.guidance_omega method.f_distill.ratio_lower method.f_distill.ratio_upper
         method.*.gan_critic_weight sampling.shift sampling.rho optimizer.learning_rate
     """,
     NOT_NEGATIVE: """
         timesteps.*.min_time timesteps.*.max_time loss.p2.gamma loss.vlb_weight
-        method.*.min_r method.tcm.transition method.tcm.boundary_weight
+        method.*.huber_constant method.*.min_r method.tcm.transition method.tcm.boundary_weight
         method.scm.tangent_constant method.mean_flow.weight_power method.mean_flow.weight_constant
         method.kd.huber_c method.*.discriminator_learning_rate method.*.fake_score_learning_rate
         method.*.gan_weight method.*.r1_weight

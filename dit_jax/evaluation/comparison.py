@@ -20,6 +20,7 @@ from dit_jax.evaluation.features import FeatureExtractor
 from dit_jax.evaluation.frechet import GaussianStatistics, TooFewSamplesError, frechet_distance
 from dit_jax.evaluation.image_streams import FolderImages, ImageSet, NpzImages
 from dit_jax.evaluation.similarity import SSIM_WINDOW, PerceptualDistance, psnr, ssim
+from dit_jax.output_formats import is_npz
 
 LPIPS_SMALLEST_SIDE = 32
 """Below this AlexNet's poolings leave no pixel."""
@@ -145,7 +146,7 @@ def open_images(path: str | os.PathLike) -> ImageSet:
         with Image.open(images.first_file) as first:
             grey = first.mode in ("1", "L", "I", "I;16")
         return FolderImages(path, channels=1) if grey else images
-    if path.suffix != ".npz":
+    if not is_npz(path):
         raise ValueError(f"{path}: expected a folder of images or an .npz, as sample.py writes")
     return NpzImages(path)
 

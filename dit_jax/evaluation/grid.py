@@ -1,4 +1,4 @@
-"""PNG grids of images for people to look at: samples beside real images, with titles and labels."""
+"""Grids of images for people to look at: samples beside real images, with titles and labels."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dit_jax.evaluation.files import atomic_file, to_pil
 from dit_jax.evaluation.images import AnyArray, to_uint8
+from dit_jax.output_formats import picture_format
 
-# In pixels of the finished PNG.
+# Pixels are what a grid is looked at for: WebP keeps them, JPEG as well as it can.
+_SAVING = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
+# In pixels of the finished picture.
 MARGIN, PANEL_GAP, CELL_GAP = 16, 32, 4
 TITLE_SIZE, LABEL_SIZE, CAPTION_SIZE = 18, 16, 12
 SMALLEST_COMFORTABLE_SIDE = 48
@@ -53,7 +56,7 @@ def save_grid(
     rounding: str = "nearest",
     overwrite: bool = False,
 ) -> Path:
-    """Writes one grid of images as a PNG, atomically; see `Panel` and `save_panels`."""
+    """Writes one grid of images, atomically; see `Panel` and `save_panels`."""
     panel = Panel(images, title, columns, row_labels, captions)
     return save_panels(path, [panel], upscale=upscale, rounding=rounding, overwrite=overwrite)
 
@@ -66,10 +69,10 @@ def save_panels(
     rounding: str = "nearest",
     overwrite: bool = False,
 ) -> Path:
-    """Writes panels side by side, e.g. samples and real images, as one PNG, atomically.
+    """Writes panels side by side, e.g. samples and real images, as one picture, atomically.
 
     Args:
-        path: The file to write.
+        path: The file to write, of a suffix of `output_formats.PICTURES`.
         panels: From left to right.
         upscale: Whole factor by which pixels are repeated (nearest neighbour, so that a pixel stays
             one). By default each panel's smallest that makes its images comfortable to look at.
@@ -77,12 +80,14 @@ def save_panels(
         overwrite: Replace an existing file instead of refusing.
 
     Raises:
-        ValueError: No images, or labels, captions or columns that do not fit them.
+        ValueError: No images, or labels, captions or columns that do not fit them; a name that is
+            no picture's.
         FileExistsError: `path` exists and `overwrite` is False.
     """
+    kind = picture_format(path)
     picture = render_panels(panels, upscale=upscale, rounding=rounding)
     with atomic_file(path, overwrite=overwrite) as file:
-        picture.save(file, format="PNG")
+        picture.save(file, format=kind, **_SAVING.get(kind, {}))
     return Path(path)
 
 

@@ -6,6 +6,7 @@ once) and can say what exactly it holds, by a hash.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -196,7 +197,7 @@ class FolderImages:
                 f"no images ({', '.join(SUFFIXES)}) in {path}{note_of_others(others)}"
             )
         if others:
-            logger.warning("%s%s", path, note_of_others(others))
+            _warn_once(f"{path}{note_of_others(others)}")
         self.count = len(self._files)
         self.description = str(path)
         size = f" to {image_size}" if resize == "adm" else ""
@@ -356,6 +357,11 @@ def hash_files(root: Path, names: Iterable[str], cache_dir: Path | None = None) 
         with atomic_file(remembered, overwrite=True) as file:
             file.write(digest.hexdigest().encode())
     return digest.hexdigest()
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)
 
 
 def _slices(count: int, batch_size: int) -> list[slice]:

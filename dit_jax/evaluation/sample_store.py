@@ -22,6 +22,7 @@ from dit_jax.evaluation.files import (
     save_json,
     save_png_folder,
 )
+from dit_jax.output_formats import is_npz
 
 
 class SampleStore:
@@ -123,7 +124,7 @@ class SampleStore:
         """
         if self.done != self.count:
             raise ValueError(f"{self.done} of {self.count} images are there")
-        if self.path.suffix == ".npz":
+        if is_npz(self.path):
             arrays = {"arr_0": self._images}
             if labels is not None:
                 arrays["arr_1"] = np.asarray(labels, np.int64)
@@ -139,6 +140,4 @@ class SampleStore:
 def record_path(path: Path) -> Path:
     """Where the record of samples at `path` is: 'x.npz' and the folder 'x' have 'x.json'."""
     path = Path(path)
-    return (
-        path.with_suffix(".json") if path.suffix == ".npz" else path.with_name(f"{path.name}.json")
-    )
+    return path.with_suffix(".json") if is_npz(path) else path.with_name(f"{path.name}.json")

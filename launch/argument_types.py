@@ -1,0 +1,75 @@
+"""Types of numbers and paths on command lines: what cannot mean anything ends at the door.
+
+Imports nothing that takes time, so that mistakes are answered at once.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from dit_jax import output_formats, ranges
+from dit_jax.ranges import Range
+
+
+def number(wanted: Range) -> Callable[[str], float]:
+    """A type for argparse: a number of a range, never NaN or infinite.
+
+    Args:
+        wanted: integers alone if `wanted.whole`.
+    """
+
+    def parse(text: str) -> float:
+        try:
+            value = int(text) if wanted.whole else float(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {wanted}") from error
+        if value not in wanted:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {wanted}")
+        return value
+
+    return parse
+
+
+count = number(ranges.COUNT)  # of images, devices, steps, ...
+count_or_none = number(ranges.PERIOD)  # the same, or 0
+seed = number(ranges.SEED)
+finite = number(ranges.FINITE)
+positive = number(ranges.POSITIVE)
+not_negative = number(ranges.NOT_NEGATIVE)
+share_below_one = number(ranges.SHARE_BELOW_ONE)
+solver_steps = number(ranges.SOLVER_STEPS)
+guidance_scale = number(ranges.GUIDANCE)
+
+
+class Interval(argparse.Action):
+    """Two numbers, the lower one first."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Stores them."""
+        low, high = values
+        if low > high:
+            parser.error(
+                f"argument {option_string}: {low:g} {high:g}: expected the lower one first"
+            )
+        setattr(namespace, self.dest, values)
+
+
+def _checked(check: Callable[[Path], object]) -> Callable[[str], Path]:
+    """A type for argparse: a path whose name passes `check`, which raises a ValueError."""
+
+    def parse(text: str) -> Path:
+        path = Path(text)
+        try:
+            check(path)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return path
+
+    return parse
+
+
+picture = _checked(output_formats.picture_format)  # a picture to be written
+samples = _checked(output_formats.samples_format)  # a grid, an .npz or a folder
+folder = _checked(output_formats.require_folder)  # a folder to be made
+json_file = _checked(lambda path: output_formats.require_suffix(path, ".json"))
+html_file = _checked(lambda path: output_formats.require_suffix(path, ".html", ".htm"))
