@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -9,13 +11,14 @@ import ml_collections
 import numpy as np
 
 from dit_jax import data as data_lib
-from dit_jax.config import DIT_KEYS, AnyConfig, ConfigError, default_config, resolve
+from dit_jax.config import DIT_KEYS, AnyConfig, ConfigError, default_config, flatten, resolve
 from dit_jax.data.augmentation import Augmentation
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import LOSS_WEIGHTS, PROCESSES, TIME_DISTRIBUTIONS, TimeDistribution
 from dit_jax.diffusion.process import DDPM, Process
 from dit_jax.diffusion.samplers import make_solver, schedule
 from dit_jax.models import NETWORK_CONFIGS, Network
+from dit_jax.named_options import options_named, renamed
 from dit_jax.ranges import INTERVALS
 from dit_jax.sampling import Sampler
 from dit_jax.training import ema, optimizer
@@ -44,8 +47,26 @@ def resolve_config(
     except ConfigError:
         raise
     except (ValueError, TypeError) as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(_of_keys(str(error), config)) from error
     return config
+
+
+def _of_keys(text: str, config: ml_collections.ConfigDict) -> str:
+    """An object's error with its options named as keys, where that is clear."""
+    if text.startswith("config."):
+        return text
+    chosen = {f"model.{config.model.name}", f"process.{config.process.name}"}
+    chosen |= {f"timesteps.{config.timesteps.name}", f"method.{config.method.name}"}
+    paths = [path for path, _ in flatten(config)]
+    names = {}
+    for path in paths:
+        section, _, key = path.rpartition(".")
+        if section in chosen or section == "model":
+            names.setdefault(key, []).append(f"config.{path}")
+    clear = {key: found[0] for key, found in names.items() if len(found) == 1}
+    sections = "|".join({path.partition(".")[0] for path in paths})
+    text = renamed(text, clear)
+    return re.sub(rf"(?<![\w.\-])(?=(?:{sections})\.[a-z_]+)", "config.", text)
 
 
 def _check_intervals(config: ml_collections.ConfigDict) -> None:
@@ -338,6 +359,16 @@ def _default_spacing(solver: str, process: Process) -> str | None:
     return "trailing" if few_steps and isinstance(process, DDPM) else None
 
 
+def _data_names(name: str, options: Iterable[str]) -> dict[str, str]:
+    """What a source's options, in its errors, are called in the configuration."""
+    names = {key: f"config.data.{name}.{key}" for key in options}
+    return names | {
+        "image_size": "config.model.image_size",
+        "channels": "config.model.in_channels",
+        "num_classes": "config.model.num_classes",
+    }
+
+
 def open_data(config: ml_collections.ConfigDict, split: str):
     """The source of `config.data`, checked against `config.model`.
 
@@ -361,7 +392,8 @@ def open_data(config: ml_collections.ConfigDict, split: str):
         options.update(process={"name": config.process.name, **process})
         if config.method.name == "kd":
             options.update(times=build_sampling(config).times[:-1].tolist())
-    source = data_lib.open_source(name, split, **options)
+    with options_named(_data_names(name, options)):
+        source = data_lib.open_source(name, split, **options)
     info = source.info
     wanted = (model.image_size, model.image_size, model.in_channels)
     if tuple(info.image_shape) != wanted:

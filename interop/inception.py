@@ -171,7 +171,7 @@ def _require_published(file: Path, sha256: str, *, source: str | None = None) ->
         raise InteropError(
             f"{source or file} is not {FILE_NAME}: its SHA-256 begins with {sha256[:8]}, expected "
             f"{SHA256_PREFIX}. It may be damaged; scores of other weights are no FID (they can be "
-            "had on purpose with allow_other=True)."
+            "had on purpose with --other_inception_weights, allow_other=True)."
         )
 
 

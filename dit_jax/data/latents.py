@@ -237,7 +237,7 @@ class Latents(Source):
             raise ValueError(
                 f"horizontal_flip=True needs latents of the mirrored images, which {self._folder} "
                 f"lacks (mirroring latents is not the same). Extract them again with "
-                f"flip='pairs', or set horizontal_flip=False."
+                f"--flip=pairs, or set horizontal_flip=False."
             )
 
     def batch(

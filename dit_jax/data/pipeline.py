@@ -77,7 +77,7 @@ def make_loader(
     if not repeat and drop_remainder and batch_size > len(source):
         raise ValueError(
             f"batch_size={batch_size} leaves no complete batch in the {len(source)} examples of "
-            f"{source.info.name}/{source.info.split}: lower it, or set drop_remainder=False"
+            f"{source.info.name}/{source.info.split}: lower it"
         )
     reader = _BatchReader(
         source,
@@ -219,7 +219,8 @@ class BatchIterator(Iterator[Batch]):
             raise ValueError(
                 f"the saved position belongs to another stream of data ({'; '.join(differing)}). "
                 f"Continuing would not repeat the interrupted run: restore the former data and "
-                f"settings, or pass strict=False to go on at the same number of examples seen."
+                f"settings, or go on with --force (strict=False) at the same number of examples "
+                f"seen."
             )
         self.close()
         self._next = state["next_batch"] * state["batch_size"] // mine["batch_size"]

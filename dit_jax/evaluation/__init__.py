@@ -31,7 +31,13 @@ from dit_jax.evaluation.frechet import (
     TooFewSamplesError,
     frechet_distance,
 )
-from dit_jax.evaluation.grid import Panel, save_grid, save_panels
+from dit_jax.evaluation.grid import (
+    Panel,
+    render_panels,
+    save_grid,
+    save_panels,
+    save_picture,
+)
 from dit_jax.evaluation.image_streams import (
     BatchImages,
     FolderImages,
@@ -138,10 +144,12 @@ __all__ = [
     "psnr",
     "reference_from_images",
     "reference_from_npz",
+    "render_panels",
     "save_adm_npz",
     "save_grid",
     "save_json",
     "save_panels",
+    "save_picture",
     "save_png_folder",
     "save_reference",
     "ssim",

@@ -170,8 +170,9 @@ def frechet_distance(
             raise TooFewSamplesError(
                 f"the {which} set has n={statistics.count} samples of d={statistics.dim} features: "
                 f"its covariance is singular below n={statistics.dim + 1} and the distance "
-                "misleading. Use more samples (many times d for a stable score), a feature "
-                "extractor with fewer features, or allow_singular=True to compute it all the same."
+                "misleading. Use more samples (many times d for a stable score) or a feature "
+                "extractor with fewer features; with Inception's, --allow_singular "
+                "(allow_singular=True) computes it all the same."
             )
     difference = a.mean - b.mean
     covariance_a, covariance_b = a.covariance, b.covariance

@@ -84,8 +84,19 @@ def save_panels(
             no picture's.
         FileExistsError: `path` exists and `overwrite` is False.
     """
-    kind = picture_format(path)
+    picture_format(path)  # before the work of drawing
     picture = render_panels(panels, upscale=upscale, rounding=rounding)
+    return save_picture(path, picture, overwrite=overwrite)
+
+
+def save_picture(path: str | os.PathLike, picture: Image.Image, *, overwrite: bool = False) -> Path:
+    """Writes a picture, as `render_panels` draws it, in the format that its name says, atomically.
+
+    Raises:
+        ValueError: The name is no picture's.
+        FileExistsError: `path` exists and `overwrite` is False.
+    """
+    kind = picture_format(path)
     with atomic_file(path, overwrite=overwrite) as file:
         picture.save(file, format=kind, **_SAVING.get(kind, {}))
     return Path(path)

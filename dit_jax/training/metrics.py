@@ -42,7 +42,7 @@ class MetricWriter(Protocol):
         """Records scalars of one step."""
 
     def write_images(self, step: int, images: Mapping[str, Any]) -> None:
-        """Records float images [n, h, w, c] in [0, 1]."""
+        """Records float images [n, h, w, c] in [0, 1], each a picture to look at: a grid, say."""
 
     def flush(self) -> None:
         """Makes sure that everything recorded is on disk."""

@@ -100,7 +100,7 @@ def test_moments_are_sampled_anew_each_epoch(tmp_path):
 def test_mirroring_needs_pairs(tmp_path):
     write(tmp_path, dataclasses.replace(HEADER, flip="none"))
     source = open_source("latents", "train", path=str(tmp_path))
-    with pytest.raises(ValueError, match="flip='pairs', or set horizontal_flip=False"):
+    with pytest.raises(ValueError, match="--flip=pairs, or set horizontal_flip=False"):
         make_loader(source, batch_size=2, seed=0, horizontal_flip=True)
 
 

@@ -121,7 +121,10 @@ def test_builds_from_a_config():
     [
         ({"method.f_distill.divergence": "tv"}, "js"),
         ({"method.f_distill.gan_weight": 0.0}, "density ratio"),
-        ({"method.f_distill.ratio_lower": 30.0}, "0 < lower < upper"),
+        (
+            {"method.f_distill.ratio_lower": 30.0},
+            "expected below config.method.f_distill.ratio_upper",
+        ),
         ({"method.f_distill.ratio_bins": 0}, "at least 1"),
         (
             {

@@ -87,7 +87,7 @@ def test_builds_from_a_config():
         ({"loss.weighting": "min_snr"}, "would do nothing"),
         ({"timesteps.name": "speed"}, "has not"),
         ({"training.batch_size": 2, "training.num_microbatches": 2}, "fewer than 2"),
-        ({"method.ladd.r1_weight": -1.0}, "0 or more"),
+        ({"method.ladd.r1_weight": -1.0}, "r1_weight=-1.0: expected at least 0"),
         ({"method.dmd2.gan_weight": 0.5}, "would do nothing"),
     ],
 )

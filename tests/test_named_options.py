@@ -1,0 +1,67 @@
+"""Errors name what their reader can type."""
+
+import pytest
+
+from dit_jax import experiment
+from dit_jax.config import ConfigError, default_config
+from dit_jax.named_options import options_named, renamed
+from tests.data.conftest import write_image  # noqa: F401 (a fixture)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("resize='adm' and image_size", "--resize='adm' and --size"),
+        ("correct image_size, then resize it", "correct --size, then resize it"),
+        ("config.model.image_size=3", "config.model.image_size=3"),
+        ("model_image_size, --resize=x", "model_image_size, --resize=x"),
+    ],
+)
+def test_names_are_replaced_where_they_are_arguments(text, shown):
+    assert renamed(text, {"resize": "--resize", "image_size": "--size"}) == shown
+
+
+def test_an_error_keeps_its_kind():
+    with pytest.raises(FileNotFoundError, match="set --path"), options_named({"path": "--path"}):
+        raise FileNotFoundError("set path=...")
+    with pytest.raises(OSError, match="No space"), options_named({"path": "--path"}):
+        raise OSError(28, "No space left", "path=")
+
+
+def test_a_data_sets_errors_name_keys(tmp_path, write_image):  # noqa: F811
+    config = default_config()
+    config.data.name = "image_folder"
+    config.data.image_folder.update(path=str(tmp_path), resize="none")
+    write_image("a/0.png", size=(28, 28))
+    write_image("a/1.png", size=(20, 28))
+    config.model.update(image_size=28, in_channels=1)
+    with pytest.raises(ValueError) as error:
+        experiment.open_data(config, "train")
+    assert "Set config.data.image_folder.resize='adm' and config.model.image_size" in str(
+        error.value
+    )
+    with pytest.raises(
+        FileNotFoundError, match=r"set config.data.image_folder.test_fraction \(for"
+    ):
+        experiment.open_data(config, "test")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("model.layer_loop", "while", "config.model.layer_loop='while': expected one of"),
+        ("model.remat", "all", "config.model.remat='all': expected one of"),
+        (
+            "model.patch_size",
+            3,
+            "config.model.image_size=32 is not divisible by config.model.patch_",
+        ),
+    ],
+)
+def test_an_objects_errors_name_keys(path, value, message):
+    config = default_config()
+    section, key = path.split(".")
+    config[section][key] = value
+    with pytest.raises(ConfigError) as error:
+        experiment.resolve_config(config)
+    assert message in str(error.value)
