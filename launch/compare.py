@@ -13,26 +13,9 @@ distance between the sets; whatever cannot be computed is said to be left out, a
 """
 
 import argparse
-import shlex
-import tempfile
 from pathlib import Path
 
-from dit_jax import data as data_lib
-from dit_jax import evaluation, experiment
-from dit_jax.evaluation.comparison import (
-    Comparison,
-    compare_images,
-    open_images,
-    require_same_count,
-)
-from dit_jax.evaluation.comparison_report import save_comparison_html, save_comparison_png
-from dit_jax.training import workdir
-from interop.inception import load_extractor
-from launch import evaluate, loading, methods, sample, wiring
-from parallel.mesh import create_mesh
-
-# Options of launch/sample.py that must be the same for both sets, and so are options here.
-_COMMON = ("out", "num_images", "labels", "overwrite", "traceback", "workdir", "init_from")
+from launch import arguments, command
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,7 +24,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sets", nargs="*", type=Path, metavar="A B", help="two sets of images")
-    loading.add_model_arguments(parser)
+    arguments.add_model_arguments(parser)
     group = parser.add_argument_group("two ways of sampling (with a model)")
     group.add_argument("--a", help="sampling options of A, as 'steps=50 solver=heun'; '' for none")
     group.add_argument("--b", help="sampling options of B")
@@ -88,9 +71,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--other_inception_weights does nothing without --inception=FILE")
     if args.lpips == "none" and args.lpips_weights:
         raise ValueError("--lpips_weights does nothing with --lpips=none")
-    for path in (args.out, args.picture, args.json):
-        if path:
-            evaluation.check_destination(path, overwrite=args.overwrite)
     has_model = args.workdir or args.init_from
     if args.sets:
         if len(args.sets) != 2:
@@ -108,140 +88,28 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
 
 
-def sample_options(args: argparse.Namespace, settings: str, out: Path) -> list[str]:
-    """The command line of launch/sample.py for one of the two settings.
-
-    Args:
-        args: of this command.
-        settings: 'steps=10 solver=euler split_guidance', or '' for the model's own.
-        out: where the images are to go.
-
-    Raises:
-        ValueError: a setting that must be common to both.
-    """
-    options = [f"--num_images={256 if args.num_images is None else args.num_images}"]
-    options += [f"--out={out}", f"--seed={args.seed or 0}"]
-    for name in ("workdir", "init_from", "step", "weights", "num_heads", "vae"):
-        if getattr(args, name) not in (None, ""):
-            options.append(f"--{name}={getattr(args, name)}")
-    if args.traceback:
-        options.append("--traceback")
-    for setting in shlex.split(settings):
-        name, equals, value = setting.partition("=")
-        name = name.removeprefix("--")
-        if name in _COMMON:
-            raise ValueError(f"{setting!r}: --{name} is the same for A and B, give it by itself")
-        if not equals:
-            options.append(f"--{name}")
-        elif "," in value:  # options of several values, as guidance_interval=0.2,0.8
-            options += [f"--{name}", *value.split(",")]
-        else:
-            options.append(f"--{name}={value}")
-    return options
-
-
-def sample_both(args: argparse.Namespace, folder: Path) -> list[Path]:
-    """Samples both settings by launch/sample.py itself, whose options and messages they share."""
-    paths = [folder / "a.npz", folder / "b.npz"]
-    commands = [
-        sample_options(args, text, path) for text, path in zip((args.a, args.b), paths, strict=True)
-    ]
-    for command in commands:  # what is wrong with B is told before A is sampled
-        wiring.image_parallel(sample.parse_arguments(command))
-    for name, text, command in zip("AB", (args.a, args.b), commands, strict=True):
-        print(f"{name}: {text or 'as configured'}", flush=True)
-        sample.main(command)
-    return paths
-
-
-def choose_features(
-    args: argparse.Namespace, shape: tuple[int, ...]
-) -> tuple[evaluation.FeatureExtractor | None, str]:
-    """The features of the Fréchet distance, or None and why.
-
-    Args:
-        args: of this command.
-        shape: (height, width, channels) of the images.
-
-    Raises:
-        ValueError: --classifier names a run whose classifier cannot see these images.
-    """
-    if args.inception:
-        mesh = create_mesh()
-        extractor = load_extractor(
-            args.inception,
-            allow_other=args.other_inception_weights,
-            flag="--inception",
-            batch_size=-(-64 // mesh.size) * mesh.size,
-            mesh=mesh,
-            grey="repeat",
-        )
-        return extractor, ""
-    run = args.classifier or args.workdir
-    if run is None:
-        return None, "no features; give --inception=FILE, or --classifier=WORKDIR for small images"
-    config = methods.resolve_config(workdir.load_config(run).to_dict())
-    config = evaluate.real_images(config)
-    wanted = (config.model.image_size, config.model.image_size, config.model.in_channels)
-    why = ""
-    if not config.model.num_classes:
-        why = f"the data of {run} have no classes to learn features from; give --inception=FILE"
-    elif tuple(shape) != wanted:
-        why = f"the images are not of the size of {run}'s data; give --inception=FILE"
-    elif min(shape[:2]) >= 16 and not args.classifier:
-        why = f"training a classifier takes long at this size; ask for it with --classifier={run}"
-    if why and args.classifier:
-        raise ValueError(f"--classifier: {why}")
-    if why:
-        return None, why
-    train = data_lib.to_arrays(experiment.open_data(config, "train"))
-    options = {"seed": 0, "cache_dir": run / "evaluation"}
-    return evaluation.train_classifier(*train, config.model.num_classes, **options), ""
-
-
-def compare(args: argparse.Namespace, paths: list[Path], names: tuple[str, str]) -> Comparison:
-    """Compares two sets on disk by all scores that can be computed."""
-    a, b = (open_images(path) for path in paths)
-    require_same_count(a, b, names)
-    left_out = {}
-    perceptual = None
-    if args.lpips == "none":
-        left_out["LPIPS"] = "--lpips=none"
-    else:
-        try:
-            perceptual = evaluation.load_lpips(args.lpips, weights=args.lpips_weights)
-        except (ImportError, FileNotFoundError) as error:
-            if args.lpips_weights:
-                raise
-            left_out["LPIPS"] = str(error)
-    shape = next(iter(a.batches(1))).shape[1:]
-    extractor, why = choose_features(args, shape)
-    if why:
-        left_out["Fréchet distance"] = why
-    return compare_images(
-        a,
-        b,
-        names=names,
-        extractor=extractor,
-        perceptual=perceptual,
-        left_out=left_out,
-        allow_singular=args.allow_singular,
-        kept=args.pairs,
-    )
-
-
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = parse_arguments(argv)
-    with wiring.readable_errors(traceback=args.traceback):
+    with command.readable_errors(traceback=args.traceback):
         check_arguments(args)
+        from dit_jax import evaluation
+        from dit_jax.evaluation.comparison_report import (
+            save_comparison_html,
+            save_comparison_png,
+        )
+        from launch import comparing
+
+        for path in (args.out, args.picture, args.json):
+            if path:
+                evaluation.check_destination(path, overwrite=args.overwrite)
         if args.sets:
-            comparison = compare(args, args.sets, (str(args.sets[0]), str(args.sets[1])))
+            comparison = comparing.compare(args, args.sets, (str(args.sets[0]), str(args.sets[1])))
         else:
-            with tempfile.TemporaryDirectory() as folder:
-                paths = sample_both(args, Path(folder))
+            with command.temporary_folder("compare-") as folder:
+                paths = comparing.sample_both(args, folder)
                 names = (args.a or "as configured", args.b or "as configured")
-                comparison = compare(args, paths, names)
+                comparison = comparing.compare(args, paths, names)
         save_comparison_html(args.out, comparison, overwrite=args.overwrite)
         if args.picture:
             save_comparison_png(args.picture, comparison, overwrite=args.overwrite)
@@ -256,4 +124,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -13,11 +13,12 @@ file is executed; the destination appears whole or not at all.
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from interop.export import DESTINATIONS, DTYPES, Summary, write_model
-from interop.models import KINDS
-from interop.tensors import InteropError
-from launch import loading, methods, wiring
+from launch import arguments, command
+
+if TYPE_CHECKING:
+    from interop.export import Summary
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -27,9 +28,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("source", metavar="SRC", help="a path, or hub:owner/name[@revision][:path]")
     parser.add_argument("destination", metavar="DST", type=Path)
-    parser.add_argument("--from", dest="source_kind", default="auto", choices=["auto", *KINDS])
-    parser.add_argument("--to", dest="kind", required=True, choices=DESTINATIONS)
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the tensors")
+    parser.add_argument(
+        "--from", dest="source_kind", default="auto", choices=["auto", *arguments.KINDS]
+    )
+    parser.add_argument("--to", dest="kind", required=True, choices=arguments.DESTINATIONS)
+    parser.add_argument(
+        "--dtype", default="float32", choices=arguments.DTYPES, help="of the tensors"
+    )
     parser.add_argument("--weights", default="", help="ema, raw, model or an average's name")
     parser.add_argument("--step", type=int, help="of a workdir: which checkpoint")
     parser.add_argument("--num_heads", type=int, help="of a .pt of a width not in the paper")
@@ -57,14 +62,16 @@ def _read_json(path: Path | None, kind: type):
     try:
         value = json.loads(path.read_text())
     except ValueError as error:
-        raise InteropError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, kind):
-        raise InteropError(f"{path}: expected a JSON {'list' if kind is list else 'object'}")
+        raise ValueError(f"{path}: expected a JSON {'list' if kind is list else 'object'}")
     return value
 
 
-def show(summary: Summary, dry_run: bool) -> str:
+def show(summary: "Summary", dry_run: bool) -> str:
     """The summary as a table, and the notes."""
+    from launch import wiring
+
     rows = [
         ("kind", summary.kind),
         ("tensors", f"{summary.tensors:,}"),
@@ -80,7 +87,10 @@ def show(summary: Summary, dry_run: bool) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = parse_arguments(argv)
-    with wiring.readable_errors(traceback=args.traceback):
+    with command.readable_errors(traceback=args.traceback):
+        from interop.export import write_model
+        from launch import loading, methods
+
         model = methods.open_any(
             args.source,
             kind=args.source_kind,
@@ -90,20 +100,21 @@ def main(argv: list[str] | None = None) -> None:
             time_frequency_spacing=args.time_frequency_spacing,
         )
         print(f"read {model.path} as {model.kind}", flush=True)
-        summary = write_model(
-            model,
-            args.kind,
-            args.destination,
-            dtype=args.dtype,
-            autoencoder=loading.resolve_source(args.vae),
-            class_names=_read_json(args.class_names, list) or (),
-            metrics=_read_json(args.metrics, dict),
-            allow_inexact=args.allow_inexact,
-            overwrite=args.overwrite,
-            dry_run=args.dry_run,
-        )
+        with command.cleaning_up():
+            summary = write_model(
+                model,
+                args.kind,
+                args.destination,
+                dtype=args.dtype,
+                autoencoder=loading.resolve_source(args.vae),
+                class_names=_read_json(args.class_names, list) or (),
+                metrics=_read_json(args.metrics, dict),
+                allow_inexact=args.allow_inexact,
+                overwrite=args.overwrite,
+                dry_run=args.dry_run,
+            )
         print(show(summary, args.dry_run))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -18,7 +18,7 @@ from configs import digits, digits_cm
 from dit_jax import evaluation, experiment
 from dit_jax.training.metrics import format_duration
 from dit_jax.training.workdir import CONFIG_FILE
-from launch import evaluate, loading, train, wiring
+from launch import classifier_scores, loading, training, wiring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Result:
         images_per_second: of sampling, compilation excluded.
     """
 
-    training: train.loop.TrainResult
+    training: training.loop.TrainResult
     scores: dict
     samples: np.ndarray
     evaluations: int
@@ -71,15 +71,17 @@ def train_and_score(config, directory: Path, judge_folder: Path, num_images: int
     """
     config.training.tensorboard = False  # spares the demo TensorFlow's start-up
     config.training.preview_every = 0
-    training = train.run(config, directory)
-    if training.interrupted:
+    trained = training.run(config, directory)
+    if trained.interrupted:
         return None, None, None
     model = loading.load_model(directory)
-    record, samples, labels, test = evaluate.evaluate(model, judge_folder, num_images=num_images)
+    record, samples, labels, test = classifier_scores.evaluate(
+        model, judge_folder, num_images=num_images
+    )
     plan = experiment.build_sampling(model.config)
     evaluations = plan.evaluations * (2 if plan.guidance_scale != 1.0 else 1)
     rate = wiring.sampling_rate(model.config, plan, model.params)
-    return Result(training, record["scores"], samples, evaluations, rate), labels, test
+    return Result(trained, record["scores"], samples, evaluations, rate), labels, test
 
 
 def report(teacher: Result, student: Result, seconds: float) -> str:

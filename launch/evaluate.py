@@ -13,15 +13,11 @@ record that says how they were made.
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-import ml_collections
-import numpy as np
+from launch import arguments, command
 
-from dit_jax import data as data_lib
-from dit_jax import evaluation, experiment
-from dit_jax.training import workdir as workdir_lib
-from launch import inception_scores, loading, wiring
+# Options that make samples, besides those of `arguments.sampling_overrides`.
+_OF_SAMPLING = ("num_images", "rounding", "seed", "vae", "step", "weights", "num_heads")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -29,120 +25,87 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    loading.add_model_arguments(parser)
-    wiring.add_sampling_arguments(parser)
-    inception_scores.add_arguments(parser)
+    arguments.add_model_arguments(parser)
+    arguments.add_sampling_arguments(parser)
+    add_inception_arguments(parser)
     parser.add_argument("--num_images", type=int, help="samples; default: as configured")
     parser.add_argument("--out", type=Path, help="JSON file; default: WORKDIR/metrics_STEP.json")
     parser.add_argument("--picture", type=Path, help="PNG of samples beside real images")
     parser.add_argument(
-        "--rounding", choices=evaluation.ROUNDING_RULES, help="to bytes; default: nearest"
+        "--rounding", choices=arguments.ROUNDING_RULES, help="to bytes; default: nearest"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     return parser.parse_args(argv)
 
 
-def evaluate(
-    model: loading.TrainedModel,
-    workdir: Path,
-    *,
-    num_images: int,
-    seed: int = 0,
-    rounding: str = "nearest",
-) -> tuple[dict[str, Any], np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """Samples and scores.
-
-    Args:
-        model: to sample.
-        workdir: where the classifier is kept, or was kept before.
-        num_images: samples.
-        seed: image i depends on it and i only.
-        rounding: of samples to bytes.
-
-    Returns:
-        The record, the samples, their labels, and (held-out images, their labels).
-    """
-    config = model.config
-    images = real_images(config)
-    train = data_lib.to_arrays(experiment.open_data(images, "train"))
-    test = data_lib.to_arrays(experiment.open_data(images, "test"))
-    if train[0].dtype != np.uint8:
-        raise ValueError(
-            "the run's data are latents, which the classifier cannot see: score its pictures with "
-            "--reference=IMAGES --vae=FOLDER"
-        )
-    if not config.model.num_classes:
-        raise ValueError("the classifier's features need labelled data; this model has no classes")
-    classifier = evaluation.train_classifier(
-        *train,
-        config.model.num_classes,
-        seed=0,
-        test_images=test[0],
-        test_labels=test[1],
-        cache_dir=workdir / "evaluation",
+def add_inception_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the Inception scores."""
+    group = parser.add_argument_group("FID, sFID, IS, precision, recall, KID (with --reference)")
+    group.add_argument(
+        "--reference", help="a folder of images, an ADM .npz (images or moments), or tfds:NAME"
     )
-    labels = wiring.balanced_labels(num_images, config.model.num_classes)
-    samples = wiring.sample_images(
-        experiment.build_sampling(config),
-        model.params,
-        labels,
-        seed=seed,
-        placement=wiring.create_placement(config),
-        batch_size=config.sampling.batch_size,
+    group.add_argument(
+        "--samples", type=Path, help="score these (a .npz or a folder) instead of sampling"
     )
-    record = evaluation.evaluate_samples(
-        samples,
-        labels,
-        extractor=classifier,
-        train_images=train[0],
-        train_labels=train[1],
-        test_images=test[0],
-        test_labels=test[1],
-        rounding=rounding,
-        seeds=seed,
-        provenance=loading.provenance(model),
+    group.add_argument(
+        "--protocol", choices=arguments.PROTOCOLS, help="as published, and beside it"
     )
-    return record, samples, labels, test
+    group.add_argument(
+        "--inception", type=Path, help="the weights file; default: the cache, else a download"
+    )
+    group.add_argument(
+        "--other_inception_weights",
+        action="store_true",
+        help="accept another file than the published one; scores then compare with nothing else",
+    )
+    group.add_argument("--reference_split", default="train", help="of tfds:NAME")
+    group.add_argument("--reference_size", type=int, help="pixels; of a folder or tfds:NAME")
+    group.add_argument("--reference_resize", default="none", choices=["none", "adm"])
+    group.add_argument("--grey", default="refuse", choices=["refuse", "repeat"])
+    group.add_argument("--scores", nargs="+", choices=arguments.SCORES, help="default: all")
+    group.add_argument("--feature_batch_size", type=int, default=64, help="over all devices")
+    group.add_argument(
+        "--allow_singular", action="store_true", help="FID of fewer images than features; a guess"
+    )
 
 
-def real_images(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The configuration whose data are the real images to compare with.
-
-    A student that learned from pairs saw none: its teacher did.
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuses options that contradict each other or would do nothing.
 
     Raises:
-        ValueError: the teacher's data are not known.
+        ValueError: naming them.
     """
-    while config.data.name == "pairs":
-        directory = Path(config.teacher.path)
-        if not (directory / workdir_lib.CONFIG_FILE).is_file():
+    if not args.reference:
+        parser = argparse.ArgumentParser()
+        add_inception_arguments(parser)
+        defaults = vars(parser.parse_args([]))
+        given = [name for name, value in defaults.items() if getattr(args, name) != value]
+        if given:
+            raise ValueError(f"--{given[0]} needs --reference: what to compare with")
+        return
+    if args.picture:
+        raise ValueError("--picture shows the classifier's data; it does not go with --reference")
+    if args.samples and (args.workdir or args.init_from):
+        raise ValueError("--samples are scored as they are; leave --workdir and --init_from out")
+    if args.samples:
+        given = [key.partition(".")[2] for key in arguments.sampling_overrides(args)]
+        given += [name for name in _OF_SAMPLING if getattr(args, name)]
+        if given:
             raise ValueError(
-                "the model learned from a teacher's pairs, and config.teacher.path="
-                f"{config.teacher.path!r} is not the workdir of a run whose data could be "
-                "compared with: give that workdir, or score with --reference=IMAGES"
+                f"--{given[0]} does not apply to --samples: they are made, and all are scored"
             )
-        config = workdir_lib.load_config(directory)
-    return config
-
-
-def save_picture(path: Path, samples, labels, test, *, overwrite: bool) -> None:
-    """Ten samples a class beside ten held-out images a class."""
-    classes = np.unique(labels)[:10]
-
-    columns = min(10, *(int((labels == c).sum()) for c in classes))
-    names = [str(c) for c in classes]
-    panels = []
-    for title, images, its_labels in (("samples", samples, labels), ("real (held out)", *test)):
-        images = np.concatenate([images[its_labels == c][:columns] for c in classes])
-        panels.append(evaluation.Panel(images, title, columns=columns, row_labels=names))
-    evaluation.save_panels(path, panels, overwrite=overwrite)
+    if not args.out and not args.workdir:
+        raise ValueError("say where the record goes: --out=scores.json")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = parse_arguments(argv)
-    with wiring.readable_errors(traceback=args.traceback):
-        inception_scores.check_arguments(args)
+    with command.readable_errors(traceback=args.traceback):
+        check_arguments(args)
+        from dit_jax import evaluation
+        from launch import classifier_scores, inception_scores, loading
+
         for path in (args.out, args.picture):
             if path:
                 evaluation.check_destination(path, overwrite=args.overwrite)
@@ -156,9 +119,9 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(
                 "give --workdir (scores by a classifier of the run's data) or --reference (FID)"
             )
-        model = loading.load_from_arguments(args, wiring.sampling_overrides(args))
+        model = loading.load_from_arguments(args, arguments.sampling_overrides(args))
         num_images = args.num_images or model.config.evaluation.num_images
-        record, samples, labels, test = evaluate(
+        record, samples, labels, test = classifier_scores.evaluate(
             model,
             args.workdir,
             num_images=num_images,
@@ -168,7 +131,9 @@ def main(argv: list[str] | None = None) -> None:
         out = args.out or args.workdir / f"metrics_{model.step}.json"
         evaluation.save_json(out, record, overwrite=args.overwrite or args.out is None)
         if args.picture:
-            save_picture(args.picture, samples, labels, test, overwrite=args.overwrite)
+            classifier_scores.save_picture(
+                args.picture, samples, labels, test, overwrite=args.overwrite
+            )
         scores = record["scores"]
         print(
             f"{num_images} images of {model.weights}, step {model.step}\n"
@@ -181,4 +146,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -10,71 +10,8 @@ from dit_jax.evaluation.sample_store import record_path
 from dit_jax.models.dit import SIZES
 from dit_jax.training.metrics import format_duration
 from interop.inception import default_cache_dir, load_extractor
-from launch import loading, wiring
+from launch import arguments, loading, wiring
 from parallel.mesh import create_mesh
-
-# Options that make samples, besides those of `wiring.sampling_overrides`.
-_OF_SAMPLING = ("num_images", "rounding", "seed", "vae", "step", "weights", "num_heads")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the Inception scores."""
-    group = parser.add_argument_group("FID, sFID, IS, precision, recall, KID (with --reference)")
-    group.add_argument(
-        "--reference", help="a folder of images, an ADM .npz (images or moments), or tfds:NAME"
-    )
-    group.add_argument(
-        "--samples", type=Path, help="score these (a .npz or a folder) instead of sampling"
-    )
-    group.add_argument(
-        "--protocol", choices=list(evaluation.PROTOCOLS), help="as published, and beside it"
-    )
-    group.add_argument(
-        "--inception", type=Path, help="the weights file; default: the cache, else a download"
-    )
-    group.add_argument(
-        "--other_inception_weights",
-        action="store_true",
-        help="accept another file than the published one; scores then compare with nothing else",
-    )
-    group.add_argument("--reference_split", default="train", help="of tfds:NAME")
-    group.add_argument("--reference_size", type=int, help="pixels; of a folder or tfds:NAME")
-    group.add_argument("--reference_resize", default="none", choices=["none", "adm"])
-    group.add_argument("--grey", default="refuse", choices=["refuse", "repeat"])
-    group.add_argument("--scores", nargs="+", choices=evaluation.SCORES, help="default: all")
-    group.add_argument("--feature_batch_size", type=int, default=64, help="over all devices")
-    group.add_argument(
-        "--allow_singular", action="store_true", help="FID of fewer images than features; a guess"
-    )
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Refuses options that contradict each other or would do nothing.
-
-    Raises:
-        ValueError: naming them.
-    """
-    if not args.reference:
-        parser = argparse.ArgumentParser()
-        add_arguments(parser)
-        defaults = vars(parser.parse_args([]))
-        given = [name for name, value in defaults.items() if getattr(args, name) != value]
-        if given:
-            raise ValueError(f"--{given[0]} needs --reference: what to compare with")
-        return
-    if args.picture:
-        raise ValueError("--picture shows the classifier's data; it does not go with --reference")
-    if args.samples and (args.workdir or args.init_from):
-        raise ValueError("--samples are scored as they are; leave --workdir and --init_from out")
-    if args.samples:
-        given = [key.partition(".")[2] for key in wiring.sampling_overrides(args)]
-        given += [name for name in _OF_SAMPLING if getattr(args, name)]
-        if given:
-            raise ValueError(
-                f"--{given[0]} does not apply to --samples: they are made, and all are scored"
-            )
-    if not args.out and not args.workdir:
-        raise ValueError("say where the record goes: --out=scores.json")
 
 
 def protocol_overrides(args: argparse.Namespace) -> dict[str, Any]:
@@ -159,7 +96,7 @@ def score(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     mesh = create_mesh()
     model = None
     if not args.samples:  # before the long part: whether there is a model at all
-        overrides = protocol_overrides(args) | wiring.sampling_overrides(args)
+        overrides = protocol_overrides(args) | arguments.sampling_overrides(args)
         model = loading.load_from_arguments(args, overrides)
     batch_size = -(-args.feature_batch_size // mesh.size) * mesh.size
     extractor = load_extractor(

@@ -54,22 +54,6 @@ class TrainedModel:
         return methods.weights_hash(self.params)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that choose a trained model."""
-    group = parser.add_argument_group("model (one of --workdir and --init_from)")
-    group.add_argument("--workdir", type=Path, help="directory of a training run")
-    group.add_argument(
-        "--init_from",
-        metavar="[KIND:]SRC",
-        help="a checkpoint: .pt of DiT, SiT (sit_pt:FILE) or EDM, .pkl of EDM, diffusers folder, "
-        "converted folder, workdir, hub:owner/name[@revision]",
-    )
-    group.add_argument("--step", type=int, help="of a workdir: which checkpoint; default: newest")
-    group.add_argument("--weights", default="", help="raw, ema (the first average) or its name")
-    group.add_argument("--num_heads", type=int, help="of a .pt of a width not in the paper")
-    group.add_argument("--vae", help="VAE that decodes latents: a diffusers folder, or hub:...")
-
-
 def load_from_arguments(args: argparse.Namespace, overrides: dict[str, Any]) -> TrainedModel:
     """The model that `add_model_arguments`' options choose.
 

@@ -11,22 +11,17 @@ made, so a laptop does. How to read the result: docs/planning.md.
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
 
-from dit_jax import config as config_lib
-from dit_jax.evaluation import save_json
-from launch import plan_report, planning, wiring
-from parallel.accelerators import ACCELERATORS, accelerator
+from launch import arguments, command, configuration_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The experiment, a file of configs/; override with --config.key=value."
-)
+_CONFIG = configuration_flags.define_config()
 _DEVICES = flags.DEFINE_integer("devices", None, "How many devices there would be.")
-_ACCELERATOR = flags.DEFINE_string("accelerator", "h100", f"One of {', '.join(ACCELERATORS)}.")
+_ACCELERATOR = flags.DEFINE_string(
+    "accelerator", "h100", f"One of {', '.join(arguments.ACCELERATORS)}."
+)
 _HBM_GIB = flags.DEFINE_float("hbm_gib", None, "Memory of one device; by default all it has.")
 _WHAT = flags.DEFINE_string("what", "train", "train: an update; sample: a batch of samples.")
 _OUT = flags.DEFINE_string("out", None, "Also write the plan to this file, as JSON.")
@@ -37,13 +32,15 @@ _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show stack traces of errors.
 _CHILD = "DIT_JAX_PLAN_PROGRAMS"
 
 
-def run_with_devices(arguments: list[str], devices: int) -> int:
+def run_with_devices(options: list[str], devices: int) -> int:
     """Runs this command in a process of its own with virtual devices; returns its exit status.
 
     The number of devices is fixed when JAX starts, and so is where XLA writes the programs that its
     partitioner hands to the backend (`planning.compile_program`).
     """
-    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+    from launch import planning
+
+    with command.temporary_folder("plan-") as folder:
         xla_flags = (
             f"--xla_force_host_platform_device_count={devices}",
             "--xla_backend_optimization_level=0",  # of machine code, which nobody will run
@@ -59,35 +56,20 @@ def run_with_devices(arguments: list[str], devices: int) -> int:
             "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
             # A program from a cache would not pass the partitioner again.
             "JAX_ENABLE_COMPILATION_CACHE": "false",
-            _CHILD: folder,
+            _CHILD: str(folder),
         }
-        command = [sys.executable, str(Path(__file__).absolute()), *arguments]
-        return subprocess.run(command, env=environment, check=False).returncode
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parsing, with mistakes told as all others are."""
-    known = {path for path, _ in config_lib.flatten(config_lib.default_config())}
-    with wiring.readable_errors():
-        for argument in argv[1:]:
-            key = argument.lstrip("-").partition("=")[0].removeprefix("no")
-            if key.startswith("config.") and key.removeprefix("config.") not in known:
-                hint = config_lib.nearest_key(key.removeprefix("config."))
-                raise config_lib.ConfigError(f"unknown key {key}{hint}")
-        try:
-            rest = flags.FLAGS(argv)[1:]
-        except flags.Error as error:
-            raise ValueError(f"{error} (see --help)") from error
-        if rest:
-            raise ValueError(f"unexpected arguments: {' '.join(rest)}")
-    return argv[:1]
+        again = [sys.executable, str(Path(__file__).absolute()), *options]
+        return subprocess.run(again, env=environment, check=False).returncode
 
 
 def main(argv: list[str]) -> None:
     """Entry point, of both processes."""
     del argv
-    logging.set_verbosity(logging.WARNING)
-    with wiring.readable_errors(traceback=_TRACEBACK.value):
+    with command.readable_errors(traceback=_TRACEBACK.value):
+        from dit_jax.evaluation import save_json
+        from launch import plan_report, planning
+        from parallel.accelerators import accelerator
+
         out = Path(_OUT.value) if _OUT.value else None
         planning.check_options(
             what=_WHAT.value,
@@ -108,5 +90,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "devices"])
-    app.run(main, flags_parser=parse_flags)
+    configuration_flags.run(main, required=["config", "devices"])

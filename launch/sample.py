@@ -15,17 +15,9 @@ images are made, with a .json beside it that says how; interrupted, the same com
 """
 
 import argparse
-import dataclasses
-import sys
-import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-
-from dit_jax import evaluation, experiment
-from launch import loading, wiring
-from parallel.sampling import ImageParallel, ImagePlacement
+from launch import arguments, command
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,9 +25,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    loading.add_model_arguments(parser)
-    wiring.add_sampling_arguments(parser)
-    wiring.add_parallel_arguments(parser)
+    arguments.add_model_arguments(parser)
+    arguments.add_sampling_arguments(parser)
+    arguments.add_parallel_arguments(parser)
     parser.add_argument(
         "--vae_devices", type=int, help="devices over which the VAE splits an image's rows"
     )
@@ -44,117 +36,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--labels", type=int, nargs="+", help="classes, repeated in turn; default: all in turn"
     )
     parser.add_argument("--out", type=Path, required=True, help="x.png, x.npz or a folder")
-    parser.add_argument("--rounding", default="nearest", choices=evaluation.ROUNDING_RULES)
+    parser.add_argument("--rounding", default="nearest", choices=arguments.ROUNDING_RULES)
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     return parser.parse_args(argv)
-
-
-def choose_labels(args: argparse.Namespace, num_classes: int) -> np.ndarray:
-    """One label an image.
-
-    Raises:
-        ValueError: labels of an unconditional model, or out of range.
-    """
-    if args.num_images < 1:
-        raise ValueError(f"--num_images={args.num_images}: expected at least 1")
-    if args.labels is None:
-        return wiring.balanced_labels(args.num_images, num_classes)
-    if not num_classes:
-        raise ValueError("--labels: the model is unconditional, it has no classes")
-    outside = [label for label in args.labels if not 0 <= label < num_classes]
-    if outside:
-        raise ValueError(f"--labels {outside[0]}: the model's classes are 0 to {num_classes - 1}")
-    return np.resize(np.asarray(args.labels, np.int32), args.num_images)
-
-
-def sample_to_store(
-    args: argparse.Namespace, model: loading.TrainedModel, labels: np.ndarray, stream, shape
-) -> None:
-    """Samples into `args.out`, going on where an interrupted run stopped."""
-    record = {
-        "seed": args.seed,
-        "rounding": args.rounding,
-        "num_images": len(labels),
-        "labels_hash": evaluation.content_hash(labels),
-        **stream.provenance,
-    }
-    store = evaluation.SampleStore(args.out, len(labels), shape, record, restart=args.overwrite)
-    if store.done:
-        print(f"going on at image {store.done} of {len(labels)}", flush=True)
-    for images in stream(store.done):
-        store.append(evaluation.to_uint8(images, args.rounding))
-    store.finish(labels if model.config.model.num_classes else None, overwrite=args.overwrite)
-
-
-def distribute(
-    parallel: ImageParallel, plan: experiment.SamplingPlan, batch_size: int
-) -> ImagePlacement:
-    """The plan on many devices; prints how, and what it warns of."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        placement = parallel.distribute(plan, batch_size=batch_size)
-    for warning in caught:
-        print(f"warning: {warning.message}", file=sys.stderr, flush=True)
-    shape = " x ".join(f"{name} {size}" for name, size in placement.mesh.shape.items() if size > 1)
-    print(f"{parallel.mode}: {shape}", flush=True)
-    for note in placement.notes:
-        print(f"note: {note}", flush=True)
-    return placement
-
-
-@dataclasses.dataclass(frozen=True)
-class Stream:
-    """Everything bound but the first image's number."""
-
-    draw: Callable[[int], Iterator[np.ndarray]]
-    provenance: dict
-
-    def __call__(self, start: int) -> Iterator[np.ndarray]:
-        """Pictures from image `start` on, in batches."""
-        return self.draw(start)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = parse_arguments(argv)
-    with wiring.readable_errors(traceback=args.traceback):
-        evaluation.check_destination(args.out, overwrite=args.overwrite)
-        parallel = wiring.image_parallel(args)
-        model = loading.load_from_arguments(args, wiring.sampling_overrides(args))
-        labels = choose_labels(args, model.config.model.num_classes)
-        placement = wiring.create_placement(model.config)
-        decoder = loading.Decoder(
-            model.config, model.autoencoder, placement, row_devices=args.vae_devices
-        )
-        plan, params = experiment.build_sampling(model.config), model.params
-        record = loading.provenance(model, decoder)
-        if parallel:
-            batch = min(args.num_images, model.config.sampling.batch_size)
-            placement = distribute(parallel, plan, batch)
-            plan, params = placement.plan, placement.place(params)
-            record["parallel"] = {
-                **dataclasses.asdict(parallel),
-                "warmup_steps": plan.sampler.denoiser.network.warmup_steps,
-                "devices": placement.mesh.size,
-            }
-        options = {
-            "seed": args.seed,
-            "placement": placement,
-            "batch_size": model.config.sampling.batch_size,
-            "decode": decoder,
-        }
-        stream = Stream(
-            lambda start: wiring.stream_images(plan, params, labels, start=start, **options),
-            record,
-        )
-        if args.out.suffix == ".png":
-            images = np.concatenate(list(stream(0)))
-            evaluation.save_grid(args.out, images, rounding=args.rounding, overwrite=args.overwrite)
-        else:
-            shape = decoder.image_shape(model.network.sample_shape)
-            sample_to_store(args, model, labels, stream, shape)
-        print(f"{len(labels)} images of {model.weights}, step {model.step}: {args.out}")
+    with command.readable_errors(traceback=args.traceback):
+        from launch import sampling
+
+        sampling.run(args)
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

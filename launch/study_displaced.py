@@ -25,7 +25,7 @@ from dit_jax import data as data_lib
 from dit_jax import evaluation, experiment
 from dit_jax.sampling import Carried, generate
 from dit_jax.training import workdir
-from launch import evaluate, loading, wiring
+from launch import classifier_scores, loading, wiring
 from parallel.sampling import ImageParallel
 from parallel.transformer import ParallelNetwork, split_rows
 
@@ -126,7 +126,7 @@ class Run:
         """Loads the weights, and trains or loads the classifier of the run's data."""
         overrides = {"sampling.solver": args.solver} if args.solver else {}
         model = loading.load_model(args.workdir, overrides=overrides)
-        config = evaluate.real_images(model.config)
+        config = classifier_scores.real_images(model.config)
         train = data_lib.to_arrays(experiment.open_data(config, "train"))
         test = data_lib.to_arrays(experiment.open_data(config, "test"))
         options = {"seed": 0, "cache_dir": args.workdir / "evaluation"}

@@ -25,7 +25,7 @@ from configs import digits, digits_cm, digits_dmd2, digits_kd, digits_mean_flow,
 from dit_jax import evaluation, experiment
 from dit_jax.config import default_config
 from dit_jax.data.shards import HEADER
-from launch import evaluate, loading, train, wiring, write_pairs
+from launch import classifier_scores, loading, pairs, train, wiring, write_pairs
 
 STEPS = (1, 2, 4)
 
@@ -190,7 +190,9 @@ def configure(
 
 def score(model: loading.TrainedModel, judge_folder: Path, num_images: int) -> tuple[Score, dict]:
     """Samples `model` as it is configured; returns its score and (samples, labels, test)."""
-    record, samples, labels, test = evaluate.evaluate(model, judge_folder, num_images=num_images)
+    record, samples, labels, test = classifier_scores.evaluate(
+        model, judge_folder, num_images=num_images
+    )
     plan = experiment.build_sampling(model.config)
     guided = 2 if plan.guidance_scale != 1.0 else 1
     scores = record["scores"]
@@ -249,7 +251,7 @@ def write_digit_pairs(teacher: Path, folder: Path) -> None:
     if (folder / HEADER).is_file():
         return
     started = time.perf_counter()
-    write_pairs.run(
+    pairs.run(
         write_pairs.parse_arguments(
             [
                 f"--workdir={teacher}",

@@ -1,8 +1,6 @@
-"""What the commands share: placing on devices, opening a workdir, ending on errors politely."""
+"""What the commands share: placing on devices, sampling over them, tables."""
 
 import argparse
-import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,39 +9,13 @@ import ml_collections
 import numpy as np
 
 from dit_jax import experiment
-from dit_jax.config import ConfigError
 from dit_jax.sampling import generate, image_keys
-from dit_jax.training import metrics, workdir
-from dit_jax.training.checkpoints import CheckpointError
-from dit_jax.training.loop import NonFiniteError
-from parallel.distributed import DistributedError, gathered
+from dit_jax.training import metrics
+from launch.command import readable_errors as readable_errors  # part of this module's face
+from parallel.distributed import gathered
 from parallel.mesh import DataParallel, create_mesh
 from parallel.partitioning import ShardedPlacement, rules_for
 from parallel.sampling import MODES, ImageParallel, ImagePlacement
-
-# What a user can cause and mend: shown as a message without a stack trace.
-USER_ERRORS = (ConfigError, ValueError, OSError, CheckpointError, NonFiniteError)
-USER_ERRORS += (workdir.WorkdirError, ImportError, DistributedError)
-
-
-@contextlib.contextmanager
-def readable_errors(*, traceback: bool = False) -> Iterator[None]:
-    """Ends the process with a message and status 2 on errors a user can mend.
-
-    Args:
-        traceback: let them through with their stack trace (the flag --traceback).
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except USER_ERRORS as error:
-        if traceback:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        print("(--traceback shows where it came from)", file=sys.stderr)
-        sys.exit(2)
 
 
 def create_placement(config: ml_collections.ConfigDict) -> DataParallel:
@@ -148,48 +120,6 @@ def balanced_labels(count: int, num_classes: int) -> np.ndarray:
     return np.arange(count, dtype=np.int32) % max(num_classes, 1)
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of how to sample; by default as the model was configured."""
-    group = parser.add_argument_group("sampling (defaults: the model's config.sampling)")
-    group.add_argument("--solver", help="ddpm, ddim, euler, heun or dpmpp_2m")
-    group.add_argument("--steps", type=int, help="solver steps")
-    group.add_argument("--spacing", help="of the solver's times, see dit_jax.diffusion.schedules")
-    group.add_argument("--guidance_scale", type=float, help="1 for no guidance")
-    group.add_argument(
-        "--guidance_interval",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="guide only at process times between these",
-    )
-    group.add_argument(
-        "--guidance_channels", help="all, or first3 as the original DiT", choices=["all", "first3"]
-    )
-    group.add_argument("--batch_size", type=int, help="images sampled at once, over all devices")
-    group.add_argument("--seed", type=int, default=0, help="image i depends on seed and i only")
-    parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
-
-
-def add_parallel_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of one image on many devices."""
-    group = parser.add_argument_group("one image on many devices (docs/parallel_sampling.md)")
-    group.add_argument("--parallel", choices=MODES, help="what the devices exchange")
-    group.add_argument("--patch_devices", type=int, help="devices one image is split over")
-    group.add_argument(
-        "--warmup_steps", type=int, help="synchronous steps before displaced ones; default 4"
-    )
-    group.add_argument(
-        "--split_guidance",
-        action="store_true",
-        help="the two evaluations of guidance on devices of their own, twice as many in all",
-    )
-    group.add_argument(
-        "--ulysses_devices",
-        type=int,
-        help="of --patch_devices, those that exchange heads; the others are a ring",
-    )
-
-
 def image_parallel(args: argparse.Namespace) -> ImageParallel | None:
     """What `add_parallel_arguments`' options choose; None for one device an image.
 
@@ -211,18 +141,6 @@ def image_parallel(args: argparse.Namespace) -> ImageParallel | None:
         split_guidance=args.split_guidance,
         ulysses=args.ulysses_devices,
     )
-
-
-def sampling_overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """The configuration values that `add_sampling_arguments`' options replace."""
-    names = ("solver", "steps", "spacing", "guidance_scale", "guidance_channels", "batch_size")
-    overrides = {f"sampling.{n}": getattr(args, n) for n in names if getattr(args, n) is not None}
-    if args.guidance_interval:
-        overrides["sampling.guidance_interval"] = tuple(args.guidance_interval)
-    elif args.guidance_scale == 1.0:  # no guidance: then not the run's interval and channels either
-        overrides["sampling.guidance_interval"] = ()
-        overrides.setdefault("sampling.guidance_channels", "all")
-    return overrides
 
 
 def table(rows: list[tuple[str, ...]]) -> str:

@@ -15,7 +15,7 @@ from dit_jax.data.latents_writer import LatentsWriter
 from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from interop.autoencoder_kl import save_autoencoder
 from interop.table import abstract_params
-from launch import extract_features, train
+from launch import extract_features, extraction, train
 from tests.launch.conftest import run, start, tiny_config
 
 CONFIG = AutoencoderKLConfig(
@@ -75,7 +75,7 @@ def arguments(images, vae, out, /, **changes):
 
 def extract(*given, **changes):
     args = extract_features.parse_arguments(arguments(*given, **changes))
-    return extract_features.run(args)[0]
+    return extraction.run(args)[0]
 
 
 def contents(folder):

@@ -11,6 +11,7 @@ import pytest
 from dit_jax import experiment
 from dit_jax.data import open_source
 from launch import loading, train, write_pairs
+from launch import pairs as pairs_lib
 from tests.launch.conftest import curve, run, start, tiny_config
 
 
@@ -39,7 +40,7 @@ def arguments(teacher, out, **changes):
 
 def write(*given, path_times=(), **changes):
     times = ["--path_times", *map(str, path_times)] if path_times else []
-    return write_pairs.run(write_pairs.parse_arguments([*arguments(*given, **changes), *times]))
+    return pairs_lib.run(write_pairs.parse_arguments([*arguments(*given, **changes), *times]))
 
 
 def contents(folder):
@@ -59,7 +60,7 @@ def test_pairs_are_what_the_sampler_makes(teacher, tmp_path):
     model = loading.load_model(teacher, overrides={"sampling.solver": "heun", "sampling.steps": 3})
     assert model.weights_hash() == header.teacher_hash
     sampler = experiment.build_sampling(model.config).sampler
-    keys = write_pairs.pair_keys(0, np.arange(22))
+    keys = pairs_lib.pair_keys(0, np.arange(22))
     times = np.asarray(header.times, np.float32)
     noise, x0, path = sampler.path(model.params, keys, batch["label"], times, (2,), 1.5)
     np.testing.assert_array_equal(batch["path"][:, 0], noise)
@@ -72,7 +73,7 @@ def test_pairs_are_what_the_sampler_makes(teacher, tmp_path):
 def test_noise_is_none_that_images_start_from():
     from dit_jax.sampling import image_keys
 
-    pairs = jax.random.key_data(write_pairs.pair_keys(0, np.arange(50)))
+    pairs = jax.random.key_data(pairs_lib.pair_keys(0, np.arange(50)))
     images = jax.random.key_data(image_keys(0, np.arange(50)))
     assert not {tuple(key) for key in np.asarray(pairs)} & {tuple(k) for k in np.asarray(images)}
 

@@ -1,0 +1,91 @@
+"""Options that several commands share. Parsing them imports nothing heavy.
+
+Names that the library knows stand here once more, so that --help can list them without it; a test
+holds them to the library's.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+ROUNDING_RULES = ("nearest", "truncate")  # of dit_jax.evaluation, as the two below
+PROTOCOLS = ("dit_400k", "dit_final")
+SCORES = ("fid", "sfid", "inception_score", "precision_recall", "kid")
+PARALLEL_MODES = (  # parallel.sampling.MODES
+    *("displaced", "synchronous", "naive", "ulysses", "ring", "tensor"),
+    *("full_sync", "corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "no_sync"),
+)
+KINDS = ("dit_jax", "dit_pt", "sit_pt", "diffusers", "edm_pkl", "edm_pt")  # interop.models.KINDS
+DESTINATIONS = tuple(kind for kind in KINDS if kind != "edm_pkl")  # of interop.export
+DTYPES = ("float32", "bfloat16", "float16")  # of interop.export
+ACCELERATORS = ("h100", "h200", "a100", "tpu_v5p")  # of parallel.accelerators
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that choose a trained model."""
+    group = parser.add_argument_group("model (one of --workdir and --init_from)")
+    group.add_argument("--workdir", type=Path, help="directory of a training run")
+    group.add_argument(
+        "--init_from",
+        metavar="[KIND:]SRC",
+        help="a checkpoint: .pt of DiT, SiT (sit_pt:FILE) or EDM, .pkl of EDM, diffusers folder, "
+        "converted folder, workdir, hub:owner/name[@revision]",
+    )
+    group.add_argument("--step", type=int, help="of a workdir: which checkpoint; default: newest")
+    group.add_argument("--weights", default="", help="raw, ema (the first average) or its name")
+    group.add_argument("--num_heads", type=int, help="of a .pt of a width not in the paper")
+    group.add_argument("--vae", help="VAE that decodes latents: a diffusers folder, or hub:...")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of how to sample; by default as the model was configured."""
+    group = parser.add_argument_group("sampling (defaults: the model's config.sampling)")
+    group.add_argument("--solver", help="ddpm, ddim, euler, heun or dpmpp_2m")
+    group.add_argument("--steps", type=int, help="solver steps")
+    group.add_argument("--spacing", help="of the solver's times, see dit_jax.diffusion.schedules")
+    group.add_argument("--guidance_scale", type=float, help="1 for no guidance")
+    group.add_argument(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guide only at process times between these",
+    )
+    group.add_argument(
+        "--guidance_channels", help="all, or first3 as the original DiT", choices=["all", "first3"]
+    )
+    group.add_argument("--batch_size", type=int, help="images sampled at once, over all devices")
+    group.add_argument("--seed", type=int, default=0, help="image i depends on seed and i only")
+    parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
+
+
+def add_parallel_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of one image on many devices."""
+    group = parser.add_argument_group("one image on many devices (docs/parallel_sampling.md)")
+    group.add_argument("--parallel", choices=PARALLEL_MODES, help="what the devices exchange")
+    group.add_argument("--patch_devices", type=int, help="devices one image is split over")
+    group.add_argument(
+        "--warmup_steps", type=int, help="synchronous steps before displaced ones; default 4"
+    )
+    group.add_argument(
+        "--split_guidance",
+        action="store_true",
+        help="the two evaluations of guidance on devices of their own, twice as many in all",
+    )
+    group.add_argument(
+        "--ulysses_devices",
+        type=int,
+        help="of --patch_devices, those that exchange heads; the others are a ring",
+    )
+
+
+def sampling_overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """The configuration values that `add_sampling_arguments`' options replace."""
+    names = ("solver", "steps", "spacing", "guidance_scale", "guidance_channels", "batch_size")
+    overrides = {f"sampling.{n}": getattr(args, n) for n in names if getattr(args, n) is not None}
+    if args.guidance_interval:
+        overrides["sampling.guidance_interval"] = tuple(args.guidance_interval)
+    elif args.guidance_scale == 1.0:  # no guidance: then not the run's interval and channels either
+        overrides["sampling.guidance_interval"] = ()
+        overrides.setdefault("sampling.guidance_channels", "all")
+    return overrides

@@ -1,0 +1,188 @@
+"""How a command begins and ends: nothing heavy is imported before its flags are understood.
+
+Every command calls `run(main)`, whose `main` imports JAX and the rest once the flags are read, so
+that --help and mistakes are answered at once. Ctrl-C ends it at once with status 130 and SIGTERM
+with 143, except where a training loop has taken the signals to save first.
+"""
+
+import atexit
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# How long `cleaning_up` may take to remove what was half written.
+_CLEANING_SECONDS = 2.0
+
+_leaving = threading.Lock()
+_to_remove: set[Path] = set()
+
+
+def run(main: Callable[[], object]) -> None:
+    """Runs a command: `main` imports what it needs, its errors and signals end politely."""
+    listen()
+    quieten()
+    main()
+    # Whoever reads through a pipe, as `| head`, may have gone.
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+
+
+def quieten() -> None:
+    """Keeps libraries' remarks that are no errors off the screen; to be called before JAX loads.
+
+    Variables that the user has set stay as they are.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's and TensorFlow's C++: errors only
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+
+def listen() -> None:
+    """Lets SIGINT and SIGTERM end the process at once, even while XLA compiles.
+
+    Python runs its handlers in the main thread between two of its own instructions, and a
+    compilation is one call of many seconds. So a thread is told as well, through a pipe. The end
+    is `os._exit`: Python's orderly one would take XLA's threads down in the middle of their work,
+    which crashes. Handlers that others install, as the training loop does, are left to them.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    for number in _SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # of nohup, or a shell's background job
+            signal.signal(number, _leave)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    # A forked child has the pipe, too; its signals are not this process's.
+    os.register_at_fork(after_in_child=_forget)
+    # In the last moments no handler of ours can run: the work is done, and the status says so.
+    atexit.register(_ignore)
+    threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
+
+
+def _watch(reading: int) -> None:
+    while True:
+        for number in os.read(reading, 64):
+            handler = signal.getsignal(number) if number in _SIGNALS else None
+            if handler is _unwind:
+                time.sleep(_CLEANING_SECONDS)
+            if handler in (_leave, _unwind):
+                _leave(number)
+
+
+def _forget() -> None:
+    signal.set_wakeup_fd(-1)
+    for number in _SIGNALS:
+        if signal.getsignal(number) in (_leave, _unwind):
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _ignore() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _leave(number: int, frame: object = None) -> None:
+    """Ends the process, from whichever thread comes first."""
+    if not _leaving.acquire(blocking=False):
+        return
+    leave(signal.Signals(number))
+
+
+def _unwind(number: int, frame: object) -> None:
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+
+def leave(number: signal.Signals) -> None:
+    """Ends the process as one that a signal ended: with status 128 + number, nothing else."""
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    with contextlib.suppress(OSError):
+        os.write(2, f"{word}\n".encode())
+    for path in tuple(_to_remove):
+        shutil.rmtree(path, ignore_errors=True)
+    multiprocessing = sys.modules.get("multiprocessing")
+    for child in multiprocessing.active_children() if multiprocessing else ():
+        child.kill()
+    os._exit(128 + number)
+
+
+@contextlib.contextmanager
+def cleaning_up() -> Iterator[None]:
+    """Inside, a signal unwinds the stack, so that half-written files are removed on the way.
+
+    For work that is Python's own; it has two seconds.
+    """
+    previous = {}
+    hook = sys.unraisablehook
+    try:
+        for number in _SIGNALS:
+            if signal.getsignal(number) is _leave:
+                previous[number] = signal.signal(number, _unwind)
+        if previous:  # raised where Python can only report it, as in a callback of JAX
+            sys.unraisablehook = _leave_or(hook)
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        sys.unraisablehook = hook
+
+
+def _leave_or(hook):
+    def report(unraisable) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            leave(signal.SIGINT)
+        hook(unraisable)
+
+    return report
+
+
+@contextlib.contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """A folder that is gone afterwards, however the command ends."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    _to_remove.add(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _to_remove.discard(folder)
+
+
+@contextlib.contextmanager
+def readable_errors(*, traceback: bool = False) -> Iterator[None]:
+    """Ends the process with a message and status 2 on errors a user can mend.
+
+    Args:
+        traceback: let them through with their stack trace (the flag --traceback).
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if signal.getsignal(signal.SIGINT) in (_leave, _unwind):
+            leave(signal.SIGINT)
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if traceback or not _is_users(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        print("(--traceback shows where it came from)", file=sys.stderr)
+        sys.exit(2)
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether a user can have caused it, and can mend it."""
+    if isinstance(error, (ValueError, OSError, ImportError)):
+        return True
+    # Raised by modules that are imported by now; they are not, for the sake of a mistyped flag.
+    from dit_jax.training.checkpoints import CheckpointError
+    from dit_jax.training.loop import NonFiniteError
+    from dit_jax.training.workdir import WorkdirError
+    from parallel.distributed import DistributedError
+
+    return isinstance(error, (CheckpointError, NonFiniteError, WorkdirError, DistributedError))

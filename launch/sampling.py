@@ -1,0 +1,118 @@
+"""Sampling from a trained model into a grid, an .npz or a folder: the work of launch/sample.py."""
+
+import argparse
+import dataclasses
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from dit_jax import evaluation, experiment
+from launch import arguments, loading, wiring
+from parallel.sampling import ImageParallel, ImagePlacement
+
+
+def choose_labels(args: argparse.Namespace, num_classes: int) -> np.ndarray:
+    """One label an image.
+
+    Raises:
+        ValueError: labels of an unconditional model, or out of range.
+    """
+    if args.num_images < 1:
+        raise ValueError(f"--num_images={args.num_images}: expected at least 1")
+    if args.labels is None:
+        return wiring.balanced_labels(args.num_images, num_classes)
+    if not num_classes:
+        raise ValueError("--labels: the model is unconditional, it has no classes")
+    outside = [label for label in args.labels if not 0 <= label < num_classes]
+    if outside:
+        raise ValueError(f"--labels {outside[0]}: the model's classes are 0 to {num_classes - 1}")
+    return np.resize(np.asarray(args.labels, np.int32), args.num_images)
+
+
+def sample_to_store(
+    args: argparse.Namespace, model: loading.TrainedModel, labels: np.ndarray, stream, shape
+) -> None:
+    """Samples into `args.out`, going on where an interrupted run stopped."""
+    record = {
+        "seed": args.seed,
+        "rounding": args.rounding,
+        "num_images": len(labels),
+        "labels_hash": evaluation.content_hash(labels),
+        **stream.provenance,
+    }
+    store = evaluation.SampleStore(args.out, len(labels), shape, record, restart=args.overwrite)
+    if store.done:
+        print(f"going on at image {store.done} of {len(labels)}", flush=True)
+    for images in stream(store.done):
+        store.append(evaluation.to_uint8(images, args.rounding))
+    store.finish(labels if model.config.model.num_classes else None, overwrite=args.overwrite)
+
+
+def distribute(
+    parallel: ImageParallel, plan: experiment.SamplingPlan, batch_size: int
+) -> ImagePlacement:
+    """The plan on many devices; prints how, and what it warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        placement = parallel.distribute(plan, batch_size=batch_size)
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr, flush=True)
+    shape = " x ".join(f"{name} {size}" for name, size in placement.mesh.shape.items() if size > 1)
+    print(f"{parallel.mode}: {shape}", flush=True)
+    for note in placement.notes:
+        print(f"note: {note}", flush=True)
+    return placement
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Everything bound but the first image's number."""
+
+    draw: Callable[[int], Iterator[np.ndarray]]
+    provenance: dict
+
+    def __call__(self, start: int) -> Iterator[np.ndarray]:
+        """Pictures from image `start` on, in batches."""
+        return self.draw(start)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Samples what the command line asks for, into its --out."""
+    evaluation.check_destination(args.out, overwrite=args.overwrite)
+    parallel = wiring.image_parallel(args)
+    model = loading.load_from_arguments(args, arguments.sampling_overrides(args))
+    labels = choose_labels(args, model.config.model.num_classes)
+    placement = wiring.create_placement(model.config)
+    decoder = loading.Decoder(
+        model.config, model.autoencoder, placement, row_devices=args.vae_devices
+    )
+    plan, params = experiment.build_sampling(model.config), model.params
+    record = loading.provenance(model, decoder)
+    if parallel:
+        batch = min(args.num_images, model.config.sampling.batch_size)
+        placement = distribute(parallel, plan, batch)
+        plan, params = placement.plan, placement.place(params)
+        record["parallel"] = {
+            **dataclasses.asdict(parallel),
+            "warmup_steps": plan.sampler.denoiser.network.warmup_steps,
+            "devices": placement.mesh.size,
+        }
+    options = {
+        "seed": args.seed,
+        "placement": placement,
+        "batch_size": model.config.sampling.batch_size,
+        "decode": decoder,
+    }
+    stream = Stream(
+        lambda start: wiring.stream_images(plan, params, labels, start=start, **options),
+        record,
+    )
+    if args.out.suffix == ".png":
+        images = np.concatenate(list(stream(0)))
+        evaluation.save_grid(args.out, images, rounding=args.rounding, overwrite=args.overwrite)
+    else:
+        shape = decoder.image_shape(model.network.sample_shape)
+        sample_to_store(args, model, labels, stream, shape)
+    print(f"{len(labels)} images of {model.weights}, step {model.step}: {args.out}")

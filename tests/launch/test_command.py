@@ -1,0 +1,62 @@
+"""How commands start: what is imported before their flags are understood."""
+
+import subprocess
+import sys
+
+import pytest
+
+from dit_jax import evaluation
+from interop import export, models
+from launch import arguments, planning
+from parallel import accelerators, sampling
+from tests.launch.conftest import ROOT, environment
+
+COMMANDS = ("train", "sample", "evaluate", "convert", "compare", "extract_features", "plan")
+COMMANDS += ("write_pairs",)
+
+# Runs every command with --help and with a flag that is not there, each in a fork of this process,
+# and says what it has loaded at its end.
+SCRIPT = """
+import os, runpy, sys
+heavy = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorflow", "torch", "scipy", "numpy", "clu"}
+for name in %r:
+    for flag in ("--help", "--no_such_flag"):
+        if os.fork():
+            os.wait()
+            continue
+        sys.argv = [f"launch/{name}.py", flag]
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as ending:
+            print("ENDED", name, flag, ending.code, sorted(heavy & sys.modules.keys()), flush=True)
+        os._exit(0)
+"""
+
+
+def test_help_and_mistyped_flags_are_answered_before_anything_heavy_is_imported():
+    child = [sys.executable, "-c", SCRIPT % (COMMANDS,)]
+    out = subprocess.run(child, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    ended = [line.split(maxsplit=4) for line in out.stdout.splitlines() if "ENDED" in line]
+    assert len(ended) == 2 * len(COMMANDS), out.stderr
+    for _, name, flag, status, loaded in ended:
+        expected = "2" if flag != "--help" else ("1" if name in ("train", "plan") else "0")
+        assert (status, loaded) == (expected, "[]"), (name, flag)
+    assert "Traceback" not in out.stderr
+
+
+@pytest.mark.parametrize(
+    ("listed", "known"),
+    [
+        (arguments.PARALLEL_MODES, sampling.MODES),
+        (arguments.ROUNDING_RULES, evaluation.ROUNDING_RULES),
+        (arguments.PROTOCOLS, evaluation.PROTOCOLS),
+        (arguments.SCORES, evaluation.SCORES),
+        (arguments.KINDS, models.KINDS),
+        (arguments.DESTINATIONS, export.DESTINATIONS),
+        (arguments.DTYPES, export.DTYPES),
+        (arguments.ACCELERATORS, accelerators.ACCELERATORS),
+        (planning.COMPILERS, ("train", "sample")),
+    ],
+)
+def test_choices_of_flags_are_the_librarys(listed, known):
+    assert tuple(listed) == tuple(known)
