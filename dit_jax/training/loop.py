@@ -7,6 +7,7 @@ been dispatched, so the device never waits for the host.
 
 import contextlib
 import dataclasses
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -125,9 +126,20 @@ class _Interruption:
         return self
 
     def _handle(self, number, frame):
+        if self.signal is not None:
+            self._pass_on(number, frame)
+            return
         self.signal = number
-        signal.signal(number, self._previous[number])
         print(f"{signal.Signals(number).name}: saving after this step ...", flush=True)
+
+    def _pass_on(self, number, frame):
+        """Acts as without this class; its handler stays, so that it is seen to have them."""
+        previous = self._previous[number]
+        if callable(previous):
+            previous(number, frame)
+        elif previous == signal.SIG_DFL:
+            signal.signal(number, previous)
+            os.kill(os.getpid(), number)
 
     def __exit__(self, *exception):
         for number, handler in self._previous.items():
