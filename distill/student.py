@@ -16,7 +16,7 @@ from dit_jax.diffusion import guidance
 from dit_jax.diffusion.process import Prediction, expand
 from dit_jax.models.dit import resolve_dtype
 from dit_jax.training import ema as ema_lib
-from dit_jax.training.denoising import drop_labels
+from dit_jax.training.denoising import drop_labels, require_null_class
 from dit_jax.training.method import Batch, Metrics
 
 
@@ -110,6 +110,7 @@ class Student:
     def __post_init__(self):
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"method.label_dropout={self.label_dropout}: expected 0 to 1")
+        require_null_class(self.denoiser.network, self.label_dropout)
 
     def start(self, key: Key[Array, ""], params: Any = None) -> Any:
         """Fresh parameters, with those of `params` in their places."""
@@ -170,10 +171,16 @@ class Teacher:
     guidance_interval: tuple[float, float] | None = None
 
     def __post_init__(self):
-        if self.guidance_scale != 1.0 and not self.denoiser.network.num_classes:
+        network = self.denoiser.network
+        if self.guidance_scale != 1.0 and not network.num_classes:
             raise ValueError(
                 f"teacher.guidance_scale={self.guidance_scale} needs a class-conditional network; "
                 "model.num_classes is 0"
+            )
+        if self.guidance_scale != 1.0 and not getattr(network, "null_class", True):
+            raise ValueError(
+                f"teacher.guidance_scale={self.guidance_scale} needs a null class; "
+                "model.null_class is False"
             )
         if self.guidance_interval is not None and self.guidance_scale == 1.0:
             raise ValueError("teacher.guidance_interval would do nothing with guidance_scale=1.0")

@@ -36,6 +36,7 @@ DIT_KEYS = (
     "depth",
     "num_heads",
     "mlp_ratio",
+    "null_class",
     "learn_sigma",
     "time_frequency_spacing",
     "mlp_norm_epsilon",

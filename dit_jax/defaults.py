@@ -50,6 +50,7 @@ def default_config() -> ml_collections.ConfigDict:
                 "depth": 28,
                 "num_heads": 16,
                 "mlp_ratio": 4.0,
+                "null_class": True,  # whether there is a class for "no class" (guidance needs it)
                 "learn_sigma": True,
                 "time_frequency_spacing": "original",  # original | diffusers
                 "mlp_norm_epsilon": 1e-6,  # 1e-5 in diffusers' default DiT

@@ -284,6 +284,24 @@ class SamplingPlan:
         )
 
 
+def unguidable(config: ml_collections.ConfigDict) -> str:
+    """Why a model cannot be guided, after "guidance_scale=...", or "" if it can."""
+    if not config.model.num_classes:
+        return "needs a class-conditional model; config.model.num_classes is 0"
+    if not build_network(config).null_class:
+        return (
+            "needs a null class, and this model has none (config.model.null_class is False): it "
+            "was trained without label dropout. Use guidance_scale=1"
+        )
+    if not config.method.label_dropout:
+        return (
+            "needs a model that has also seen images without labels; this one never has "
+            "(config.method.label_dropout is 0.0), so its null class means nothing. Use "
+            "guidance_scale=1, or train with --config.method.label_dropout=0.1"
+        )
+    return ""
+
+
 def build_sampling(config: ml_collections.ConfigDict) -> SamplingPlan:
     """The sampler of `config.sampling`.
 
@@ -308,11 +326,8 @@ def build_sampling(config: ml_collections.ConfigDict) -> SamplingPlan:
             "config.sampling.guidance_interval and guidance_channels would do nothing with "
             "config.sampling.guidance_scale=1.0"
         )
-    if c.guidance_scale != 1.0 and not config.model.num_classes:
-        raise ConfigError(
-            f"config.sampling.guidance_scale={c.guidance_scale} needs a class-conditional model; "
-            "config.model.num_classes is 0"
-        )
+    if c.guidance_scale != 1.0 and (reason := unguidable(config)):
+        raise ConfigError(f"config.sampling.guidance_scale={c.guidance_scale} {reason}")
     if c.solver == "mean_flow" and not denoiser.network.has_second_time:
         raise ConfigError(
             "config.sampling.solver='mean_flow' needs a network of average velocities, which sees "

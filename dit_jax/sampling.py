@@ -128,11 +128,13 @@ class Sampler:
             raise ValueError("guidance_scale needs a class-conditional network; use 1.0")
         if labels is not None:
             labels = np.asarray(labels)
-            outside = labels[(labels < 0) | (labels > num_classes)]
+            null_class = getattr(self.denoiser.network, "null_class", True)
+            outside = labels[(labels < 0) | (labels >= num_classes + null_class)]
             if outside.size:
+                none = f", and {num_classes} for no class" if null_class else " and no null class"
                 raise ValueError(
                     f"label {outside.flat[0]} is out of range: the network knows 0 to "
-                    f"{num_classes - 1}, and {num_classes} for no class"
+                    f"{num_classes - 1}{none}"
                 )
         return (
             guided,

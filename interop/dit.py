@@ -70,8 +70,11 @@ def diffusers_table(config: DiTConfig, num_embeds: int | None = None) -> Table:
     rows += affine("t_embedder.fc1", f"{timestep}.linear_1", linear(), **shared)
     rows += affine("t_embedder.fc2", f"{timestep}.linear_2", linear(), **shared)
     classes = identity()
-    if num_embeds is not None and num_embeds != config.num_classes:
-        classes = padded_rows((*range(config.num_classes), num_embeds), num_embeds + 1)
+    room = config.num_classes if num_embeds is None else num_embeds
+    if config.null_class and room != config.num_classes:
+        classes = padded_rows((*range(config.num_classes), room), room + 1)
+    elif not config.null_class:  # a row that diffusers always has, and the model has never seen
+        classes = padded_rows(tuple(range(config.num_classes)), room + 1)
     embedding = f"{embedders}.class_embedder.embedding_table.weight"
     rows.append(Row("y_embedder.embedding", (embedding,), classes, **shared))
     attention = f"{block}.attn1"
@@ -87,15 +90,27 @@ def diffusers_table(config: DiTConfig, num_embeds: int | None = None) -> Table:
 
 
 def config_from_original(
-    file: TensorFile, *, num_heads: int | None = None, learn_sigma: bool | None = None
-) -> DiTConfig:
+    file: TensorFile,
+    *,
+    num_heads: int | None = None,
+    num_classes: int | None = None,
+    learn_sigma: bool | None = None,
+    like: Any = None,
+) -> tuple[DiTConfig, tuple[str, ...]]:
     """What a state dict in the original layout says about its network.
 
     Args:
         file: the state dict.
         num_heads: no tensor shows it; by default the paper's for the file's width, or what the
             training arguments in a fast-DiT checkpoint name.
+        num_classes: without the null class; by default what the training arguments name, else one
+            less than the class table has rows (`_classes`).
         learn_sigma: to assert; by default twice as many output as input channels mean it.
+        like: what has the attributes of a `DiTConfig`, for instance config.model of an experiment:
+            decides where neither the file nor the arguments above do.
+
+    Returns:
+        The configuration, and what had to be assumed.
 
     Raises:
         InteropError: the number of heads cannot be known, or shapes contradict each other.
@@ -105,7 +120,7 @@ def config_from_original(
         hidden_size, in_channels, patch_size, _ = shapes["x_embedder.proj.weight"]
         depth = 1 + max(int(n.split(".")[1]) for n in shapes if n.startswith("blocks."))
         out_channels = shapes["final_layer.linear.weight"][0] // patch_size**2
-        rows = shapes.get("y_embedder.embedding_table.weight", (1,))[0]
+        rows = shapes.get("y_embedder.embedding_table.weight", (0,))[0]
         mlp_hidden = shapes["blocks.0.mlp.fc1.weight"][0]
     except (KeyError, ValueError, IndexError) as error:
         raise InteropError(f"{file.path} is no DiT in the original layout: {error}") from error
@@ -116,28 +131,87 @@ def config_from_original(
             f"{file.path}: {in_channels} channels in and {out_channels} out; a DiT has as many, or "
             "twice as many where it learns the variance"
         )
-    if (file.metadata.get("args") or {}).get("num_classes") == rows:
-        raise InteropError(
-            f"{file.path} was trained without label dropout: its class table has {rows} rows and "
-            "no null class, which this library's DiT always has"
-        )
+    classes, null_class, assumed = _classes(file, rows, num_classes, like)
     learned = out_channels == 2 * in_channels
     if learn_sigma is not None and learn_sigma != learned:
         raise InteropError(
             f"{file.path}: learn_sigma is {learned} by its {out_channels} output channels"
         )
-    return DiTConfig(
+    config = DiTConfig(
         image_size=side * patch_size,
         in_channels=in_channels,
         patch_size=patch_size,
         hidden_size=hidden_size,
         depth=depth,
-        num_heads=num_heads or _heads(file, hidden_size),
+        num_heads=num_heads or _heads(file, hidden_size, like),
         mlp_ratio=_mlp_ratio(hidden_size, mlp_hidden),
-        num_classes=rows - 1,
+        num_classes=classes,
+        null_class=null_class,
         learn_sigma=learned,
         time_frequency_spacing="original",
     )
+    return config, assumed
+
+
+_IMAGENET_CLASSES = 1000
+
+
+def _classes(
+    file: TensorFile, rows: int, num_classes: int | None, like: Any
+) -> tuple[int, bool, tuple[str, ...]]:
+    """(classes, whether the last row is a null class, what was assumed) of a table of `rows`.
+
+    The original adds a row for "no class" if it trains with label dropout, else not: a shape does
+    not tell one case from the other.
+    """
+    known = (file.metadata.get("args") or {}).get("num_classes")
+    if num_classes is None and type(known) is int:
+        num_classes = known
+    if num_classes is None and like is not None and like.num_classes in (rows, rows - 1):
+        num_classes = like.num_classes or None
+    if rows == 0:
+        if num_classes:
+            raise InteropError(
+                f"{file.path} has no class table (y_embedder.embedding_table.weight): it is "
+                f"unconditional, not of {num_classes} classes"
+            )
+        return 0, True, ()
+    if num_classes is not None:
+        if num_classes not in (rows - 1, rows) or num_classes < 1:
+            size = f"{rows} {'rows' if rows > 1 else 'row'}"
+            raise InteropError(
+                f"{file.path}: its class table has {size}, which is not {num_classes} classes: "
+                f"{_readings(rows)}"
+            )
+        return num_classes, num_classes == rows - 1, ()
+    if rows == 1:
+        note = (
+            "its class table has one row: taken as one class without a null class, as an "
+            "unconditional model of the original code has it. All images have label 0, and "
+            "guidance is not possible"
+        )
+        return 1, False, (note,)
+    if rows == _IMAGENET_CLASSES + 1:
+        return _IMAGENET_CLASSES, True, ()
+    null_class = rows != _IMAGENET_CLASSES
+    classes = rows - null_class
+    taken = f"{classes} classes and the null class of guidance"
+    other = f"of {rows} classes without a null class (trained without label dropout)"
+    if not null_class:
+        taken = f"{classes} classes without a null class, trained without label dropout"
+        other = f"of {rows - 1} classes and a null class"
+    note = (
+        f"its class table has {rows} rows, taken as {taken}. The tensors do not tell: if the model "
+        f"is {other}, say so with --num_classes={rows if null_class else rows - 1}"
+    )
+    return classes, null_class, (note,)
+
+
+def _readings(rows: int) -> str:
+    without = f"{rows} {'class' if rows == 1 else 'classes'} without (--num_classes={rows})"
+    if rows == 1:
+        return f"it can only be {without.replace('without', 'without a null class')}"
+    return f"it can be {rows - 1} classes and a null class (--num_classes={rows - 1}), or {without}"
 
 
 def _side(file: TensorFile, length: int | None) -> int:
@@ -161,13 +235,15 @@ def _mlp_ratio(hidden_size: int, mlp_hidden: int) -> float:
     return ratio
 
 
-def _heads(file: TensorFile, hidden_size: int) -> int:
+def _heads(file: TensorFile, hidden_size: int, like: Any) -> int:
     arguments = file.metadata.get("args") or {}
     if isinstance(arguments.get("num_heads"), int):
         return arguments["num_heads"]
     size = str(arguments.get("model", "")).partition("-")[2].partition("/")[0]
     if size in SIZES and SIZES[size][1] == hidden_size:
         return SIZES[size][2]
+    if hidden_size not in _HEADS and like is not None and like.hidden_size == hidden_size:
+        return like.num_heads
     if hidden_size not in _HEADS:
         raise InteropError(
             f"{file.path}: no tensor tells the number of attention heads, and the width "
@@ -190,6 +266,7 @@ def config_from_diffusers(
     values: Mapping[str, Any],
     *,
     num_classes: int | None = None,
+    null_class: bool = True,
     time_frequency_spacing: str = "diffusers",
     where: str = "config.json",
 ) -> DiTConfig:
@@ -198,6 +275,7 @@ def config_from_diffusers(
     Args:
         values: the JSON's values; absent ones have diffusers' defaults.
         num_classes: ours, if fewer than the foreign table has room for.
+        null_class: whether the row of the null class means anything.
         time_frequency_spacing: 'diffusers' unless the weights are known to be of another origin.
         where: for errors.
 
@@ -231,6 +309,7 @@ def config_from_diffusers(
         depth=values.get("num_layers", 28),
         num_heads=heads,
         num_classes=num_classes or values.get("num_embeds_ada_norm") or 1000,
+        null_class=null_class,
         learn_sigma=out_channels == 2 * in_channels,
         time_frequency_spacing=time_frequency_spacing,
         mlp_norm_epsilon=values.get("norm_eps", 1e-5),

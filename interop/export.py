@@ -21,8 +21,9 @@ from dit_jax.evaluation.files import atomic_file, atomic_folder, check_destinati
 from dit_jax.models import DiTConfig
 from interop import dit, edm
 from interop.autoencoder_kl import load_autoencoder, save_autoencoder
+from interop.finiteness import Finiteness
 from interop.model_card import model_card
-from interop.models import CARD, FORMAT, KINDS, WEIGHTS, FoundModel
+from interop.models import CARD, FORMAT, KINDS, WEIGHTS, FoundModel, no_guidance
 from interop.pixel_autoencoder import TOLERANCE, pixel_autoencoder
 from interop.schedulers import scheduler_config
 from interop.table import (
@@ -138,7 +139,10 @@ def write_model(
         (*model.notes, *plan.notes, *vae_note),
     )
     if dry_run:
-        return summary
+        for path in model.paths:
+            model.read(path)
+        model.finiteness.require(model.path)
+        return dataclasses.replace(summary, notes=summary.notes + model.finiteness.note())
     writer = _Writer(model, plan, shapes, specs, jnp.dtype(dtype))
     if kind in _STATE_DICTS:
         with atomic_file(destination, overwrite=overwrite) as file:
@@ -157,7 +161,8 @@ def write_model(
             _write_json(folder / CARD, card | {"sha256": digest})
             text = model_card(model, kind, plan.notes + vae_note, digest, metrics)
             (folder / "README.md").write_text(text)
-    return dataclasses.replace(summary, sha256=digest)
+    notes = summary.notes + model.finiteness.note()
+    return dataclasses.replace(summary, sha256=digest, notes=notes)
 
 
 def _refuse_destination(model: FoundModel, destination: Path, overwrite: bool) -> None:
@@ -197,7 +202,7 @@ def _plan(model: FoundModel, kind: str, allow_inexact: bool) -> _Plan:
             )
     if kind == "diffusers":
         scheduler_config(process)  # whether there is one
-        return _plan_diffusers(network)
+        return _plan_diffusers(model)
     differences = _differences_from_original(network, process, kind)
     if differences and not allow_inexact:
         listed = "\n".join(f"  {line}" for line in differences)
@@ -205,8 +210,16 @@ def _plan(model: FoundModel, kind: str, allow_inexact: bool) -> _Plan:
             f"the original code would compute something else with these weights:\n{listed}\n"
             "--allow_inexact writes them all the same"
         )
-    notes = tuple(f"not what the original code computes: {line}" for line in differences)
-    return _Plan(dit.original_table(network), notes)
+    notes = [f"not what the original code computes: {line}" for line in differences]
+    if network.num_classes and not network.null_class:
+        notes.append(
+            f"without a null class: load it into a model of num_classes={network.num_classes}, "
+            "class_dropout_prob=0; to read it here, say --num_classes="
+            f"{network.num_classes}, which the tensors do not tell"
+        )
+    elif reason := no_guidance(model):
+        notes.append(f"guidance would mean nothing: {reason}")
+    return _Plan(dit.original_table(network), tuple(notes))
 
 
 def _plan_edm(model: FoundModel, process: Any, allow_inexact: bool) -> _Plan:
@@ -246,7 +259,8 @@ def _differences_from_original(network: Any, process: Any, kind: str) -> list[st
     return lines
 
 
-def _plan_diffusers(network: Any) -> _Plan:
+def _plan_diffusers(model: FoundModel) -> _Plan:
+    network = model.network.config
     notes = []
     if network.time_frequency_spacing != "diffusers":
         notes.append(
@@ -261,6 +275,11 @@ def _plan_diffusers(network: Any) -> _Plan:
         notes.append(
             f"the class table is filled up with zeros from {count} to {num_embeds} classes, since "
             f"DiTPipeline takes index {num_embeds} for no class"
+        )
+    if reason := no_guidance(model):
+        notes.append(
+            f"WRONG with guidance, which is DiTPipeline's default: {reason}. Call it with "
+            "guidance_scale=1"
         )
     elif count > dit.PIPELINE_NULL_CLASS:
         notes.append(
@@ -305,10 +324,25 @@ class _Writer:
     dtype: np.dtype
 
     def write(self, path: Path, safetensors: bool) -> str:
+        """The SHA-256 of the file.
+
+        Raises:
+            InteropError: NaN or infinity in what is read, or, by the type, in what is written.
+        """
         arrays = export_arrays(self.plan.table, self.shapes, self.model.read, self.dtype)
-        if not safetensors:
-            return write_pt(path, self.specs, arrays)
-        return write_safetensors(path, self.specs, arrays, metadata={"format": "pt"})
+        written = Finiteness()
+        arrays = written.watched(self.specs, arrays)
+        if safetensors:
+            digest = write_safetensors(path, self.specs, arrays, metadata={"format": "pt"})
+        else:
+            digest = write_pt(path, self.specs, arrays)
+        self.model.finiteness.require(self.model.path)
+        if written.found and not self.model.finiteness.found:
+            raise InteropError(
+                f"--dtype={self.dtype.name} cannot hold the values of {len(written.found)} "
+                f"tensors: {written.listed()}. Choose --dtype=bfloat16 or float32"
+            )
+        return digest
 
 
 def _card(model: FoundModel, class_names: Sequence[str], dtype: str) -> dict[str, Any]:
@@ -320,6 +354,8 @@ def _card(model: FoundModel, class_names: Sequence[str], dtype: str) -> dict[str
         "step": model.step,
         "dtype": dtype,
         "num_classes": model.network.num_classes,
+        "null_class": model.network.null_class,
+        "guidance": not no_guidance(model),
         **_time_frequency_spacing(model.network.config),
         "class_names": list(class_names),
         "pixels": model.autoencoder is None and model.network.config.in_channels in (1, 3),

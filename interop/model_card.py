@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dit_jax.models import DiTConfig
-from interop.models import FoundModel
+from interop.models import FoundModel, no_guidance
 
 
 def model_card(
@@ -49,7 +49,7 @@ def model_card(
         "",
         "## Use",
         "",
-        *(_DIFFUSERS_USE if kind == "diffusers" else _OWN_USE),
+        *(_diffusers_use(1 if no_guidance(model) else 1.5) if kind == "diffusers" else _OWN_USE),
     ]
     return "\n".join(lines) + "\n"
 
@@ -86,23 +86,27 @@ def _scores(metrics: Mapping[str, Any] | None) -> list[str]:
     return ["```json", json.dumps(metrics.get("scores", metrics), indent=2), "```"]
 
 
-_DIFFUSERS_USE = [
-    "```python",
-    "from diffusers import DiTPipeline",
-    "",
-    'pipeline = DiTPipeline.from_pretrained("path/to/this/folder")',
-    "images = pipeline(class_labels=[0, 1], guidance_scale=1.5, num_inference_steps=50).images",
-    "```",
-    "",
-    "If the time-frequency spacing above is `original`, plain diffusers computes another function;",
-    "with dit-jax installed:",
-    "",
-    "```python",
-    "from interop.pipelines import load_pipeline",
-    "",
-    'pipeline = load_pipeline("path/to/this/folder")',
-    "```",
-]
+def _diffusers_use(guidance_scale: float) -> list[str]:
+    call = f"class_labels=[0, 1], guidance_scale={guidance_scale}, num_inference_steps=50"
+    return [
+        "```python",
+        "from diffusers import DiTPipeline",
+        "",
+        'pipeline = DiTPipeline.from_pretrained("path/to/this/folder")',
+        f"images = pipeline({call}).images",
+        "```",
+        "",
+        "If the time-frequency spacing above is `original`, plain diffusers computes another",
+        "function; with dit-jax installed:",
+        "",
+        "```python",
+        "from interop.pipelines import load_pipeline",
+        "",
+        'pipeline = load_pipeline("path/to/this/folder")',
+        "```",
+    ]
+
+
 _OWN_USE = [
     "```",
     "python launch/sample.py --init_from=path/to/this/folder --out=samples.png",

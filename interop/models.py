@@ -26,6 +26,7 @@ from dit_jax.training import workdir
 from dit_jax.training.saved_weights import RunWeights
 from interop import dit, edm, hub
 from interop.edm_pickle import looks_like_network_pickle, open_network_pickle
+from interop.finiteness import Finiteness, WatchedFile
 from interop.recognise import description, recognise
 from interop.schedulers import process_from_scheduler
 from interop.table import (
@@ -59,6 +60,7 @@ class FoundModel:
         autoencoder: folder of the VAE that came with it.
         class_names: by class index, where known.
         notes: what a user should know about how the file was understood.
+        finiteness: what was seen of NaN and infinity in the parameters read so far.
     """
 
     kind: str
@@ -71,6 +73,7 @@ class FoundModel:
     autoencoder: Path | None = None
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    finiteness: Finiteness = dataclasses.field(default_factory=Finiteness)
 
     @property
     def network(self) -> Network:
@@ -80,12 +83,28 @@ class FoundModel:
     def load(self, put: Callable[[str, np.ndarray], Any] | None = None) -> dict[str, Any]:
         """All parameters, nested.
 
+        Raises:
+            InteropError: NaN or infinity in them, unless the model was opened to allow that.
+
         Args:
             put: (path, array) -> leaf, called for each before the next is read, for instance to
                 place it on (sharded) devices.
         """
         put = put or (lambda path, array: array)
-        return unflatten((path, put(path, self.read(path))) for path in self.paths)
+        params = unflatten((path, put(path, self.read(path))) for path in self.paths)
+        self.finiteness.require(self.path)
+        return params
+
+
+def no_guidance(model: FoundModel) -> str:
+    """Why a class-conditional model cannot be guided, "" if it can."""
+    if not model.network.num_classes:
+        return ""
+    if not model.network.null_class:
+        return "the model has no null class"
+    if not model.config.method.label_dropout:
+        return "the model's null class was never trained (label_dropout=0)"
+    return ""
 
 
 def open_model(
@@ -95,7 +114,10 @@ def open_model(
     weights: str = "",
     step: int | None = None,
     num_heads: int | None = None,
+    num_classes: int | None = None,
+    like: Any = None,
     time_frequency_spacing: str = "",
+    allow_nonfinite: bool = False,
     methods: Mapping[str, Any] = experiment.METHODS,
 ) -> FoundModel:
     """Opens a model without reading its parameters yet.
@@ -107,8 +129,12 @@ def open_model(
             'model', of a pickle the entry's name; by default the first average where there is one.
         step: of a run's checkpoints, which one.
         num_heads: of a .pt, where its width does not tell.
+        num_classes: of a .pt, where its class table may or may not have a row for "no class".
+        like: config.model of an experiment that the model is opened for: it settles what neither a
+            .pt nor the two numbers above say.
         time_frequency_spacing: 'original' or 'diffusers', where it is known to differ from what
             the format's own code computes.
+        allow_nonfinite: read NaN and infinity instead of refusing them.
         methods: builders of the Methods a workdir may have been trained by.
 
     Raises:
@@ -124,9 +150,26 @@ def open_model(
     if not path.exists():
         raise InteropError(f"{path} does not exist")
     kind = _tell_kind(path) if kind == "auto" else kind
+    shape = {"num_heads": num_heads, "num_classes": num_classes}
+    found = _open(path, kind, weights, step, shape, like, time_frequency_spacing, methods)
+    found.finiteness.allowed = allow_nonfinite
+    return found
+
+
+def _open(
+    path: Path,
+    kind: str,
+    weights: str,
+    step: int | None,
+    shape: dict[str, int | None],
+    like: Any,
+    time_frequency_spacing: str,
+    methods: Any,
+) -> FoundModel:
     _require(kind == "dit_jax" or step is None, "step", step, kind, "has no checkpoints by step")
     is_pt = kind in ("dit_pt", "sit_pt")
-    _require(is_pt or not num_heads, "num_heads", num_heads, kind, "knows its number of heads")
+    for name, value in shape.items():
+        _require(is_pt or value is None, name, value, kind, "knows its own")
     if kind == "dit_jax":
         _require(not time_frequency_spacing, "time_frequency_spacing", "", kind, "knows its own")
         if (path / CARD).is_file():
@@ -139,7 +182,7 @@ def open_model(
         _require(not spacing, "time_frequency_spacing", spacing, kind, "has one spacing")
         return _open_edm(path, kind, weights)
     if is_pt:
-        return _open_original(path, kind, weights, num_heads, time_frequency_spacing)
+        return _open_original(path, kind, weights, time_frequency_spacing, shape, like)
     _require(not weights, "weights", weights, kind, "holds one set of weights")
     return _open_diffusers(path, time_frequency_spacing, methods)
 
@@ -201,8 +244,10 @@ def _found(
     kind: str, path: Path, config: Any, table: Table | None, file: TensorFile, **more: Any
 ) -> FoundModel:
     shapes = parameter_shapes(experiment.build_network(config))
-    reader = ParameterReader(table or native_table(shapes), shapes, file)
-    return FoundModel(kind, path, config, reader, tuple(reader.paths()), **more)
+    seen = Finiteness()
+    reader = ParameterReader(table or native_table(shapes), shapes, WatchedFile(file, seen))
+    paths = tuple(reader.paths())
+    return FoundModel(kind, path, config, reader, paths, finiteness=seen, **more)
 
 
 def _open_workdir(path: Path, weights: str, step: int | None, methods: Any) -> FoundModel:
@@ -211,15 +256,17 @@ def _open_workdir(path: Path, weights: str, step: int | None, methods: Any) -> F
     saved = RunWeights(path, method, weights or config.sampling.weights).open(step)
     leaves = dict(flatten(saved.leaves))
     found_autoencoder = Path(config.autoencoder.path) if config.autoencoder.path else None
+    seen = Finiteness()
     return FoundModel(
         "dit_jax",
         path,
         config,
-        lambda name: saved.read(leaves[name]),
+        lambda name: seen.look(name, saved.read(leaves[name])),
         tuple(leaves),
         saved.name,
         saved.step,
         found_autoencoder,
+        finiteness=seen,
     )
 
 
@@ -266,12 +313,14 @@ def _open_folder(path: Path, methods: Any) -> FoundModel:
 
 
 def _open_original(
-    path: Path, kind: str, weights: str, num_heads: int | None, spacing: str
+    path: Path, kind: str, weights: str, spacing: str, shape: dict[str, int | None], like: Any
 ) -> FoundModel:
     file = open_tensors(path, weights={"": "auto", "raw": "model"}.get(weights, weights))
     if recognise(file.specs) != "DiT or SiT in the original layout":
         raise InteropError(f"{path} holds no DiT in the original layout: {description(file.specs)}")
-    network = dit.config_from_original(file, num_heads=num_heads)
+    network, notes = dit.config_from_original(
+        file, **shape, like=like if like is not None and like.name == "dit" else None
+    )
     if spacing:
         network = dataclasses.replace(network, time_frequency_spacing=spacing)
     if kind == "sit_pt":
@@ -281,6 +330,8 @@ def _open_original(
         }
     else:
         sections = {"process": {"name": "ddpm"}, "sampling": {"solver": "ddpm", "steps": 250}}
+    if not network.null_class:
+        sections["method"] = {"label_dropout": 0.0}
     config = _configured(model_section(network), **sections)
     arguments = file.metadata.get("args") or {}
     if kind == "sit_pt":
@@ -292,6 +343,7 @@ def _open_original(
         dit.original_table(network),
         file,
         weights=file.metadata.get("weights") or "ema",
+        notes=notes,
     )
 
 
@@ -347,6 +399,7 @@ def _open_diffusers(path: Path, spacing: str, methods: Any) -> FoundModel:
     network = dit.config_from_diffusers(
         values,
         num_classes=card.get("num_classes"),
+        null_class=card.get("null_class", True),
         time_frequency_spacing=spacing or card.get("time_frequency_spacing") or "diffusers",
         where=str(folder / "config.json"),
     )

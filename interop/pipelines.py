@@ -3,12 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+from interop.dit import PIPELINE_NULL_CLASS
 from interop.models import read_card
 from interop.tensors import InteropError
 
 
 def load_pipeline(folder: str | Path, **options: Any) -> Any:
     """`diffusers.DiTPipeline.from_pretrained(folder)` with the model's own spacing of frequencies.
+
+    The pipeline of a model that knows no class for "none" raises an InteropError when guidance is
+    asked of it, which is DiTPipeline's default: call it with guidance_scale=1.
 
     Args:
         folder: what `launch/convert.py --to=diffusers` wrote (`dit_jax.json` tells the spacing). A
@@ -27,7 +31,18 @@ def load_pipeline(folder: str | Path, **options: Any) -> Any:
     pipeline = DiTPipeline.from_pretrained(folder, local_files_only=True, **options)
     if card.get("time_frequency_spacing") == "original":
         set_frequency_spacing(pipeline.transformer, "original")
+    if not card.get("guidance", True):
+        pipeline.transformer.register_forward_pre_hook(_refuse_null_class, with_kwargs=True)
     return pipeline
+
+
+def _refuse_null_class(transformer: Any, arguments: tuple, keywords: dict[str, Any]) -> None:
+    labels = keywords.get("class_labels")
+    if labels is not None and bool((labels == PIPELINE_NULL_CLASS).any()):
+        raise InteropError(
+            "this model was trained without label dropout and knows no class for 'none', which "
+            "guidance needs: call the pipeline with guidance_scale=1"
+        )
 
 
 def set_frequency_spacing(transformer: Any, spacing: str) -> None:

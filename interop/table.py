@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from interop.finiteness import Finiteness, WatchedFile
 from interop.tensors import InteropError, TensorFile, TensorSpec
 
 LAYER = "{layer}"
@@ -418,11 +419,14 @@ def load_params(
         The nested parameters.
 
     Raises:
-        InteropError: see `ParameterReader`.
+        InteropError: see `ParameterReader`; or there is NaN or infinity in a tensor.
     """
-    reader = ParameterReader(table, flat_shapes(abstract), file)
+    seen = Finiteness()
+    reader = ParameterReader(table, flat_shapes(abstract), WatchedFile(file, seen))
     put = put or (lambda path, array: array)
-    return unflatten((path, put(path, reader(path))) for path in reader.paths())
+    params = unflatten((path, put(path, reader(path))) for path in reader.paths())
+    seen.require(file.path)
+    return params
 
 
 def export_specs(table: Table, shapes: Shapes, dtype: Any = np.float32) -> dict[str, TensorSpec]:
@@ -458,8 +462,10 @@ def export_arrays(
         for layer in range(row.layers(shapes[row.ours])):
             one = ours[layer] if row.stacked else ours
             for part in row.parts(one):
-                yield np.ascontiguousarray(row.transform.inverse(part).astype(dtype, copy=False))
-        del ours, one, part
+                with np.errstate(over="ignore"):  # the writer looks for infinity
+                    theirs = row.transform.inverse(part).astype(dtype, copy=False)
+                yield np.ascontiguousarray(theirs)
+        del ours, one, part, theirs
     for constant in table.constants:
         yield constant.value().astype(dtype)
 

@@ -34,6 +34,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--step", type=int, help="of a workdir: which checkpoint; default: newest")
     group.add_argument("--weights", default="", help="raw, ema (the first average) or its name")
     group.add_argument("--num_heads", type=int, help="of a .pt of a width not in the paper")
+    group.add_argument(
+        "--num_classes", type=int, help="of a .pt whose class table may have a null class or not"
+    )
+    group.add_argument(
+        "--allow_nonfinite",
+        action="store_true",
+        help="read a checkpoint that has NaN or infinity in it",
+    )
     group.add_argument("--vae", help="VAE that decodes latents: a diffusers folder, or hub:...")
 
 

@@ -34,9 +34,11 @@ def sample_options(args: argparse.Namespace, settings: str, out: Path) -> list[s
     """
     options = [f"--num_images={256 if args.num_images is None else args.num_images}"]
     options += [f"--out={out}", f"--seed={args.seed or 0}"]
-    for name in ("workdir", "init_from", "step", "weights", "num_heads", "vae"):
+    for name in ("workdir", "init_from", "step", "weights", "num_heads", "num_classes", "vae"):
         if getattr(args, name) not in (None, ""):
             options.append(f"--{name}={getattr(args, name)}")
+    if args.allow_nonfinite:
+        options.append("--allow_nonfinite")
     if args.traceback:
         options.append("--traceback")
     for setting in shlex.split(settings):

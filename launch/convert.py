@@ -39,6 +39,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--step", type=int, help="of a workdir: which checkpoint")
     parser.add_argument("--num_heads", type=int, help="of a .pt of a width not in the paper")
     parser.add_argument(
+        "--num_classes", type=int, help="of a .pt whose class table may have a null class or not"
+    )
+    parser.add_argument(
         "--time_frequency_spacing",
         default="",
         choices=["", "original", "diffusers"],
@@ -49,6 +52,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--metrics", type=Path, help="an evaluation's JSON, for the model card")
     parser.add_argument(
         "--allow_inexact", action="store_true", help="write what the other side computes otherwise"
+    )
+    parser.add_argument(
+        "--allow_nonfinite", action="store_true", help="convert NaN and infinity as they are"
     )
     parser.add_argument("--dry_run", action="store_true", help="check everything, write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
@@ -97,6 +103,8 @@ def main(argv: list[str] | None = None) -> None:
             weights=args.weights,
             step=args.step,
             num_heads=args.num_heads,
+            num_classes=args.num_classes,
+            allow_nonfinite=args.allow_nonfinite,
             time_frequency_spacing=args.time_frequency_spacing,
         )
         print(f"read {model.path} as {model.kind}", flush=True)

@@ -17,7 +17,17 @@ from pathlib import Path
 from launch import arguments, command
 
 # Options that make samples, besides those of `arguments.sampling_overrides`.
-_OF_SAMPLING = ("num_images", "rounding", "seed", "vae", "step", "weights", "num_heads")
+_OF_SAMPLING = (
+    "num_images",
+    "rounding",
+    "seed",
+    "vae",
+    "step",
+    "weights",
+    "num_heads",
+    "num_classes",
+    "allow_nonfinite",
+)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -63,19 +63,28 @@ def load_from_arguments(args: argparse.Namespace, overrides: dict[str, Any]) -> 
     """
     if (args.workdir is None) == (args.init_from is None):
         raise ValueError("give one of --workdir (a training run) and --init_from (a checkpoint)")
-    if args.workdir and args.num_heads:
-        raise ValueError("--num_heads does not apply to --workdir: its config.json knows")
+    for name in ("num_heads", "num_classes", "allow_nonfinite"):
+        if args.workdir and getattr(args, name) not in (None, False):
+            raise ValueError(f"--{name} does not apply to --workdir: its config.json knows")
     vae = resolve_source(args.vae)
     if args.workdir:
         return load_model(
             args.workdir, weights=args.weights, step=args.step, overrides=overrides, vae=vae
         )
     found = methods.open_any(
-        args.init_from, weights=args.weights, step=args.step, num_heads=args.num_heads
+        args.init_from,
+        weights=args.weights,
+        step=args.step,
+        num_heads=args.num_heads,
+        num_classes=args.num_classes,
+        allow_nonfinite=args.allow_nonfinite,
     )
     for note in found.notes:
         print(f"note: {note}", flush=True)
-    return load_found(found, overrides=overrides, vae=vae)
+    model = load_found(found, overrides=overrides, vae=vae)
+    for note in found.finiteness.note():
+        print(f"note: {note}", flush=True)
+    return model
 
 
 def resolve_source(source: str | None) -> Path | None:
@@ -134,14 +143,19 @@ def _placer(config: ml_collections.ConfigDict) -> Callable[[np.ndarray], jax.Arr
     return lambda array: jax.device_put(array, placement.replicated)
 
 
-def open_initial(source: str, config: ml_collections.ConfigDict) -> FoundModel:
+def open_initial(source: str, config: ml_collections.ConfigDict, **options: Any) -> FoundModel:
     """The checkpoint from which a training run of `config` is to start; nothing is read yet.
+
+    Args:
+        source: see `interop.open_model`, like `options`. What neither tells, `config` does.
+        config: of the run.
+        options: for instance num_heads and num_classes.
 
     Raises:
         ConfigError: the checkpoint's network is another, with the values to set.
         InteropError: it cannot be read.
     """
-    found = methods.open_any(source)
+    found = methods.open_any(source, like=config.model, **options)
     experiment.require_same_network(found.config, config, str(found.path))
     return found
 

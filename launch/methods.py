@@ -101,10 +101,10 @@ def _source(config: ml_collections.ConfigDict, name: str) -> tuple[str, str, str
 
 
 def _open(config: ml_collections.ConfigDict, key: str, source: str, weights: str) -> FoundModel:
-    found = open_any(source)
+    found = open_any(source, like=config.model)
     if weights != "ema" or (found.path / workdir.CHECKPOINTS).is_dir():
         # Of the several that a run has; a file of another format holds one, good for "ema".
-        found = open_any(source, weights=weights)
+        found = open_any(source, weights=weights, like=config.model)
     student = config.copy_and_resolve_references()
     with student.unlocked():
         if key == "teacher.path":
@@ -116,6 +116,9 @@ def _open(config: ml_collections.ConfigDict, key: str, source: str, weights: str
             f"student of {config.model.image_size}: set --config.model.image_size="
             f"{found.config.model.image_size}"
         )
+    scale = config.teacher.guidance_scale
+    if key == "teacher.path" and scale != 1.0 and (reason := experiment.unguidable(found.config)):
+        raise ConfigError(f"config.teacher.guidance_scale={scale}, of {source}, {reason}")
     _require_same_process(found, config, f"config.{key}={source}")
     return found
 

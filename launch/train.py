@@ -28,6 +28,15 @@ _INIT_FROM = flags.DEFINE_string(
     "Start from a checkpoint: .pt of DiT, SiT (sit_pt:FILE) or EDM, .pkl of EDM, diffusers folder, "
     "workdir, hub:...",
 )
+_NUM_HEADS = flags.DEFINE_integer(
+    "num_heads", None, "Of a .pt given to --init_from; by default config.model's where it says not."
+)
+_NUM_CLASSES = flags.DEFINE_integer(
+    "num_classes", None, "Of a .pt given to --init_from, without a null class; likewise."
+)
+_ALLOW_NONFINITE = flags.DEFINE_bool(
+    "allow_nonfinite", False, "Start from --init_from although it has NaN or infinity in it."
+)
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One of several processes, which SLURM, Open MPI or Kubernetes started."
 )
@@ -56,6 +65,20 @@ def join_processes() -> None:
         distributed.initialize(*explicit)
 
 
+def initial_options() -> dict[str, Any]:
+    """What the command line says of --init_from.
+
+    Raises:
+        ValueError: it says so of nothing.
+    """
+    given = {"num_heads": _NUM_HEADS.value, "num_classes": _NUM_CLASSES.value}
+    given["allow_nonfinite"] = _ALLOW_NONFINITE.value or None
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not _INIT_FROM.value:
+        raise ValueError(f"--{next(iter(given))} is of --init_from, which is not given")
+    return given
+
+
 def main(argv: list[str]) -> None:
     """Entry point."""
     from parallel import distributed
@@ -64,7 +87,13 @@ def main(argv: list[str]) -> None:
     readable = command.readable_errors(traceback=_TRACEBACK.value)
     with distributed.ending_together(), readable:
         join_processes()
-        result = run(_CONFIG.value, directory, init_from=_INIT_FROM.value, force=_FORCE.value)
+        result = run(
+            _CONFIG.value,
+            directory,
+            init_from=_INIT_FROM.value,
+            init_options=initial_options(),
+            force=_FORCE.value,
+        )
     if not distributed.is_first():
         return
     if result.interrupted:

@@ -25,7 +25,12 @@ from parallel.partitioning import ShardedPlacement, format_table
 
 
 def run(
-    config, directory: Path, *, init_from: str | None = None, force: bool = False
+    config,
+    directory: Path,
+    *,
+    init_from: str | None = None,
+    init_options: dict[str, Any] | None = None,
+    force: bool = False,
 ) -> loop.TrainResult:
     """Trains the experiment `config` in `directory`, from where it was.
 
@@ -33,6 +38,7 @@ def run(
         config: of the experiment.
         directory: the workdir.
         init_from: a checkpoint whose parameters a new run starts from (`interop.open_model`).
+        init_options: how to read it, for instance num_classes.
         force: go on in a workdir of another configuration.
     """
     config = workdir.keep_earlier(directory, methods.resolve_config(config))
@@ -45,7 +51,9 @@ def run(
     placement.check_batch_size(training.batch_size, training.num_microbatches)
     source = experiment.open_data(config, "train")
     models = methods.open_frozen(config, method)
-    initial = loading.open_initial(init_from, config) if init_from else None
+    initial = None
+    if init_from:
+        initial = loading.open_initial(init_from, config, **(init_options or {}))
     initial = initial or models.start
     decoder = open_decoder(config, placement) if training.preview_every else None
     workdir.prepare(directory, config, force=force)

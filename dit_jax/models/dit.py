@@ -33,6 +33,8 @@ class DiTConfig:
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over `hidden_size`.
         num_classes: classes, without the null class; 0 for an unconditional network.
+        null_class: whether the class table has a last row for "no class", which guidance needs; a
+            DiT trained without label dropout has none.
         learn_sigma: whether a second half of output channels interpolates the variance.
         time_frequency_spacing: 'original' or 'diffusers', see `layers.timestep_frequencies`.
         mlp_norm_epsilon: of the normalisation before the MLP: 1e-6 in the original, 1e-5 by default
@@ -56,6 +58,7 @@ class DiTConfig:
     num_heads: int = 16
     mlp_ratio: float = 4.0
     num_classes: int = 1000
+    null_class: bool = True
     learn_sigma: bool = True
     time_frequency_spacing: str = "original"
     mlp_norm_epsilon: float = 1e-6
@@ -249,7 +252,9 @@ class DiT(nnx.Module):
             dim, rngs=rngs, spacing=config.time_frequency_spacing
         )
         if config.num_classes:
-            self.y_embedder = layers.LabelEmbedder(config.num_classes, dim, rngs=rngs)
+            self.y_embedder = layers.LabelEmbedder(
+                config.num_classes, dim, rngs=rngs, null_class=config.null_class
+            )
         if config.second_time != "none":
             # Its last layer starts at zero: started from a network of one time, it is that network.
             self.r_embedder = layers.TimestepEmbedder(
@@ -282,7 +287,8 @@ class DiT(nnx.Module):
             x: the (preconditioned) noisy input; where `attention` is of a strategy that splits an
                 image, the rows at hand.
             t: network time, as the process defines it (DDPM's index, SiT's [0, 1], EDM's c_noise).
-            conditions: {'label': int32 [b]}, `num_classes` standing for none; {} if unconditional.
+            conditions: {'label': int32 [b]}, `num_classes` standing for none where there is a null
+                class; {} if unconditional.
                 With a second time also 'r' (else r = t), with augmentation labels 'augment'.
             dropout_keys: taken for the sake of networks with dropout; DiT has none.
             features: numbers of blocks whose tokens are wanted besides.

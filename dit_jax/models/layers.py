@@ -139,11 +139,14 @@ class TimestepEmbedder(nnx.Module):
 
 
 class LabelEmbedder(nnx.Module):
-    """One vector a class and a last one, index `num_classes`, for "no class" (guidance)."""
+    """One vector a class and, if `null_class`, a last one, index `num_classes`, for "no class"."""
 
-    def __init__(self, num_classes: int, hidden_size: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self, num_classes: int, hidden_size: int, *, rngs: nnx.Rngs, null_class: bool = True
+    ):
         normal = nnx.initializers.normal(0.02)
-        self.embedding = nnx.Param(normal(rngs.params(), (num_classes + 1, hidden_size)))
+        shape = (num_classes + null_class, hidden_size)
+        self.embedding = nnx.Param(normal(rngs.params(), shape))
 
     def __call__(self, label: Int[Array, " b"]) -> Float[Array, "b d"]:
         """Looks the labels up."""

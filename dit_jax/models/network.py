@@ -98,7 +98,16 @@ class Network:
         return self.apply(params, x, t, conditions, features=tuple(indices))[1]
 
     def null_conditions(self, conditions: dict[str, Array]) -> dict[str, Array]:
-        """The conditions with "no class" for the label; times and augmentation stay."""
+        """The conditions with "no class" for the label; times and augmentation stay.
+
+        Raises:
+            ValueError: the network has no null class.
+        """
+        if "label" in conditions and not self.null_class:
+            raise ValueError(
+                "guidance needs a null class, and this network has none (model.null_class=False): "
+                "it was trained without label dropout. Use guidance_scale=1"
+            )
         return {
             name: jax.numpy.full_like(value, self.config.num_classes) if name == "label" else value
             for name, value in conditions.items()
@@ -133,6 +142,11 @@ class Network:
     def num_classes(self) -> int:
         """Number of classes, 0 if unconditional."""
         return self.config.num_classes
+
+    @property
+    def null_class(self) -> bool:
+        """Whether label `num_classes` stands for "no class"."""
+        return self.num_classes > 0 and getattr(self.config, "null_class", True)
 
     @property
     def learn_sigma(self) -> bool:

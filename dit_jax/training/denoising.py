@@ -29,6 +29,19 @@ def drop_labels(
     return jnp.where(dropped, num_classes, label)
 
 
+def require_null_class(network: Any, label_dropout: float) -> None:
+    """Refuses to drop labels for a network that has no class to put in their place.
+
+    Raises:
+        ValueError: with the values to set.
+    """
+    if label_dropout and network.num_classes and not getattr(network, "null_class", True):
+        raise ValueError(
+            f"method.label_dropout={label_dropout}, but model.null_class=False: the network has no "
+            "class that stands for none. Set method.label_dropout=0, or model.null_class=True"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Denoising(OnePhase):
     """Regression of the process's target at random times (DDPM, flow matching or EDM).
@@ -58,6 +71,7 @@ class Denoising(OnePhase):
     def __post_init__(self):
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"method.label_dropout={self.label_dropout}: expected 0 to 1")
+        require_null_class(self.denoiser.network, self.label_dropout)
         known = self.denoiser.network.augment_dim
         if self.augmentation is not None and self.augmentation.label_dim != known:
             raise ValueError(

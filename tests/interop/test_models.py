@@ -50,6 +50,8 @@ def in_memory(config: DiTConfig, seed=0, process=None, **fields):
         full.process[name] = value
     if full.process.name == "flow":
         full.sampling.solver = "euler"
+    if not config.null_class:
+        full.method.label_dropout = 0.0
     full = experiment.resolve_config(full)
     params = random_params(Network(config), seed)
     leaves = dict(flatten(params))
