@@ -2,11 +2,13 @@
 
 Every command calls `run(main)`, whose `main` imports JAX and the rest once the flags are read, so
 that --help and mistakes are answered at once. Ctrl-C ends it at once with status 130 and SIGTERM
-with 143, except where a training loop has taken the signals to save first.
+with 143, from the import of this module on, except where a training loop has taken the signals to
+save first.
 """
 
 import atexit
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -22,12 +24,14 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _CLEANING_SECONDS = 2.0
 
 _leaving = threading.Lock()
+_listening: list[int] = []  # the pipe's end that is read
 _to_remove: set[Path] = set()
 
 
 def run(main: Callable[[], object]) -> None:
     """Runs a command: `main` imports what it needs, its errors and signals end politely."""
-    listen()
+    if not _listening:
+        listen()
     quieten()
     main()
     # Whoever reads through a pipe, as `| head`, may have gone.
@@ -42,17 +46,31 @@ def quieten() -> None:
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's and TensorFlow's C++: errors only
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    # Orbax's hints, as of how long a save took; through a logger that other modules share.
+    logging.getLogger("absl").addFilter(
+        lambda record: record.levelno >= logging.ERROR or "orbax" not in record.pathname
+    )
 
 
 def listen() -> None:
     """Lets SIGINT and SIGTERM end the process at once, even while XLA compiles.
+
+    Called by the import of this module where Python runs a file beside it, so that the imports that
+    follow can be interrupted, too.
 
     Python runs its handlers in the main thread between two of its own instructions, and a
     compilation is one call of many seconds. So a thread is told as well, through a pipe. The end
     is `os._exit`: Python's orderly one would take XLA's threads down in the middle of their work,
     which crashes. Handlers that others install, as the training loop does, are left to them.
     """
+    multiprocessing = sys.modules.get("multiprocessing")
+    if multiprocessing and multiprocessing.parent_process():
+        # A worker that decodes images: Ctrl-C in a terminal reaches it, too, and while its parent
+        # saves it has to go on. It ends with its parent.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return
     reading, writing = os.pipe()
+    _listening.append(reading)
     os.set_blocking(writing, False)
     for number in _SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # of nohup, or a shell's background job
@@ -186,3 +204,7 @@ def _is_users(error: Exception) -> bool:
     from parallel.distributed import DistributedError
 
     return isinstance(error, (CheckpointError, NonFiniteError, WorkdirError, DistributedError))
+
+
+if Path(getattr(sys.modules["__main__"], "__file__", None) or "").parent == Path(__file__).parent:
+    listen()

@@ -13,12 +13,13 @@ Many devices, and several processes (docs/scaling.md):
   srun python launch/train.py --distributed --config=configs/dit_xl2.py --workdir=runs/dit_xl2
 """
 
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-
 from launch import command, configuration_flags
+from launch.configuration_flags import flags
 
 _CONFIG = configuration_flags.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go.")
@@ -94,11 +95,11 @@ def main(argv: list[str]) -> None:
             init_options=initial_options(),
             force=_FORCE.value,
         )
-    if not distributed.is_first():
-        return
     if result.interrupted:
-        print(f"saved step {result.step} in {directory}; run the same command to continue")
-    else:
+        if distributed.is_first():
+            print(f"saved step {result.step} in {directory}; run the same command to continue")
+        sys.exit(128 + (result.signal or signal.SIGTERM))
+    if distributed.is_first():
         print(f"done: step {result.step}, {result.steps_per_second:.4g} steps/s, in {directory}")
         print(f"next: python launch/sample.py --workdir={directory} --out=samples.png")
 

@@ -92,6 +92,7 @@ class TrainResult:
         state: the Method's last state.
         step: its step.
         interrupted: whether a signal ended the run before `num_steps`.
+        signal: which one; None where only another process was sent one.
         seconds: time spent on steps by this process, without compilation, previews, checkpoints.
         steps_per_second: mean over those seconds.
     """
@@ -101,6 +102,7 @@ class TrainResult:
     interrupted: bool
     seconds: float
     steps_per_second: float
+    signal: int | None = None
 
 
 _STOP = "stop"  # among the metrics of several processes
@@ -111,7 +113,11 @@ class NonFiniteError(FloatingPointError):
 
 
 class _Interruption:
-    """Turns the first SIGINT or SIGTERM into a flag; a second one acts as usual."""
+    """Turns the first SIGINT or SIGTERM into a flag; a second one acts as it did before.
+
+    Around the steps only: until the first one there is nothing to save, and a compilation would
+    keep the flag waiting.
+    """
 
     def __init__(self):
         self.signal: int | None = None
@@ -130,7 +136,8 @@ class _Interruption:
             self._pass_on(number, frame)
             return
         self.signal = number
-        print(f"{signal.Signals(number).name}: saving after this step ...", flush=True)
+        name = signal.Signals(number).name
+        print(f"{name}: saving after this step (a second one ends at once) ...", flush=True)
 
     def _pass_on(self, number, frame):
         """Acts as without this class; its handler stays, so that it is seen to have them."""
@@ -198,10 +205,9 @@ def train(
         return TrainResult(state, step, False, 0.0, 0.0)
 
     updates = _Updates(method, shardings, frozen, announce, placement)
+    host_batch = next(data)
+    updates.compile(state, host_batch, key)
     with _Interruption() as interruption:
-        host_batch = next(data)
-        updates.compile(state, host_batch, key)
-
         run = _Run(method, key, options, checkpoints, writers(step), preview, announce, placement)
         run.throughput.resume()
         while True:
@@ -221,7 +227,8 @@ def train(
     for writer in run.writers:
         writer.flush()
     seconds, rate = run.throughput.overall()
-    return TrainResult(state, step, step < options.num_steps, seconds, rate)
+    interrupted = step < options.num_steps
+    return TrainResult(state, step, interrupted, seconds, rate, interruption.signal)
 
 
 class _Updates:

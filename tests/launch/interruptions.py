@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+import pathlib
 import random
 import signal
 import subprocess
@@ -84,6 +85,8 @@ def interrupt(
     )
     printed = []
     if phase == "start":
+        if number != signal.SIGKILL:
+            wait_until_it_listens(process.pid)
         time.sleep(moments.uniform(0.05, 3))
     else:
         _wait(process.stdout, printed, phase, moments, steps)
@@ -93,6 +96,15 @@ def interrupt(
     finally:
         process.kill()
     return Ended(process.returncode, "".join(printed) + out, err)
+
+
+def wait_until_it_listens(pid: int) -> None:
+    """Returns when a command has its handlers: before, while Python itself starts, it cannot."""
+    status, caught = pathlib.Path(f"/proc/{pid}/status"), 0
+    while not caught >> (signal.SIGTERM - 1) & 1:  # which Python leaves alone
+        time.sleep(0.01)
+        lines = status.read_text().splitlines()
+        caught = int(next(line for line in lines if line.startswith("SigCgt")).split()[1], 16)
 
 
 def _wait(stdout, printed: list[str], phase: str, moments: random.Random, steps: int) -> None:

@@ -31,6 +31,22 @@ def test_killed_at_random_moments_training_gives_the_same_bits(tiny_file, uninte
     interruptions.assert_same_run(tmp_path, uninterrupted, STEPS)
 
 
+def test_interrupted_at_random_moments_it_ends_with_130_and_the_same_bits(
+    tiny_file, uninterrupted, tmp_path
+):
+    moments, phases = interruptions.draw_moments()
+    command = interruptions.arguments(tiny_file, tmp_path, STEPS)
+    for phase in phases:
+        ended = interruptions.interrupt(command, phase, signal.SIGINT, moments, STEPS)
+        done = phase == "exit" and "done: " in ended.out  # it may have come to its end by itself
+        assert ended.status == 130 or (done and ended.status == 0), f"{phase}: {ended}"
+        assert ended.err in ("interrupted\n", ""), f"{phase}: {ended}"
+        if phase in ("step", "save"):
+            assert "saved step" in ended.out and not ended.err, f"{phase}: {ended}"
+    run("train", *command)
+    interruptions.assert_same_run(tmp_path, uninterrupted, STEPS)
+
+
 def test_eight_devices_give_the_curve_of_one(tiny_file, uninterrupted, tmp_path):
     out, _ = run("train", *interruptions.arguments(tiny_file, tmp_path, STEPS), devices=8)
     assert "8 x cpu" in out
