@@ -278,7 +278,9 @@ def _batch(config: ml_collections.ConfigDict, placement: DataParallel) -> dict[s
         name, states = ("noise", ()) if steps == 1 else ("path", (steps,))
         arrays[name] = ((size, *states, *shape), np.float32)
     return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=placement.batch_sharding(len(shape)))
+        name: jax.ShapeDtypeStruct(
+            shape, dtype, sharding=placement.batch_sharding(name, len(shape))
+        )
         for name, (shape, dtype) in arrays.items()
     }
 

@@ -11,6 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # The slowest first: neighbours in the last axes are the devices closest to each other.
 AXES = ("data", "fsdp", "tensor", "sequence")
+# Arrays of a batch that are images or latents, [b, ..., rows, columns, channels].
+IMAGES = ("image", "noise", "path")
 
 
 def create_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) -> Mesh:
@@ -133,10 +135,12 @@ class DataParallel:
 
     def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's part of a batch, onto its devices."""
-        return {
-            name: jax.make_array_from_process_local_data(self.batch_sharding(value.ndim), value)
-            for name, value in batch.items()
-        }
+        return jax.tree_util.tree_map_with_path(
+            lambda path, value: jax.make_array_from_process_local_data(
+                self.batch_sharding(jax.tree_util.keystr(path[:1], simple=True), value.ndim), value
+            ),
+            batch,
+        )
 
     def put_keys(self, keys: jax.Array) -> jax.Array:
         """Keys that every process has, one an example of a batch, onto the devices."""
@@ -144,10 +148,14 @@ class DataParallel:
             return jax.device_put(keys, self.split)
         return jax.random.wrap_key_data(put_whole(jax.random.key_data(keys), self.split))
 
-    def batch_sharding(self, ndim: int) -> NamedSharding:
-        """Of an array of a batch with so many dimensions; the rows of images may be split too."""
-        split_rows = ndim == 4 and self.mesh.shape.get("sequence", 1) > 1
-        rows = ("sequence",) if split_rows else ()
+    def batch_sharding(self, name: str, ndim: int) -> NamedSharding:
+        """Of the array `name` of a batch, of so many dimensions.
+
+        Over 'sequence' go the rows of `IMAGES`, never a part of another array: a text condition has
+        as many dimensions as an image's tokens.
+        """
+        split_rows = name in IMAGES and self.mesh.shape.get("sequence", 1) > 1
+        rows = (*(None,) * (ndim - 4), "sequence") if split_rows else ()
         return NamedSharding(self.mesh, PartitionSpec(self._batch_axes, *rows))
 
     def tracing(self) -> contextlib.AbstractContextManager:

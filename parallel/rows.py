@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dit_jax.models.attention import Attention, LocalAttention
+from dit_jax.models.attention_options import PLAIN, AttentionOptions
 from dit_jax.models.spatial import SAME_3X3, Padding, convolve
-from parallel.patch import Synchronous
+from parallel.patch import Patches, Synchronous
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +176,13 @@ class RowExchange:
         mean = (weights * means).sum(axis=0)
         return mean, (weights * (variances + jnp.square(means - mean[None]))).sum(axis=0)
 
-    def attend(self, q: Array, k: Array, v: Array, state=None) -> tuple[Array, None]:
+    def attend(
+        self, q: Array, k: Array, v: Array, state=None, options: AttentionOptions = PLAIN
+    ) -> tuple[Array, None]:
         """See `Attention`; keeps no state."""
-        strategy = Synchronous(self.rows.whole(k.shape[1]), self.rows.axes, kernel=self.kernel)
-        return strategy(q, k, v)
+        return self.strategy(Synchronous, k, options)(q, k, v, None, options)
+
+    def strategy(self, kind: type[Patches], k: Array, options: AttentionOptions) -> Patches:
+        """Attention of a `kind` over this image's rows, at the resolution of the keys `k`."""
+        length = self.rows.whole(k.shape[1] - options.replicated)
+        return kind(length, self.rows.axes, kernel=self.kernel)

@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from parallel.patch import Patches, finish, merge, partial_attention
+from dit_jax.models.attention_options import PLAIN, AttentionOptions
+from parallel.patch import Patches, all_replicated, divide, finish, merge, partial_attention
 
 
 def check_heads(num_heads: int, ulysses: int) -> None:
@@ -41,73 +42,92 @@ class UlyssesRing(Patches):
 
     axes: tuple[str, str] = ("ulysses", "ring")
 
-    def __call__(self, q, k, v, state: Any = None):
+    def __call__(self, q, k, v, state: Any = None, options: AttentionOptions = PLAIN):
         """See `Attention`; `state` is handed back untouched."""
-        check_heads(q.shape[2], jax.lax.axis_size(self.axes[0]))
-        count = q.shape[1] - self.replicated
-        q, k, v = (self._by_heads(a) for a in (q, k, v))
+        if all_replicated(k, options):
+            return self._attend(q, k, v, options), state
+        self._check(q, k, options)
+        ulysses, replicated = jax.lax.axis_size(self.axes[0]), options.replicated
+        check_heads(q.shape[2], ulysses)
+        count, heads = q.shape[1] - replicated, q.shape[2] // ulysses
+        whole = self._whole(options, count)
+        whole = whole.of_heads(jax.lax.axis_index(self.axes[0]) * heads, heads)
+        q, k, v = (self._by_heads(a, replicated) for a in (q, k, v))
         if jax.lax.axis_size(self.axes[1]) == 1:
-            (text_k, image_k), (text_v, image_v) = self._divide(k), self._divide(v)
-            out, _ = self.kernel(q, self._join(text_k, image_k), self._join(text_v, image_v))
+            (text_k, image_k), (text_v, image_v) = (divide(a, replicated) for a in (k, v))
+            length = replicated + self.length
+            queries = jnp.arange(q.shape[1]) if self._has_padding(count) else length
+            part = PLAIN if options.is_plain else whole.at(queries, length)
+            out = self._attend(q, self._join(text_k, image_k), self._join(text_v, image_v), part)
         else:
-            out = self._ring(q, k, v, count)
-        return self._by_tokens(out), state
+            out = self._ring(q, k, v, count, whole)
+        return self._by_tokens(out, replicated), state
 
-    def _by_heads(self, a: Float[Array, "b l h d"]) -> Float[Array, "b all own d"]:
+    def _by_heads(self, a: Float[Array, "b l h d"], replicated: int) -> Float[Array, "b all own d"]:
         """This device's heads of the tokens of all devices of the Ulysses axis."""
         axis, devices = self.axes[0], jax.lax.axis_size(self.axes[0])
         if devices == 1:
             return a
-        text, image = self._divide(a)
+        text, image = divide(a, replicated)
         image = jax.lax.all_to_all(image, axis, split_axis=2, concat_axis=1, tiled=True)
-        if not self.replicated:
+        if not replicated:
             return image
         heads = a.shape[2] // devices
         start = jax.lax.axis_index(axis) * heads
         text = jax.lax.dynamic_slice_in_dim(text, start, heads, axis=2)
         return jnp.concatenate([text, image], axis=1)
 
-    def _by_tokens(self, a: Float[Array, "b all own d"]) -> Float[Array, "b l h d"]:
+    def _by_tokens(
+        self, a: Float[Array, "b all own d"], replicated: int
+    ) -> Float[Array, "b l h d"]:
         """The inverse of `_by_heads`."""
         axis = self.axes[0]
         if jax.lax.axis_size(axis) == 1:
             return a
-        text, image = self._divide(a)
+        text, image = divide(a, replicated)
         image = jax.lax.all_to_all(image, axis, split_axis=1, concat_axis=2, tiled=True)
-        if not self.replicated:
+        if not replicated:
             return image
         text = jax.lax.all_gather(text, axis, axis=2, tiled=True)
         return jnp.concatenate([text, image], axis=1)
 
-    def _ring(self, q: Array, k: Array, v: Array, count: int) -> Array:
-        ulysses, ring = (jax.lax.axis_size(axis) for axis in self.axes)
-        me = jax.lax.axis_index(self.axes[1])
+    def _ring(
+        self, q: Array, k: Array, v: Array, count: int, whole: AttentionOptions
+    ) -> Float[Array, "b all own d"]:
+        """Attention of these queries to all keys; `whole` are options of the whole sequence."""
+        ring, me, replicated = (
+            jax.lax.axis_size(self.axes[1]),
+            jax.lax.axis_index(self.axes[1]),
+            whole.replicated,
+        )
         following = [(i, (i + 1) % ring) for i in range(ring)]
-        (text_k, k), (text_v, v) = self._divide(k), self._divide(v)
+        (text_k, k), (text_v, v) = (divide(a, replicated) for a in (k, v))
+        text = jnp.arange(replicated)
+        queries = jnp.concatenate([text, replicated + self._positions(me, count)])
         total = None
         for hop in range(ring):
-            real = self._real((me - hop) % ring, ulysses, ring, count)
+            positions = replicated + self._positions((me - hop) % ring, count)
             ahead = (k, v)
             if hop < ring - 1:  # sent on before it is used: transfer and computation may overlap
                 ahead = [jax.lax.ppermute(a, self.axes[1], following) for a in (k, v)]
-            if hop == 0 and self.replicated:
+            keys, values = k, v
+            if hop == 0 and replicated:
+                positions = jnp.concatenate([text, positions])
                 keys = jnp.concatenate([text_k, k], axis=1)
                 values = jnp.concatenate([text_v, v], axis=1)
-                if real is not None:
-                    real = jnp.concatenate([jnp.ones(self.replicated, bool), real])
-            else:
-                keys, values = k, v
-            part = partial_attention(q, keys, values, real)
+            is_padded = self._has_padding(count)
+            real = positions < replicated + self.length if is_padded else None
+            options = PLAIN if whole.is_plain else whole.at(queries, positions)
+            part = partial_attention(q, keys, values, real, options)
             total = part if total is None else merge(total, part)
             k, v = ahead
         return finish(total, q.dtype)
 
-    def _real(self, source: Array, ulysses: int, ring: int, count: int) -> Array | None:
-        """Which tokens of the keys that ring device `source` had first are no padding."""
-        if not self._has_padding(count):
-            return None
+    def _positions(self, source: Array, count: int) -> Int[Array, " keys"]:
+        """Where in the image the tokens are that ring device `source` had first."""
+        ulysses, ring = (jax.lax.axis_size(axis) for axis in self.axes)
         slabs = jnp.arange(ulysses)[:, None] * ring + source
-        return (slabs * count + jnp.arange(count)[None] < self.length).reshape(-1)
+        return (slabs * count + jnp.arange(count)[None]).reshape(-1)
 
 
 def exchanged_bytes(

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from dit_jax.models import Network, cpu_kernels
 from dit_jax.models.attention import LocalAttention
+from dit_jax.models.attention_options import PLAIN, AttentionOptions
 from dit_jax.models.dit import DiTConfig, resolve_dtype
 from dit_jax.sampling import Carried
 from parallel.partitioning import DIT, place_tree
@@ -252,7 +253,7 @@ class _SplitHeads:
     heads: NamedSharding
     kernel: LocalAttention
 
-    def __call__(self, q, k, v, state=None):
+    def __call__(self, q, k, v, state=None, options: AttentionOptions = PLAIN):
         q, k, v = jax.lax.with_sharding_constraint((q, k, v), self.heads)
-        out, state = self.kernel(q, k, v, state)
+        out, state = self.kernel(q, k, v, state, options)
         return jax.lax.with_sharding_constraint(out, self.heads), state

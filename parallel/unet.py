@@ -20,8 +20,9 @@ from jaxtyping import Array, Float
 
 from dit_jax.models import Network, cpu_kernels
 from dit_jax.models.attention import Attention, LocalAttention
+from dit_jax.models.attention_options import PLAIN, AttentionOptions
 from dit_jax.sampling import Carried
-from parallel.patch import Displaced, Naive, Synchronous
+from parallel.patch import Displaced, Naive, all_replicated
 from parallel.rows import RowExchange, Rows
 from parallel.transformer import BATCH_AXES, PATCH_AXES
 
@@ -167,16 +168,19 @@ class UNetExchange(RowExchange):
         instead = variance if self.mode == "corrected_async_gn" else jnp.zeros_like(variance)
         return whole_mean, jnp.where(whole_variance < 0, instead, whole_variance)
 
-    def attend(self, q: Array, k: Array, v: Array, state=None) -> tuple[Array, None]:
+    def attend(
+        self, q: Array, k: Array, v: Array, state=None, options: AttentionOptions = PLAIN
+    ) -> tuple[Array, None]:
         """See `Attention`; its states are on the tape."""
-        options = (self.rows.whole(k.shape[1]), self.rows.axes)
         if self.mode == "naive":
-            return Naive(*options, kernel=self.kernel)(q, k, v)
+            return self.strategy(Naive, k, options)(q, k, v, None, options)
+        if all_replicated(k, options):  # there is nothing to exchange
+            return self.kernel(q, k, v, None, options)[0], None
         stale = self._turn({"k": k, "v": v})
         if stale is None:
-            return Synchronous(*options, kernel=self.kernel)(q, k, v)
-        strategy = Displaced(*options, kernel=self.kernel)
-        return strategy(q, k, v, strategy.prefetch(stale))[0], None
+            return super().attend(q, k, v, None, options)
+        strategy = self.strategy(Displaced, k, options)
+        return strategy(q, k, v, strategy.prefetch(stale), options)[0], None
 
 
 @dataclasses.dataclass(frozen=True)

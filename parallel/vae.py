@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from dit_jax.models.attention import einsum_attention
+from dit_jax.models.attention_options import PLAIN, AttentionOptions
 from dit_jax.models.autoencoder_kl import AutoencoderKL
 from parallel.rows import RowExchange, Rows
 
@@ -34,15 +35,22 @@ class BlockwiseAttention:
 
     score_bytes: int = SCORE_BYTES
 
-    def __call__(self, q, k, v, state: Any = None):
+    def __call__(self, q, k, v, state: Any = None, options: AttentionOptions = PLAIN):
         """See `Attention`; `state` is handed back untouched."""
         b, length, heads, _ = q.shape
         block = max(1, self.score_bytes // (4 * b * heads * k.shape[1]))
         if block >= length:
-            return einsum_attention(q, k, v), state
+            return einsum_attention(q, k, v, options), state
         padded = jnp.pad(q, ((0, 0), (0, -length % block), (0, 0), (0, 0)))
         blocks = jnp.moveaxis(padded.reshape(b, -1, block, *q.shape[2:]), 1, 0)
-        out = jax.lax.map(lambda part: einsum_attention(part, k, v), blocks)
+        starts = jnp.arange(blocks.shape[0]) * block
+
+        def attend(part):
+            queries, start = part
+            own = options.at(start + jnp.arange(block), k.shape[1])
+            return einsum_attention(queries, k, v, own)
+
+        out = jax.lax.map(attend, (blocks, starts))
         return jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :length], state
 
 

@@ -20,10 +20,24 @@ def is_training_mesh() -> bool:
 
 
 def divided_by_examples(x: Float[Array, "b *rest"]) -> Float[Array, "b *rest"]:
-    """`x` with its examples over the batch axes, and rows or tokens over 'sequence' if there is."""
+    """`x` with its examples over the batch axes; how the rest lies is left to the partitioner."""
+    return _divided(x, {})
+
+
+def divided_by_rows(x: Float[Array, "b *rest"], axis: int = 1) -> Float[Array, "b *rest"]:
+    """`x` with its examples over the batch axes, and an image's rows or tokens over 'sequence'.
+
+    For arrays of the image alone: a network says by this call that there are its rows or tokens
+    along `axis`. Text, whatever its shape, is never divided.
+    """
+    return _divided(x, {axis: _ROWS})
+
+
+def _divided(x: Array, names: dict[int, str]) -> Array:
     if not is_training_mesh():
         return x
-    free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
-    if x.ndim in (3, 4) and jax.sharding.get_abstract_mesh().shape.get(_ROWS, 1) > 1:
-        free[0] = _ROWS
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(_BATCH, *free))
+    sizes = jax.sharding.get_abstract_mesh().shape
+    named = {axis: name for axis, name in names.items() if sizes.get(name, 1) > 1}
+    free = PartitionSpec.UNCONSTRAINED
+    rest = [named.get(axis, free) for axis in range(1, x.ndim)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(_BATCH, *rest))

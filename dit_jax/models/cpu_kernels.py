@@ -16,7 +16,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
+
+from dit_jax.models.attention_options import nonzero, score_weights
 
 CUSTOM_GRADIENTS = ("auto", "on", "off")
 
@@ -126,75 +128,94 @@ def _parts(batch: int) -> int:
 
 
 def _cut(tree: Any, parts: int) -> list[Any]:
+    """The parts of a batch; what is the same for all examples goes to every part."""
     leaves, treedef = jax.tree.flatten(tree)
-    split = [jnp.split(leaf, parts) for leaf in leaves]
+    split = [[leaf] * parts if leaf.shape[0] == 1 else jnp.split(leaf, parts) for leaf in leaves]
     return [treedef.unflatten(piece) for piece in zip(*split, strict=True)]
-
-
-def _join(pieces: list[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *pieces)
-
-
-def _weights(q, k):
-    """exp(scores - their maximum) of [b, h, l, d] operands, q scaled already."""
-    scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
-    return jnp.exp(scores - scores.max(axis=-1, keepdims=True))
 
 
 def _heads_first(x):
     return jnp.swapaxes(x, 1, 2)
 
 
-def _attend(q, k, v):
-    q, k, v = map(_heads_first, (q * q.shape[-1] ** -0.5, k, v))
-    weights = _weights(q, k)
-    inverse = 1 / weights.sum(axis=-1, keepdims=True)
+def _scale(q, scale):
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _attend(q, k, v, allowed, bias, scale):
+    q, k, v = map(_heads_first, (q * _scale(q, scale), k, v))
+    weights, _ = score_weights(q, k, allowed, bias)
+    total = weights.sum(axis=-1, keepdims=True)
+    inverse = 1 / (total if allowed is None else nonzero(total))
     weights = weights.astype(v.dtype)
     out = jnp.einsum("bhqk,bhkd->bhqd", weights, v, preferred_element_type=jnp.float32) * inverse
     return _heads_first(out.astype(v.dtype)), weights, inverse
 
 
-def _attend_backward(q, k, v, out, weights, inverse, d_out):
-    scale = q.shape[-1] ** -0.5
+def _attend_backward(q, k, v, allowed, bias, scale, out, weights, inverse, d_out):
+    scale = _scale(q, scale)
     delta = _heads_first((d_out * out).sum(axis=-1, keepdims=True)) * inverse
     q, k, v, d_out = map(_heads_first, (q * scale, k, v, d_out))
     if weights is None:
         # The barrier keeps XLA from storing the forward pass's weights after all.
         q, k, inverse = jax.lax.optimization_barrier((q, k, inverse))
-        weights = _weights(q, k)
+        weights, _ = score_weights(q, k, allowed, bias)
     d_out = (d_out * inverse).astype(q.dtype)
     d_scores = weights * (jnp.einsum("bhqd,bhkd->bhqk", d_out, v) - delta)
     d_v = jnp.einsum("bhqk,bhqd->bhkd", weights.astype(q.dtype), d_out)
     d_k = jnp.einsum("bhqk,bhqd->bhkd", d_scores, q)
     d_q = jnp.einsum("bhqk,bhkd->bhqd", d_scores, k * scale)
-    return tuple(map(_heads_first, (d_q, d_k, d_v)))
+    d_bias = None if bias is None else _sum_to(d_scores, bias)
+    return *map(_heads_first, (d_q, d_k, d_v)), d_bias
 
 
-@jax.custom_vjp
+def _sum_to(x: Array, like: Array) -> Array:
+    """The sum over the axes along which `like` has been repeated, in its dtype."""
+    axes = [axis for axis in range(x.ndim) if like.shape[axis] == 1]
+    return x.sum(axis=axes, keepdims=True).astype(like.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def attention(
-    q: Float[Array, "b lq h d"], k: Float[Array, "b lk h d"], v: Float[Array, "b lk h d"]
+    q: Float[Array, "b lq h d"],
+    k: Float[Array, "b lk h d"],
+    v: Float[Array, "b lk h d"],
+    allowed: Bool[Array, "#b #h #lq lk"] | None = None,
+    bias: Float[Array, "#b #h #lq lk"] | None = None,
+    scale: float | None = None,
 ) -> Float[Array, "b lq h d"]:
-    """softmax(q k^T / sqrt(d)) v, the softmax in float32, in parts of the batch for the cores."""
-    return _attention_forward(q, k, v)[0]
+    """softmax(scale q k^T + bias) v over the allowed keys, in parts of the batch for the cores.
+
+    The softmax is in float32, `scale` by default 1 / sqrt(d).
+    """
+    return _attention_forward(q, k, v, allowed, bias, scale)[0]
 
 
-def _attention_forward(q, k, v):
-    pieces = [_attend(*piece) for piece in _cut((q, k, v), _parts(q.shape[0]))]
+def _attention_forward(q, k, v, allowed, bias, scale):
+    operands = (q, k, v, allowed, bias)
+    pieces = [_attend(*piece, scale) for piece in _cut(operands, _parts(q.shape[0]))]
     out = jnp.concatenate([piece[0] for piece in pieces])
     stored = max(q.shape[1], k.shape[1]) <= _LONGEST_STORED
     kept = [(weights if stored else None, inverse) for _, weights, inverse in pieces]
-    return out, (q, k, v, out, kept)
+    return out, (operands, out, kept)
 
 
-def _attention_backward(residuals, d_out):
-    *operands, kept = residuals
-    pieces = _cut((*operands, d_out), len(kept))
-    return _join(
-        [
-            _attend_backward(q, k, v, out, *weights, d_out)
-            for (q, k, v, out, d_out), weights in zip(pieces, kept, strict=True)
-        ]
+def _attention_backward(scale, residuals, d_out):
+    operands, out, kept = residuals
+    pieces = _cut((operands, out, d_out), len(kept))
+    *d_qkv, d_bias = zip(
+        *[
+            _attend_backward(*own, scale, out, *weights, d_out)
+            for (own, out, d_out), weights in zip(pieces, kept, strict=True)
+        ],
+        strict=True,
     )
+    bias = operands[4]
+    if bias is None:
+        d_bias = None
+    else:
+        d_bias = sum(d_bias) if bias.shape[0] == 1 else jnp.concatenate(d_bias)
+    return *map(jnp.concatenate, d_qkv), None, d_bias
 
 
 attention.defvjp(_attention_forward, _attention_backward)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Key
 
 from dit_jax.models import attention as attention_lib
 from dit_jax.models import cpu_kernels, layers, stack
+from dit_jax.models.batch_axes import divided_by_rows
 
 # The paper's table 1: (depth, hidden size, heads).
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -176,9 +177,11 @@ class SelfAttention(nnx.Module):
     def __call__(self, x: Float[Array, "b l d"], attention: attention_lib.Attention, state: Any):
         """Returns the projected attention output and the layer's attention state."""
         b, length, dim = x.shape
-        qkv = self.qkv(x).reshape(b, length, 3, self.num_heads, dim // self.num_heads)
+        qkv = divided_by_rows(self.qkv(x)).reshape(
+            b, length, 3, self.num_heads, dim // self.num_heads
+        )
         out, state = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], state)
-        return self.proj(out.reshape(b, length, dim)), state
+        return divided_by_rows(self.proj(out.reshape(b, length, dim))), state
 
 
 class DiTBlock(nnx.Module):

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from dit_jax.models import attention as attention_lib
 from dit_jax.models import stack
-from dit_jax.models.batch_axes import divided_by_examples, is_training_mesh
+from dit_jax.models.batch_axes import divided_by_examples, divided_by_rows, is_training_mesh
 from dit_jax.models.spatial import LOCAL, Spatial
 
 
@@ -135,7 +135,7 @@ class Conv(nnx.Module):
         kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
         x = x.astype(self.dtype)
         y = spatial.convolve(x, kernel, padding=((padding, padding),) * 2)
-        return divided_by_examples(y + bias[None, None, None])
+        return divided_by_rows(y + bias[None, None, None])
 
 
 def downsample(

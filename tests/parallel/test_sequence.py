@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from dit_jax.models.attention import einsum_attention
+from dit_jax.models.attention_options import AttentionOptions
 from parallel.patch import Displaced, Synchronous, finish, merge, partial_attention
 from parallel.sequence import UlyssesRing, check_heads, exchanged_bytes
 
@@ -32,9 +33,10 @@ def two_stream_params(seed=0):
     }
 
 
-def two_stream(params, text, image, attention, states=None):
+def two_stream(params, text, text_mask, image, attention, states=None):
     """A joint text and image transformer as FLUX and SD3 have it, at its smallest."""
     new_states = []
+    options = AttentionOptions(key_mask=text_mask, replicated=text.shape[1])
     for layer in range(2):
         parts = []
         for stream, tokens in (("text", text), ("image", image)):
@@ -42,7 +44,7 @@ def two_stream(params, text, image, attention, states=None):
             parts.append(qkv.reshape(*tokens.shape[:2], 3, HEADS, CHANNELS))
         qkv = jnp.concatenate(parts, axis=1)
         state = None if states is None else states[layer]
-        out, state = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], state)
+        out, state = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], state, options)
         new_states.append(state)
         out = out.reshape(*out.shape[:2], WIDTH)
         outs = out[:, : text.shape[1]], out[:, text.shape[1] :]
@@ -53,8 +55,8 @@ def two_stream(params, text, image, attention, states=None):
     return text, image, new_states
 
 
-def local(q, k, v, state):
-    return einsum_attention(q, k, v), state
+def local(q, k, v, state, options):
+    return einsum_attention(q, k, v, options), state
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,11 @@ def streams():
         jnp.asarray(random.normal(size=(2, n, WIDTH)), jnp.float32) for n in (TEXT, IMAGE)
     )
     params = two_stream_params()
-    return params, text, image, two_stream(params, text, image, local)[:2]
+    mask = jnp.arange(TEXT)[None] < jnp.asarray([[3], [TEXT]])
+    expected = two_stream(params, text, mask, image, local)[:2]
+    unmasked = two_stream(params, text, None, image, local)[1]
+    assert np.abs(np.asarray(unmasked - expected[1]))[0].max() > 0.1
+    return params, text, mask, image, expected
 
 
 @pytest.mark.parametrize(
@@ -78,22 +84,22 @@ def streams():
     ],
 )
 def test_two_streams_attend_jointly_as_on_one_device(streams, name, ulysses, ring):
-    params, text, image, expected = streams
+    params, text, mask, image, expected = streams
     devices = ulysses * ring
     mesh = Mesh(np.asarray(jax.devices()[:devices]).reshape(ulysses, ring), AXES)
     own = -(-IMAGE // devices)
     padded = jnp.pad(image, ((0, 0), (0, own * devices - IMAGE), (0, 0)))
     kinds = {"synchronous": Synchronous, "displaced": Synchronous, "ulysses": UlyssesRing}
-    attention = kinds[name](IMAGE, axes=AXES, replicated=TEXT)
-    displaced = Displaced(IMAGE, axes=AXES, replicated=TEXT)
+    attention = kinds[name](IMAGE, axes=AXES)
+    displaced = Displaced(IMAGE, axes=AXES)
 
-    def evaluate(params, text, image):
+    def evaluate(params, text, mask, image):
         if name == "displaced":  # the state of these very inputs: then nothing is stale
-            *_, states = two_stream(params, text, image, attention, [{}, {}])
+            *_, states = two_stream(params, text, mask, image, attention, [{}, {}])
             states = [displaced.prefetch(state) for state in states]
-            text, image, _ = two_stream(params, text, image, displaced, states)
+            text, image, _ = two_stream(params, text, mask, image, displaced, states)
         else:
-            text, image, _ = two_stream(params, text, image, attention)
+            text, image, _ = two_stream(params, text, mask, image, attention)
         return text[None], image
 
     image_spec = PartitionSpec(None, AXES)
@@ -101,11 +107,11 @@ def test_two_streams_attend_jointly_as_on_one_device(streams, name, ulysses, rin
         jax.shard_map(
             evaluate,
             mesh=mesh,
-            in_specs=(PartitionSpec(), PartitionSpec(), image_spec),
+            in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(), image_spec),
             out_specs=(PartitionSpec(AXES), image_spec),
             check_vma=False,
         )
-    )(params, text, padded)
+    )(params, text, mask, padded)
     np.testing.assert_allclose(images[:, :IMAGE], expected[1], atol=1e-4)
     for of_device in texts:
         np.testing.assert_allclose(of_device, expected[0], atol=1e-4)
