@@ -166,7 +166,8 @@ def _attend_backward(q, k, v, allowed, bias, scale, out, weights, inverse, d_out
     d_k = jnp.einsum("bhqk,bhqd->bhkd", d_scores, q)
     d_q = jnp.einsum("bhqk,bhkd->bhqd", d_scores, k * scale)
     d_bias = None if bias is None else _sum_to(d_scores, bias)
-    return *map(_heads_first, (d_q, d_k, d_v)), d_bias
+    d_qkv = (_heads_first(gradient.astype(q.dtype)) for gradient in (d_q, d_k, d_v))
+    return *d_qkv, d_bias
 
 
 def _sum_to(x: Array, like: Array) -> Array:

@@ -63,6 +63,23 @@ def layer_norm(x: Float[Array, "*batch d"], epsilon: float = 1e-6) -> Float[Arra
     return x.astype(dtype)
 
 
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + epsilon) scale over the last axis, in float32 (arXiv 1910.07467).
+
+    Of the channels of a head it is the q/k normalisation of FLUX and SD3.
+    """
+
+    def __init__(self, dim: int, epsilon: float = 1e-6):
+        self.scale = nnx.Param(jnp.ones(dim))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        """Normalises; the result has x's dtype."""
+        dtype, x = x.dtype, x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.epsilon)
+        return (x * self.scale[...][(None,) * (x.ndim - 1)]).astype(dtype)
+
+
 def modulate(
     x: Float[Array, "b l d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]
 ) -> Float[Array, "b l d"]:

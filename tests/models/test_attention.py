@@ -56,6 +56,11 @@ def test_the_kernel_goes_by_backend_dtype_and_head_size():
     assert resolve_implementation("auto", jnp.bfloat16, 72, "tpu") == "xla"
     assert resolve_implementation("xla", jnp.bfloat16, 72, "gpu") == "xla"
     assert not cudnn_supports(jnp.bfloat16, 12) and not cudnn_supports(jnp.bfloat16, 256)
+    # With a mask or bias also by the lengths.
+    masked = {"scores_shape": (6, 8)}
+    assert resolve_implementation("auto", jnp.bfloat16, 72, "gpu", **masked) == "cudnn"
+    assert resolve_implementation("auto", jnp.bfloat16, 72, "gpu", scores_shape=(6, 7)) == "xla"
+    assert resolve_implementation("auto", jnp.float32, 72, "cpu", **masked) == "einsum"
 
 
 @pytest.mark.parametrize(
@@ -71,6 +76,12 @@ def test_errors_never_substitute_silently(arguments, message):
     with pytest.raises(ValueError) as error:
         resolve_implementation(*arguments)
     assert message in str(error.value)
+
+
+def test_cudnn_with_a_mask_of_odd_length_is_an_error():
+    message = r"even numbers of queries and keys; given 6 and 7. Pad them, or use attention='auto'"
+    with pytest.raises(ValueError, match=message):
+        resolve_implementation("cudnn", jnp.bfloat16, 64, "gpu", scores_shape=(6, 7))
 
 
 @dataclasses.dataclass(frozen=True)
