@@ -14,6 +14,7 @@ import ml_collections
 
 from dit_jax import abbreviations, ranges
 from dit_jax.defaults import default_config as default_config  # part of this module's face
+from dit_jax.untrusted import parse_json
 
 AnyConfig = Mapping | ml_collections.ConfigDict  # the latter is not registered as the former
 
@@ -231,18 +232,20 @@ def from_json(text: str) -> ml_collections.ConfigDict:
     """Reads `to_json`'s text back, checked like any other configuration.
 
     A key that is younger than the text has the value that runs had before there was such a key.
+
+    Raises:
+        ValueError: it is not JSON, or no object.
+        ConfigError: a key or value that is not known.
     """
-    values = json.loads(text)
+    values = parse_json(text, "the configuration")
     for path, value in earlier_values(text).items():
         section, _, leaf = path.rpartition(".")
-        values[section] = {**values.get(section, {}), leaf: value}
+        if isinstance(values.setdefault(section, {}), dict):  # else `resolve` says what is wrong
+            values[section].setdefault(leaf, value)
     return resolve(values)
 
 
 def earlier_values(text: str) -> dict[str, Any]:
     """Keys that `to_json`'s text is too old to have, with what it means without them."""
-    values = json.loads(text)
-    if not isinstance(values, dict):
-        raise ConfigError(f"expected a JSON object, not {type(values).__name__}")
-    present = {path for path, _ in flatten(values)}
+    present = {path for path, _ in flatten(parse_json(text, "the configuration"))}
     return {path: value for path, value in _LATER_KEYS.items() if path not in present}

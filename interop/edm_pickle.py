@@ -18,10 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from dit_jax.untrusted import open_regular, shown
 from interop.inert_records import PERSISTENCE, STAND_INS, Container, PersistentObject, Tensor
-from interop.pickle_scan import scan_pickle
+from interop.pickle_scan import ScanError, listed, scan_pickle
 from interop.pt_files import LEGACY_MAGIC
-from interop.tensor_file import InteropError, TensorFile, TensorSpec
+from interop.tensor_file import InteropError, TensorFile, TensorSpec, check_names, refusals
+
+_MAX_SETTINGS = 10_000
 
 
 class _Reader(pickle.Unpickler):
@@ -57,13 +60,14 @@ class NetworkPickle(TensorFile):
         try:
             _collect(network, "", self._arrays, classes, set())
             arguments = (
-                _plain(network.state.get("_init_args") or ()),
-                _plain(network.state.get("_init_kwargs") or {}),
+                _Plain().copy(network.state.get("_init_args") or ()),
+                _Plain().copy(network.state.get("_init_kwargs") or {}),
             )
             others = content if entry else {}
-            dataset = _plain(others.get("dataset_kwargs") or {})
+            dataset = _Plain().copy(others.get("dataset_kwargs") or {})
         except (InteropError, RecursionError) as error:
             raise InteropError(f"{path}: {error}") from error
+        check_names(path, self._arrays)
         self.specs = {n: TensorSpec(a.shape, a.dtype) for n, a in self._arrays.items()}
         self.metadata = {
             "weights": entry,
@@ -80,7 +84,7 @@ class NetworkPickle(TensorFile):
 
 def looks_like_network_pickle(path: Path) -> bool:
     """Whether a file begins as a pickle with `torch_utils.persistence` in it does."""
-    with path.open("rb") as file:
+    with refusals(), open_regular(path) as file:
         beginning = file.read(4096)
     return beginning[:1] == b"\x80" and PERSISTENCE.rpartition(".")[0].encode() in beginning
 
@@ -103,7 +107,7 @@ def open_network_pickle(path: str | Path, *, weights: str = "auto") -> NetworkPi
 
 
 def _load(path: Path) -> Any:
-    with path.open("rb") as file:
+    with refusals(), open_regular(path) as file:
         beginning = file.read(64)
         if beginning[:2] == b"PK" or LEGACY_MAGIC.to_bytes(10, "little") in beginning:
             raise InteropError(
@@ -127,15 +131,20 @@ def _load(path: Path) -> Any:
         # A damaged pickle makes the unpickler raise nearly anything.
         except Exception as error:
             raise InteropError(
-                f"{path} is truncated, damaged or no pickle: {type(error).__name__}: {error}; "
-                "download or copy it again"
+                f"{path} is truncated, damaged or no pickle ({_reason(error)}); download or copy "
+                "it again"
             ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The scan's own words; those of an unpickler may repeat what is in the file."""
+    return str(error) if isinstance(error, ScanError) else type(error).__name__
 
 
 def _refusal(path: Path, refused: list[str]) -> str:
     return (
         f"{path} holds pickled objects that are not those of EDM's networks: "
-        f"{', '.join(refused)}. Loading them could run code, so the file is refused; nothing was "
+        f"{listed(refused)}. Loading them could run code, so the file is refused; nothing was "
         "executed. If you trust the file, load it with its own code and save the state dict: "
         "torch.save(pickle.load(file)['ema'].state_dict(), path)"
     )
@@ -156,16 +165,16 @@ def _choose(path: Path, content: Any, weights: str) -> tuple[str, PersistentObje
     available = alone or _networks(content)
     if not available:
         found = content.items() if isinstance(content, dict) else [("all of it", content)]
-        listed = ", ".join(f"{k!r} ({type(v).__name__.strip('_')})" for k, v in list(found)[:8])
+        some = ", ".join(f"{shown(k)} ({type(v).__name__.strip('_')})" for k, v in list(found)[:8])
         raise InteropError(
-            f"{path} holds no network of torch_utils.persistence; it holds {listed or 'nothing'}"
+            f"{path} holds no network of torch_utils.persistence; it holds {some or 'nothing'}"
         )
     chosen = weights
     if weights == "auto":
         chosen = "ema" if "ema" in available else next(iter(available))
     if chosen not in available or (weights == "auto" and chosen != "ema" and len(available) > 1):
         raise InteropError(
-            f"{path} holds the networks {', '.join(map(repr, available))}; choose one of them "
+            f"{path} holds the networks {', '.join(map(shown, available))}; choose one of them "
             f"(weights={weights!r})"
         )
     return chosen, available[chosen]
@@ -201,13 +210,22 @@ def _entries(state: Mapping[str, Any], group: str, prefix: str) -> Iterator[tupl
     return iter(values.items())
 
 
-def _plain(value: Any) -> Any:
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, list | tuple):
-        return type(value)(_plain(item) for item in value)
-    if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
-    raise InteropError(
-        f"a {type(value).__name__.strip('_')} among the settings; expected numbers and strings"
-    )
+class _Plain:
+    """Copies plain data, which may be one list many times over, to a limit."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def copy(self, value: Any) -> Any:
+        self._count += 1
+        if self._count > _MAX_SETTINGS:
+            raise InteropError("the settings are too large")
+        if value is None or type(value) in (bool, int, float, str):
+            return value
+        if isinstance(value, list | tuple):
+            return type(value)(self.copy(item) for item in value)
+        if isinstance(value, dict):
+            return {str(name): self.copy(item) for name, item in value.items()}
+        raise InteropError(
+            f"a {type(value).__name__.strip('_')} among the settings; expected numbers and strings"
+        )

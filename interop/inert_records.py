@@ -7,14 +7,17 @@ keeps data or makes an array's view, and whose own state the pickle cannot chang
 from __future__ import annotations
 
 import io
+import math
 import pickle
+import re
 import struct
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from interop.pickle_scan import scan_pickle
+from dit_jax.untrusted import shown
+from interop.pickle_scan import listed, scan_pickle
 from interop.pt_files import LEGACY_MAGIC
 from interop.pt_writer import STORAGES
 from interop.tensor_file import DTYPE_OF_TORCH, InteropError
@@ -22,7 +25,8 @@ from interop.tensor_file import DTYPE_OF_TORCH, InteropError
 PERSISTENCE = "torch_utils.persistence._reconstruct_persistent_obj"
 _VERSION = 6  # of torch_utils.persistence
 _STORAGE_TYPES = {f"torch.{storage}": DTYPE_OF_TORCH[t] for t, storage in STORAGES.items()}
-_NUMPY_KINDS = "biuf"  # bool, integers, floats
+_NUMPY_NUMBERS = re.compile(r"[biuf]\d{1,2}")
+_MAX_DIMENSIONS, _MAX_LENGTH = 64, 2**48
 _INNER_PICKLES = 5  # of torch.save before 1.6: magic, version, machine, description, keys
 
 
@@ -50,9 +54,8 @@ class PersistentObject(_Inert):
         if not known or not isinstance(meta.get("state"), dict):
             raise InteropError("a persistent object of an unknown kind")
         if meta.get("version") != _VERSION:
-            raise InteropError(
-                f"version {meta.get('version')!r} of torch_utils.persistence; EDM's is {_VERSION}"
-            )
+            version = shown(meta.get("version"))
+            raise InteropError(f"version {version} of torch_utils.persistence; EDM's is {_VERSION}")
         self.class_name, self.state = str(meta.get("class_name")), meta["state"]
 
 
@@ -95,13 +98,13 @@ class _NumpyType(_Inert):
     __slots__ = ("dtype",)
 
     def __init__(self, code: Any, align: Any = False, copy: Any = True):
-        self.dtype = np.dtype(code) if isinstance(code, str) and code[:1] in _NUMPY_KINDS else None
-        if self.dtype is None:
-            raise InteropError(f"NumPy data of type {code!r}, which is not numbers")
+        if not isinstance(code, str) or not _NUMPY_NUMBERS.fullmatch(code):
+            raise InteropError(f"NumPy data of type {shown(code)}, which is not numbers")
+        self.dtype = np.dtype(code)
 
     def __setstate__(self, state):
         if not isinstance(state, tuple) or state[1] not in ("<", "|", "="):
-            raise InteropError(f"NumPy data in another layout: {state!r}")
+            raise InteropError("NumPy data in another layout")
 
 
 class _NumpyArray(_Inert):
@@ -145,15 +148,17 @@ def _tensor(
 ) -> Tensor:
     """A view into a storage; nothing outside of it can be reached."""
     numbers = (offset, *size, *stride)
-    whole = all(type(n) is int and n >= 0 for n in numbers) and len(size) == len(stride)
-    if not isinstance(storage, _Storage) or not whole:
-        raise InteropError(f"a tensor of size {size!r} and strides {stride!r}")
+    whole = all(type(n) is int and 0 <= n < _MAX_LENGTH for n in numbers)
+    if not isinstance(storage, _Storage) or not whole or len(size) != len(stride):
+        raise InteropError(f"a tensor of size {shown(size)} and strides {shown(stride)}")
+    if len(size) > _MAX_DIMENSIONS:
+        raise InteropError(f"a tensor of {len(size)} dimensions")
     elements = storage.elements[offset:]
     last = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    count = int(np.prod(size, dtype=object))
+    count = math.prod(size)
     if count and (last >= elements.size or count > elements.size):
         raise InteropError(
-            f"a tensor of size {size!r} reaches beyond its storage of {storage.elements.size}"
+            f"a tensor of size {shown(size)} reaches beyond its storage of {storage.elements.size}"
         )
     strides = tuple(step * elements.itemsize for step in stride)
     return Tensor(np.lib.stride_tricks.as_strided(elements, size, strides, writeable=False))
@@ -186,7 +191,7 @@ def _storage(data: bytes) -> _Storage:
     found = set().union(*(scan_pickle(stream) for _ in range(_INNER_PICKLES)))
     refused = sorted(found - set(_STORAGE_TYPES))
     if refused:
-        raise InteropError(f"{', '.join(refused)} within a tensor's data")
+        raise InteropError(f"{listed(refused)} within a tensor's data")
     stream.seek(0)
     contents = [_StorageReader(stream).load() for _ in range(_INNER_PICKLES)]
     magic, _, machine, description, keys = contents
@@ -198,14 +203,14 @@ def _storage(data: bytes) -> _Storage:
     dtype = _STORAGE_TYPES[kind.name]
     (stored,) = struct.unpack("<q", stream.read(8))
     if stored != count or len(data) - stream.tell() != count * dtype.itemsize:
-        raise InteropError(f"{count} elements in {len(data) - stream.tell()} bytes")
+        raise InteropError(f"{shown(count)} elements in {len(data) - stream.tell()} bytes")
     return _Storage(np.frombuffer(data, dtype, count, stream.tell()))
 
 
 def _encode(text: str, encoding: str) -> bytes:
     """How protocols before 3 write bytes."""
     if type(text) is not str or encoding != "latin1":
-        raise InteropError(f"text to encode as {encoding!r}")
+        raise InteropError(f"text to encode as {shown(encoding)}")
     return text.encode("latin1")
 
 

@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
+import os
 import re
+import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -22,9 +25,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from interop.pickle_scan import NAMESPACE, read_storages, scan_pickle, unsafe_names
-from interop.pt_writer import STORAGES
-from interop.tensor_file import DTYPE_OF_TORCH, FileState, InteropError, TensorFile, TensorSpec
+from dit_jax.untrusted import FileRefusedError, check_inflation, open_regular, open_zip, shown
+from interop.pickle_scan import NAMESPACE, PickleScan, listed, scan, unsafe_parts
+from interop.storages import read_storages
+from interop.tensor_file import (
+    DTYPE_OF_TORCH,
+    FileState,
+    InteropError,
+    TensorFile,
+    TensorSpec,
+    check_names,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +44,12 @@ if TYPE_CHECKING:
 REMAP_BYTES = 128 * 2**20
 # torch.save before 1.6: five pickles (magic number, version, machine, contents, storages' keys).
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_LEGACY_PICKLES = 5
-# Bytes of an element by storage class; an UntypedStorage counts bytes.
-_ITEM_SIZES = {storage: DTYPE_OF_TORCH[dtype].itemsize for dtype, storage in STORAGES.items()}
+_LEGACY_PICKLES, _LEGACY_CONTENTS = 5, 3
+_MAX_PICKLE_BYTES = 64 * 2**20
+# Of the version, the byte order and the like, which torch.load reads whole.
+_MAX_OTHER_BYTES = 2**20
+_MAX_INFLATION = 8
+_MAX_ARGUMENTS, _MAX_DEPTH = 100_000, 50
 
 
 class PtFile(TensorFile):
@@ -53,6 +67,7 @@ class PtFile(TensorFile):
         entry, state_dict, metadata = _choose(path, content, weights)
         self._entry, self.metadata = entry, metadata
         # Our name -> name in the file.
+        check_names(path, state_dict)
         self._names = _strip_prefixes(path, list(state_dict))
         self.specs = {
             name: _spec(path, name, state_dict[there]) for name, there in self._names.items()
@@ -124,77 +139,115 @@ def open_pt(path: Path, *, weights: str = "auto") -> PtFile:
 def _scan(path: Path) -> tuple[bool, set[str]]:
     """Refuse a file that names unsafe classes; say whether it can be mapped, and its names."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             zipped = file.read(2) == b"PK"  # torch.load looks at the beginning, too.
-        mappable, names = _scan_zip(path) if zipped else (False, _scan_legacy(path))
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, NotImplementedError) as error:
-        if isinstance(error, InteropError):
-            raise
+        return _scan_zip(path) if zipped else (False, _scan_legacy(path))
+    except InteropError:
+        raise
+    except FileRefusedError as error:
+        raise InteropError(f"{error}; download or copy it again") from error
+    except (ValueError, EOFError) as error:
         raise InteropError(
             f"{path} is truncated, or no file of torch.save: {error}; download or copy it again"
         ) from error
-    unsafe = unsafe_names(names)
+
+
+def _require_safe(path: Path, found: PickleScan) -> None:
+    unsafe = unsafe_parts(found)
     if unsafe:
         raise InteropError(
             f"{path} holds pickled objects that are not tensors or plain data: "
-            f"{', '.join(unsafe)}. Loading them could run code, so the file is refused; nothing "
+            f"{listed(unsafe)}. Loading them could run code, so the file is refused; nothing "
             "was executed. If you trust the file, load it where those classes are defined and "
             "save its state dict alone: torch.save(model.state_dict(), path)"
         )
-    return mappable, names
 
 
 def _scan_zip(path: Path) -> tuple[bool, set[str]]:
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.namelist()
-        pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
-        if any(name.endswith("/constants.pkl") for name in entries):
+    with open_zip(path) as archive:
+        sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+        pickles = [name for name in sizes if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if any(name.endswith("/constants.pkl") for name in sizes):
             raise InteropError(
                 f"{path} is a TorchScript program, not weights; save module.state_dict() instead"
             )
         if len(pickles) != 1:
-            kind = "a NumPy .npz" if any(n.endswith(".npy") for n in entries) else "a zip archive"
+            kind = "a NumPy .npz" if any(n.endswith(".npy") for n in sizes) else "a zip archive"
+            raise InteropError(f"{path} looks like {kind}, not like a file of torch.save")
+        if sizes[pickles[0]] > _MAX_PICKLE_BYTES:
             raise InteropError(
-                f"{path} looks like {kind}, not like a file of torch.save; it holds "
-                f"{', '.join(entries[:5])}"
+                f"{path} describes its tensors in {sizes[pickles[0]]} bytes; at most "
+                f"{_MAX_PICKLE_BYTES} are read"
             )
-        with archive.open(pickles[0]) as stream:
-            names = scan_pickle(stream)
-        if not unsafe_names(names):
-            _check_records(archive, pickles[0])
-        # torch.load would map compressed storages as if they were not.
-        mappable = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
-    return mappable, names
+        stream = io.BytesIO(archive.read(pickles[0]))
+        found = scan(stream)
+        _require_safe(path, found)
+        stream.seek(0)
+        _check_records(path, sizes, pickles[0], read_storages(stream))
+        compressed = [e for e in archive.infolist() if e.compress_type != zipfile.ZIP_STORED]
+        check_inflation(path, compressed, _MAX_INFLATION)
+    # torch.load would map compressed storages as if they were not.
+    return not compressed, found.names
 
 
-def _check_records(archive: zipfile.ZipFile, data_pickle: str) -> None:
-    """Mapped by torch.load, a record that is too short would read on into the next one."""
-    with archive.open(data_pickle) as stream:
-        storages = read_storages(stream)
-    sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
-    for key, (storage, count) in storages.items():
-        nbytes = count * _ITEM_SIZES.get(storage, 1)
-        record = data_pickle.removesuffix("data.pkl") + f"data/{key}"
-        if sizes.get(record, -1) < nbytes:
+def _check_records(
+    path: Path, sizes: Mapping[str, int], data_pickle: str, storages: Mapping[str, int]
+) -> None:
+    """Compare the archive's records with the tensors that they are for.
+
+    Mapped by torch.load, one that is too short would read on into the next; one that is too long
+    would be decompressed to what no tensor needs.
+    """
+    folder = data_pickle.removesuffix("data.pkl")
+    wanted = {f"{folder}data/{key}": nbytes for key, nbytes in storages.items()}
+    for record, nbytes in wanted.items():
+        if sizes.get(record) != nbytes:
             raise ValueError(
-                f"record {record} should have {nbytes} bytes, it has {sizes.get(record, 'none')}"
+                f"the record {shown(record)} should have {nbytes} bytes by its tensors' shapes, "
+                f"it has {sizes.get(record, 'none')}"
             )
+    for record, nbytes in sizes.items():
+        if record not in wanted and record != data_pickle and nbytes > _MAX_OTHER_BYTES:
+            raise ValueError(f"{nbytes} bytes in the record {shown(record)} belong to no tensor")
 
 
 def _scan_legacy(path: Path) -> set[str]:
-    with path.open("rb") as stream:
-        names = scan_pickle(stream)
-        if not unsafe_names(names):
-            stream.seek(0)
-            if LEGACY_MAGIC.to_bytes(10, "little") not in stream.read(64):
-                raise InteropError(
-                    f"{path} is a plain pickle, not a file of torch.save; nothing in it was "
-                    "executed. Load it where you trust it and save its state dict by torch.save"
-                )
-            stream.seek(0)
-            for _ in range(_LEGACY_PICKLES):
-                names |= scan_pickle(stream)
+    with open_regular(path) as stream:
+        _refuse_tar(path, stream.read(512))
+        stream.seek(0)
+        _require_safe(path, scan(stream))
+        stream.seek(0)
+        if LEGACY_MAGIC.to_bytes(10, "little") not in stream.read(64):
+            raise InteropError(
+                f"{path} is a plain pickle, not a file of torch.save; nothing in it was "
+                "executed. Load it where you trust it and save its state dict by torch.save"
+            )
+        stream.seek(0)
+        names: set[str] = set()
+        for index in range(_LEGACY_PICKLES):
+            start = stream.tell()
+            found = scan(stream)
+            _require_safe(path, found)
+            names |= found.names
+            if index == _LEGACY_CONTENTS:
+                end = stream.tell()
+                stream.seek(start)
+                storages = read_storages(io.BytesIO(stream.read(end - start)))
+        rest = os.fstat(stream.fileno()).st_size - stream.tell()
+        if sum(storages.values()) > rest:
+            raise ValueError(
+                f"its tensors should have {sum(storages.values())} bytes, {rest} are there"
+            )
     return names
+
+
+def _refuse_tar(path: Path, beginning: bytes) -> None:
+    """torch.load takes a tar archive for one of its oldest files, whatever it begins with."""
+    try:
+        tarfile.TarInfo.frombuf(beginning, "utf-8", "surrogateescape")
+    except (tarfile.TarError, ValueError):
+        return
+    raise InteropError(f"{path} is a tar archive; unpack it")
 
 
 def _is_state_dict(value: Any) -> bool:
@@ -226,8 +279,8 @@ def _choose(
             chosen = available[0] if len(available) == 1 else preferred
         if chosen not in available:
             raise InteropError(
-                f"{path} has the weights {', '.join(available)}; choose one of them instead of "
-                f"{weights!r}"
+                f"{path} has the weights {', '.join(name[:80] for name in available[:8])}; choose "
+                f"one of them instead of {weights!r}"
             )
         others = tuple(str(key) for key in content if key != "args" and key not in available)
         metadata |= {"weights": chosen, "other_entries": others}
@@ -241,7 +294,7 @@ def _choose(
     if not tensors:
         raise InteropError(
             f"{path} holds no weights: its entries are "
-            f"{', '.join(f'{k!r} ({_describe(v)})' for k, v in list(content.items())[:8])}"
+            f"{', '.join(f'{shown(k)} ({_describe(v)})' for k, v in list(content.items())[:8])}"
         )
     if weights != "auto":
         raise InteropError(
@@ -262,23 +315,36 @@ def _plain_args(path: Path, args: Any) -> dict[str, Any]:
     """A Namespace or dictionary of plain values as a dictionary."""
     if args is None:
         return {}
-    plain = _plain(path, "args", args)
+    plain = _Plain(path).copy("args", args)
     return plain if isinstance(plain, dict) else {"args": plain}
 
 
-def _plain(path: Path, name: str, value: Any) -> Any:
-    if value is None or type(value) in (bool, int, float, complex, str, bytes):
-        return value
-    if type(value) in (list, tuple, set):
-        return type(value)(_plain(path, f"{name}[{i}]", item) for i, item in enumerate(value))
-    if type(value) is argparse.Namespace:
-        value = vars(value)
-    if isinstance(value, dict):
-        return {_plain(path, name, k): _plain(path, f"{name}.{k}", v) for k, v in value.items()}
-    raise InteropError(
-        f"{path}: {name} is {_describe(value)}; only plain values (numbers, strings, lists, "
-        "dictionaries) are read"
-    )
+class _Plain:
+    """Copies plain data, which may be one list many times over, to a limit."""
+
+    def __init__(self, path: Path):
+        self._path, self._count = path, 0
+
+    def copy(self, name: str, value: Any, depth: int = 0) -> Any:
+        self._count += 1
+        if self._count > _MAX_ARGUMENTS or depth > _MAX_DEPTH:
+            raise InteropError(f"{self._path}: its entry 'args' is too large to be arguments")
+        if value is None or type(value) in (bool, int, float, complex, str, bytes):
+            return value
+        if type(value) in (list, tuple, set):
+            items = enumerate(value)
+            return type(value)(self.copy(f"{name}[{i}]", v, depth + 1) for i, v in items)
+        if type(value) is argparse.Namespace:
+            value = vars(value)
+        if isinstance(value, dict):
+            return {
+                self.copy(name, k, depth + 1): self.copy(f"{name}.{k}", v, depth + 1)
+                for k, v in value.items()
+            }
+        raise InteropError(
+            f"{self._path}: {name[:100]} is {_describe(value)}; only plain values (numbers, "
+            "strings, lists, dictionaries) are read"
+        )
 
 
 def _strip_prefixes(path: Path, names: list[str]) -> dict[str, str]:

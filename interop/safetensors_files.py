@@ -9,31 +9,43 @@ it has touched in memory until the file is closed.
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dit_jax.untrusted import (
+    check_file_name,
+    check_within,
+    open_regular,
+    read_json,
+    shown,
+)
 from interop.tensor_file import (
     DTYPE_OF_SAFETENSORS,
+    MAX_TENSORS,
     SAFETENSORS_OF_DTYPE,
     FileState,
     HashingWriter,
     InteropError,
     TensorFile,
     TensorSpec,
+    check_names,
     check_writable,
     checked_arrays,
     raw_bytes,
+    refusals,
     sha256_of,
 )
 
-# The limit of the safetensors library: a longer "header" is something else read as a header.
-MAX_HEADER_BYTES = 100_000_000
+# A hundred thousand tensors of long names; the safetensors library itself reads 100 MB.
+MAX_HEADER_BYTES = 16 * 2**20
+_MAX_DIMENSIONS = 64
 _COPY_BYTES = 1 << 26  # of a mapping at a time
 
 
@@ -80,7 +92,7 @@ class SafetensorsFile(TensorFile):
 def _read_shard(shard: _Shard, names: list[str]) -> Iterator[np.ndarray]:
     shard.state.check()
     with (
-        shard.state.path.open("rb") as file,
+        open_regular(shard.state.path) as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping,
     ):
         for name in names:
@@ -125,14 +137,16 @@ def open_sharded(path: Path) -> SafetensorsFile:
         if not (path.parent / file).is_file():
             raise InteropError(
                 f"{path} names the shard {file!r}, which is not beside it; download all of "
-                f"{', '.join(sorted(set(weight_map.values())))}"
+                f"{', '.join(sorted(set(weight_map.values()))[:100])}"
             )
+        with refusals():
+            check_within(path.parent / file, path.parent)
         shards[file] = _open_shard(path.parent / file)
     for name, file in weight_map.items():
         if name not in shards[file].specs:
-            raise InteropError(f"{path} says that {name!r} is in {file}, where it is not")
+            raise InteropError(f"{path} says that {shown(name)} is in {file}, where it is not")
     unlisted = [
-        f"{name!r} ({file})"
+        f"{shown(name)} ({file})"
         for file, shard in shards.items()
         for name in shard.specs
         if weight_map.get(name) != file
@@ -157,29 +171,19 @@ def shards_of(index: Path) -> list[str]:
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    try:
-        index = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InteropError(f"{path} is not JSON: {error}") from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    with refusals():
+        index = read_json(path)
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InteropError(
             f"{path} is JSON but no index of shards: it has no 'weight_map' from tensor names to "
             "files; give the weights (.safetensors, .index.json, .pt)"
         )
+    check_names(path, weight_map)
     for file in weight_map.values():
-        # A file name and nothing else: an index from elsewhere must not reach other folders.
-        if (
-            not isinstance(file, str)
-            or file in ("", "..")
-            or PurePosixPath(file).name != file
-            or "\\" in file
-            or ":" in file
-            or "\0" in file
-        ):
-            raise InteropError(
-                f"{path} names the shard {file!r}: shards must lie in the index's own folder"
-            )
+        # An index from elsewhere must not reach other folders.
+        with refusals():
+            check_file_name(file, path)
         if (path.parent / file).suffix != ".safetensors":
             raise InteropError(
                 f"{path} names the shard {file!r}: only .safetensors shards are read; save the "
@@ -194,7 +198,8 @@ def _open_shard(path: Path) -> _Shard:
     header, start = _read_header(path, state.size)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise InteropError(f"{path}: __metadata__ must map strings to strings, it is {metadata!r}")
+        raise InteropError(f"{path}: __metadata__ must map strings to strings")
+    check_names(path, header)
     specs, extents = {}, {}
     for name, entry in header.items():
         specs[name], extents[name] = _parse_entry(path, name, entry)
@@ -206,14 +211,15 @@ def _open_shard(path: Path) -> _Shard:
 
 
 def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         length_bytes = file.read(8)
         if len(length_bytes) < 8:
             raise InteropError(f"{path} has {size} bytes, too few for a safetensors file")
         (length,) = struct.unpack("<Q", length_bytes)
         if length > MAX_HEADER_BYTES:
             raise InteropError(
-                f"{path} is not a safetensors file: it would begin with a header of {length} bytes"
+                f"{path} is not a safetensors file: it would begin with a header of {length} "
+                f"bytes; at most {MAX_HEADER_BYTES} are read"
             )
         if 8 + length > size:
             raise InteropError(
@@ -221,10 +227,20 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
                 "there; download or copy it again"
             )
         text = file.read(length)
+    # Counted before they are parsed, which takes far more memory.
+    entries = text.count(b'"data_offsets"')
+    if entries > MAX_TENSORS or text.count(b"{") > 4 * MAX_TENSORS:
+        raise InteropError(
+            f"{path} has {entries} tensors in its header; a file of more than {MAX_TENSORS} is not "
+            "read"
+        )
     try:
         header = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+    except InteropError as error:
         raise InteropError(f"{path}: the safetensors header cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else "not JSON"
+        raise InteropError(f"{path}: the safetensors header cannot be read: {reason}") from error
     if not isinstance(header, dict):
         raise InteropError(f"{path}: the safetensors header is no table of tensors")
     return header, 8 + length
@@ -233,32 +249,43 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is there twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise InteropError(f"{shown(name)} is there twice")
+            seen.add(name)
     return table
 
 
 def _is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= _MAX_DIMENSIONS
+        and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    )
 
 
 def _parse_entry(path: Path, name: str, entry: Any) -> tuple[TensorSpec, tuple[int, int]]:
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, extent = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not _is_sizes(shape) or not _is_sizes(extent) or len(extent) != 2:
-        raise InteropError(f"{path}: the header's entry of {name!r} is malformed: {entry!r}")
+        raise InteropError(
+            f"{path}: the header's entry of {shown(name)} is malformed: expected "
+            '{"dtype": ..., "shape": [...], "data_offsets": [begin, end]}'
+        )
     if not isinstance(dtype, str) or dtype not in DTYPE_OF_SAFETENSORS:
         raise InteropError(
-            f"{path}: tensor {name!r} has the type {dtype!r}, which is not supported; known are "
-            f"{', '.join(DTYPE_OF_SAFETENSORS)}"
+            f"{path}: tensor {shown(name)} has the type {shown(dtype)}, which is not supported; "
+            f"known are {', '.join(DTYPE_OF_SAFETENSORS)}"
         )
     spec = TensorSpec(tuple(shape), DTYPE_OF_SAFETENSORS[dtype])
     if extent[1] - extent[0] != spec.nbytes:
         raise InteropError(
-            f"{path}: the header gives {name!r} {extent[1] - extent[0]} bytes, but {spec} has "
-            f"{spec.nbytes}; the file is damaged"
+            f"{path}: the header gives {shown(name)} {extent[1] - extent[0]} bytes, but "
+            f"{spec.dtype.name}{shown(shape)} has {shown(spec.nbytes)}; the file is damaged"
         )
+    if math.prod(max(length, 1) for length in shape) >= 2**48:  # of no elements, and yet too large
+        raise InteropError(f"{path}: {shown(name)} has the impossible shape {shown(shape)}")
     return spec, (extent[0], extent[1])
 
 

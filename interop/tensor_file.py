@@ -5,18 +5,21 @@ Tensors are NumPy arrays; bfloat16 and float8, which NumPy lacks, are the types 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import ml_dtypes
 import numpy as np
+
+from dit_jax.untrusted import FileRefusedError, open_regular, shown
 
 
 class InteropError(ValueError):
@@ -151,9 +154,18 @@ class HashingWriter:
         return self._hash.hexdigest()
 
 
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Files that are not read (`dit_jax.untrusted`), as errors of this room."""
+    try:
+        yield
+    except FileRefusedError as error:
+        raise InteropError(str(error)) from error
+
+
 def sha256_of(path: str | os.PathLike) -> str:
     """SHA-256 of a file in hexadecimal, read in pieces."""
-    with open(path, "rb") as file:
+    with refusals(), open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -218,6 +230,20 @@ DTYPE_OF_SAFETENSORS = {name: dtype for dtype, name, _ in _TYPES}
 SAFETENSORS_OF_DTYPE = {dtype: name for dtype, name, _ in _TYPES}
 DTYPE_OF_TORCH = {name: dtype for dtype, _, name in _TYPES}
 TORCH_OF_DTYPE = {dtype: name for dtype, _, name in _TYPES}
+
+
+MAX_TENSORS, MAX_NAME = 100_000, 1024
+
+
+def check_names(path: Path, names: Collection[Any]) -> None:
+    """Raise an InteropError for more tensors, or longer names, than any checkpoint has."""
+    if len(names) > MAX_TENSORS:
+        raise InteropError(
+            f"{path} has {len(names)} tensors; a file of more than {MAX_TENSORS} is not read"
+        )
+    for name in names:
+        if len(name) > MAX_NAME:
+            raise InteropError(f"{path}: {shown(name)} is no name of a tensor")
 
 
 def check_writable(path: Path, specs: Mapping[str, TensorSpec]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dit_jax.untrusted import FileRefusedError, check_within, open_regular
 from interop.pickle_scan import scan_pickle
 from interop.pt_files import open_pt
 from interop.pt_writer import write_pt
@@ -22,7 +23,7 @@ from interop.safetensors_files import (
     shards_of,
     write_safetensors,
 )
-from interop.tensor_file import InteropError, TensorFile, TensorSpec
+from interop.tensor_file import InteropError, TensorFile, TensorSpec, refusals
 
 __all__ = [
     "InteropError",
@@ -37,7 +38,9 @@ INDEX_SUFFIX = ".safetensors.index.json"
 _PT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
-def open_tensors(path: str | Path, *, weights: str = "auto") -> TensorFile:
+def open_tensors(
+    path: str | Path, *, weights: str = "auto", within: str | Path | None = None
+) -> TensorFile:
     """Open a checkpoint, telling its format by its content.
 
     Args:
@@ -45,25 +48,30 @@ def open_tensors(path: str | Path, *, weights: str = "auto") -> TensorFile:
             torch.save (.pt, .pth, .bin), or a folder that holds exactly one of them.
         weights: Which weights of a training checkpoint that holds several (.pt): "ema", "model",
             or another entry's name; "auto" is "ema" where there is one, else "model".
+        within: A folder that links may not lead out of (but for the hub's cache), by default `path`
+            if it is one.
 
     Returns:
         The file, with the names, shapes and types of its tensors.
 
     Raises:
         InteropError: If there is no such file, it is none of the above, it is truncated or
-            damaged, or it is a pickle of anything but tensors and plain data.
+            damaged, it is a pickle of anything but tensors and plain data, or a link leads out of
+            the folder.
     """
     path = Path(path)
     if path.is_dir():
+        within = within or path
         path = _only_candidate(path)
     elif not path.exists():
         raise InteropError(f"{path} does not exist; give a .safetensors, .index.json or .pt file")
-    elif not path.is_file():
-        raise InteropError(f"{path} is not a regular file")
     try:
-        with path.open("rb") as file:
-            beginning = file.read(1024)
-        return _open_by_content(path, beginning, weights)
+        with refusals():
+            if within is not None:
+                check_within(path, within)
+            with open_regular(path) as file:
+                beginning = file.read(1024)
+            return _open_by_content(path, beginning, weights)
     except OSError as error:
         raise InteropError(f"{path} cannot be read: {error}") from error
 
@@ -107,8 +115,10 @@ def _looks_like_pt(path: Path, beginning: bytes) -> bool:
         return True
     # The oldest pickles begin with no mark: only reading one to its end tells.
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return bool(scan_pickle(file))
+    except FileRefusedError:
+        raise
     except ValueError:
         return False
 
@@ -155,4 +165,5 @@ def _look(beginning: bytes) -> str:
         return "it looks like HDF5 (Keras?)"
     if text[:4] == b"GGUF":
         return "it is a GGUF file of quantised weights"
-    return f"it begins with {beginning[:16]!r}"
+    # (What is in it is not shown: it may be anything, led to by a link.)
+    return "it begins as no format known here does"

@@ -21,6 +21,7 @@ from dit_jax.data.images import (
     validate_resize,
 )
 from dit_jax.data.source import DatasetInfo, Example, Source, fingerprint
+from dit_jax.untrusted import walk_files
 
 logger = logging.getLogger(__name__)
 
@@ -277,10 +278,8 @@ def _list_images(root: Path, class_names: tuple[str, ...]) -> _Listing:
 
 
 def _walk(root: Path, name: str) -> Iterator[str]:
-    for folder, subfolders, files in os.walk(root / name, followlinks=True):
-        subfolders[:] = sorted(sub for sub in subfolders if not sub.startswith("."))
-        relative = os.path.relpath(folder, root)
-        yield from (os.path.join(relative, file) for file in files if not file.startswith("."))
+    for folder, files in walk_files(root, name):
+        yield from (os.path.join(folder, file) for file in files)
 
 
 def _in_split(count: int, split: str, test_fraction: float) -> Bool[np.ndarray, " {count}"]:

@@ -14,9 +14,16 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32, Int64
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
-from dit_jax.data.images import DECODE_ERRORS, FORMATS, upright_size
+from dit_jax.data.images import (
+    DECODE_ERRORS,
+    FORMATS,
+    decode_image,
+    open_image,
+    upright_size,
+)
+from dit_jax.untrusted import parse_json, read_npz
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +71,7 @@ def check_images(
     times = np.array([stat.st_mtime_ns for stat in stats], np.int64)
     key = _key(files, byte_counts, times, verify)
     cache = Path(index_cache).expanduser() if index_cache else root / ".dit_jax_index.npz"
-    recalled = _recall(cache, key)
+    recalled = _recall(cache, key, len(files))
     if recalled is not None:
         return ImageIndex(recalled[0], byte_counts, recalled[1])
 
@@ -82,11 +89,11 @@ def check_images(
 def _check(path: Path, verify: str) -> tuple[tuple[int, int], str]:
     """Return (size, "") or ((0, 0), what is wrong)."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with open_image(path) as image:
             size = upright_size(image)
             # Decoding is what costs; a file with a proper end is taken to be whole.
             if verify == "full" or not _has_proper_end(path, image.format):
-                image.load()
+                decode_image(path, channels=3)
     except DECODE_ERRORS as error:
         if isinstance(error, UnidentifiedImageError):
             return (0, 0), f"not an image in one of the formats {', '.join(FORMATS)}"
@@ -117,13 +124,18 @@ def _key(files: Sequence[str], byte_counts: np.ndarray, times: np.ndarray, verif
     return digest.hexdigest()
 
 
-def _recall(cache: Path, key: str) -> tuple[np.ndarray, dict[int, str]] | None:
+def _recall(cache: Path, key: str, count: int) -> tuple[np.ndarray, dict[int, str]] | None:
     try:
-        with np.load(cache, allow_pickle=False) as content:
-            if str(content["key"]) != key:
-                return None
-            reasons = json.loads(str(content["reasons"]))
-            return content["sizes"], {int(i): reason for i, reason in reasons.items()}
+        content = read_npz(cache, ("key", "sizes", "reasons"))
+        if str(content["key"]) != key:
+            return None
+        found = parse_json(str(content["reasons"]), cache)
+        sizes, reasons = content["sizes"], {int(i): str(reason) for i, reason in found.items()}
+        if (sizes.shape, sizes.dtype) != ((count, 2), np.int32) or not set(reasons) <= set(
+            range(count)
+        ):
+            raise ValueError("its arrays are not those of an index")
+        return sizes, reasons
     except FileNotFoundError:
         return None
     except Exception as error:  # a damaged or foreign file only costs a new check

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from dit_jax.untrusted import open_regular
+
 RESIZES = ("none", "adm")
+# 8192 x 8192; Pillow itself refuses 13000 x 13000, which would not fit the memory several times.
+MAX_PIXELS = 2**26
 
 # What PIL may try when opening a file, whatever its suffix.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
@@ -20,6 +26,7 @@ Image.init()  # registers WebP, which PIL otherwise loads late
 # What PIL raises for a file it cannot read; decompression bombs (images of more pixels than PIL's
 # limit) are refused like corrupt files.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+DECODE_ERRORS += (Image.DecompressionBombWarning,)  # where warnings are errors
 
 
 def decode_image(
@@ -46,14 +53,54 @@ def decode_image(
         OSError, SyntaxError, ValueError, EOFError, DecompressionBombError: The file is not a
             readable image (`DECODE_ERRORS`).
     """
-    opened = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
-    with opened as image:
+    with open_image(file) as image, _IN_MEMORY.take(image.width * image.height):
         image.load()
         image = _to_mode(ImageOps.exif_transpose(image), channels)
-    if resize == "adm":
-        image = adm_center_crop(image, image_size)
-    pixels = np.asarray(image)
+        if resize == "adm":
+            image = adm_center_crop(image, image_size)
+        pixels = np.asarray(image)
     return pixels[..., None] if channels == 1 else pixels
+
+
+@contextlib.contextmanager
+def open_image(file: str | os.PathLike | bytes) -> Iterator[Image.Image]:
+    """Open an image, whose size is then known, without decoding it.
+
+    Raises:
+        OSError, SyntaxError, ValueError, EOFError, DecompressionBombError: See `decode_image`.
+    """
+    stream = io.BytesIO(file) if isinstance(file, bytes) else open_regular(file)
+    with stream, Image.open(stream, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError(
+                f"{image.width} x {image.height} pixels; at most {MAX_PIXELS} are decoded"
+            )
+        yield image
+
+
+class _Budget:
+    """Lets threads decode at once as many pixels as fit the memory; one image always may."""
+
+    def __init__(self, pixels: int):
+        self._free, self._pixels = threading.Condition(), pixels
+        self._left = pixels
+
+    @contextlib.contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        pixels = min(pixels, self._pixels)
+        with self._free:
+            self._free.wait_for(lambda: self._left >= pixels)
+            self._left -= pixels
+        try:
+            yield
+        finally:
+            with self._free:
+                self._left += pixels
+                self._free.notify_all()
+
+
+# While one with transparency is converted, a pixel takes up to 20 bytes.
+_IN_MEMORY = _Budget(MAX_PIXELS)
 
 
 def split_by_suffix(names: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -125,7 +172,7 @@ def _to_mode(image: Image.Image, channels: int) -> Image.Image:
         raise ValueError("its pixels are floating point numbers, of unknown range; save 8 bits")
     if image.mode.startswith("I"):
         # PIL clips 16-bit grey to 255 instead of scaling it.
-        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        values = np.asarray(image).clip(0, 65535).astype(np.uint16)
         image = Image.fromarray((values >> 8).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")

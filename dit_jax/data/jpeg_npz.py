@@ -8,7 +8,9 @@ import numpy as np
 from jaxtyping import Int, Int32, Integer, UInt8
 
 from dit_jax.data.images import DECODE_ERRORS, decode_image, validate_resize
+from dit_jax.data.shards import MAX_CLASSES
 from dit_jax.data.source import DatasetInfo, Example, Source, fingerprint, validate_labels
+from dit_jax.untrusted import npz_names, read_npz, shown
 
 _KEYS = ("jpeg", "offsets", "labels")
 
@@ -43,16 +45,17 @@ def open_jpeg_npz(
     file = Path(path.replace("{split}", split)).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"no file {file} for split {split!r} (path={path!r})")
-    with np.load(file, allow_pickle=False) as content:
-        missing = [key for key in _KEYS if key not in content]
-        if missing:
-            raise ValueError(
-                f"{file} lacks the arrays {missing}; it has {sorted(content)}. Expected "
-                f"{list(_KEYS)}, and optionally class_names."
-            )
-        jpeg, offsets, labels = (content[key] for key in _KEYS)
-        class_names = tuple(map(str, content["class_names"])) if "class_names" in content else ()
-    _validate_offsets(file, jpeg, offsets, labels)
+    content = read_npz(file, (*_KEYS, "class_names"))
+    missing = [key for key in _KEYS if key not in content]
+    if missing:
+        raise ValueError(
+            f"{file} lacks the arrays {missing}; it has "
+            f"[{', '.join(shown(name) for name in npz_names(file)[:8])}]. Expected {list(_KEYS)}, "
+            "and optionally class_names."
+        )
+    jpeg, offsets, labels = (content[key] for key in _KEYS)
+    class_names = _read_class_names(file, content.get("class_names"))
+    _validate_offsets(file, jpeg, offsets, labels, class_names)
     return JpegNpz(file, split, jpeg, offsets, labels, class_names, channels, keep_decoded)
 
 
@@ -128,8 +131,20 @@ class JpegNpz(Source):
         return pixels
 
 
+def _read_class_names(file: Path, names: np.ndarray | None) -> tuple[str, ...]:
+    if names is None:
+        return ()
+    if names.ndim != 1 or names.dtype.kind not in "US":
+        raise ValueError(f"{file}: class_names must be a list of strings")
+    return tuple(map(str, names))
+
+
 def _validate_offsets(
-    file: Path, jpeg: np.ndarray, offsets: np.ndarray, labels: np.ndarray
+    file: Path,
+    jpeg: np.ndarray,
+    offsets: np.ndarray,
+    labels: np.ndarray,
+    class_names: tuple[str, ...],
 ) -> None:
     if labels.ndim != 1 or len(labels) == 0 or labels.dtype.kind not in "iu":
         raise ValueError(
@@ -141,9 +156,14 @@ def _validate_offsets(
             f"{file}: {len(labels)} labels need {len(labels) + 1} integer offsets, found "
             f"{offsets.dtype}{list(offsets.shape)}"
         )
-    ordered = offsets[0] == 0 and bool(np.all(offsets[:-1] < offsets[1:]))
+    if not class_names and not 0 <= labels.min() <= labels.max() < MAX_CLASSES:
+        raise ValueError(
+            f"{file}: labels must lie in 0..{MAX_CLASSES - 1}; they go from {labels.min()} to "
+            f"{labels.max()}"
+        )
+    ordered = jpeg.ndim == 1 and offsets[0] == 0 and bool(np.all(offsets[:-1] < offsets[1:]))
     if jpeg.dtype != np.uint8 or not ordered or offsets[-1] != len(jpeg):
         raise ValueError(
-            f"{file}: offsets must rise from 0 to the number of bytes in jpeg ({len(jpeg)}, "
+            f"{file}: offsets must rise from 0 to the number of bytes in jpeg ({jpeg.size}, "
             f"{jpeg.dtype}); they go from {offsets[0]} to {offsets[-1]}"
         )

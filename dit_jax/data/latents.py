@@ -26,7 +26,18 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Int, UInt64
 
-from dit_jax.data.shards import HEADER, UNFINISHED, StoredFile, validate_file
+from dit_jax.data.shards import (
+    HEADER,
+    MAX_CLASSES,
+    MAX_EXAMPLES,
+    MAX_SIDE,
+    UNFINISHED,
+    StoredFile,
+    check_sizes,
+    read_header,
+    read_stored_file,
+    validate_file,
+)
 from dit_jax.data.source import (
     Batch,
     DatasetInfo,
@@ -36,8 +47,11 @@ from dit_jax.data.source import (
     validate_labels,
 )
 from dit_jax.data.transforms import random_bit
+from dit_jax.untrusted import Fields, map_array
 
 FORMAT, VERSION = "dit_jax.latents", 1
+_TEXTS = ("vae_name", "vae_sha256", "dtype", "kind", "flip", "split", "source_name")
+_TEXTS += ("source_fingerprint",)
 
 
 @dataclass(frozen=True)
@@ -129,26 +143,37 @@ class LatentsHeader:
         Raises:
             ValueError: Not such a file, of another version, or with missing or unknown fields.
         """
-        try:
-            content = json.loads(path.read_text())
-            found = content.pop("format"), content.pop("version")
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is not the header of a set of latents: {error!r}") from error
-        if found != (FORMAT, VERSION):
-            raise ValueError(
-                f"{path} has format {found[0]!r} version {found[1]!r}; this code reads "
-                f"{FORMAT!r} version {VERSION}. Extract the latents again."
-            )
         names = [field.name for field in dataclasses.fields(cls)]
-        missing, unknown = set(names) - set(content), set(content) - set(names)
-        if missing or unknown:
+        fields = read_header(path, names, FORMAT, VERSION)
+        header = cls(
+            latent_shape=fields.counts("latent_shape", 3, 1, MAX_SIDE),
+            scaling_factor=fields.number("scaling_factor"),
+            shift_factor=fields.number("shift_factor"),
+            num_classes=fields.count("num_classes", 0, MAX_CLASSES),
+            class_names=fields.texts("class_names"),
+            count=fields.count("count", 0, MAX_EXAMPLES),
+            shards=tuple(_read_shard(shard) for shard in fields.objects("shards")),
+            **{name: fields.text(name) for name in _TEXTS},
+        )
+        if header.scaling_factor == 0:
+            raise ValueError(f"{path}: scaling_factor is 0, which no VAE has")
+        if header.class_names and len(header.class_names) != header.num_classes:
             raise ValueError(
-                f"{path}: missing fields {sorted(missing)}, unknown fields {sorted(unknown)}"
+                f"{path}: {len(header.class_names)} class_names for {header.num_classes} classes"
             )
-        content["latent_shape"] = tuple(content["latent_shape"])
-        content["class_names"] = tuple(content["class_names"])
-        content["shards"] = tuple(Shard(**shard) for shard in content["shards"])
-        return cls(**content)
+        counts = [shard.count for shard in header.shards]
+        check_sizes(path, "images", header.record_shape, counts, header.count)
+        return header
+
+
+def _read_shard(fields: Fields) -> Shard:
+    fields.check_names([field.name for field in dataclasses.fields(Shard)])
+    latents, labels = (
+        read_stored_file(fields, f"{part}_file", f"{part}_bytes", f"{part}_sha256")
+        for part in ("latents", "labels")
+    )
+    count = fields.count("count", 1, MAX_EXAMPLES)
+    return Shard(count, *dataclasses.astuple(latents), *dataclasses.astuple(labels))
 
 
 def open_latents(
@@ -198,13 +223,8 @@ class Latents(Source):
         counts = [shard.count for shard in header.shards]
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         self._labels = np.concatenate(
-            [np.load(folder / shard.labels_file) for shard in header.shards]
+            [map_array(folder / shard.labels_file) for shard in header.shards]
         )
-        if len(self._labels) != header.count or self._starts[-1] != header.count:
-            raise ValueError(
-                f"{folder}: the header counts {header.count} images, its shards "
-                f"{self._starts[-1]}, their label files {len(self._labels)}"
-            )
         validate_labels(self._labels, header.num_classes, self.describe)
         self.info = DatasetInfo(
             name=f"latents/{folder.name}",
@@ -266,9 +286,8 @@ class Latents(Source):
 
     def _map(self, shard: int) -> np.ndarray:
         if shard not in self._maps:
-            mapped = np.load(self._folder / self._header.shards[shard].latents_file, mmap_mode="r")
-            # A plain view indexes faster than np.memmap does.
-            self._maps[shard] = np.asarray(mapped)
+            file = self._header.shards[shard].latents_file
+            self._maps[shard] = map_array(self._folder / file)
         return self._maps[shard]
 
 

@@ -28,11 +28,24 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt64
 
-from dit_jax.data.shards import HEADER, UNFINISHED, StoredFile, validate_file
+from dit_jax.data.shards import (
+    HEADER,
+    MAX_CLASSES,
+    MAX_EXAMPLES,
+    MAX_SIDE,
+    UNFINISHED,
+    StoredFile,
+    check_sizes,
+    read_header,
+    read_stored_file,
+    validate_file,
+)
 from dit_jax.data.source import Batch, DatasetInfo, Example, Source, fingerprint, validate_labels
+from dit_jax.untrusted import Fields, map_array
 
 FORMAT, VERSION = "dit_jax.pairs", 1
 REMEDY = "write the pairs again"
+_MAX_TIMES = 10_000
 
 
 @dataclass(frozen=True)
@@ -124,31 +137,38 @@ class PairsHeader:
         Raises:
             ValueError: Not such a file, of another version, or with missing or unknown fields.
         """
-        try:
-            content = json.loads(path.read_text())
-            found = content.pop("format"), content.pop("version")
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is not the header of a set of pairs: {error!r}") from error
-        if found != (FORMAT, VERSION):
-            raise ValueError(
-                f"{path} has format {found[0]!r} version {found[1]!r}; this code reads "
-                f"{FORMAT!r} version {VERSION}. {REMEDY.capitalize()}."
-            )
         names = [field.name for field in dataclasses.fields(cls)]
-        missing, unknown = set(names) - set(content), set(content) - set(names)
-        if missing or unknown:
-            raise ValueError(
-                f"{path}: missing fields {sorted(missing)}, unknown fields {sorted(unknown)}"
-            )
-        for name in ("times", "path_times", "sample_shape"):
-            content[name] = tuple(content[name])
-        content["shards"] = tuple(_shard(shard) for shard in content["shards"])
-        return cls(**content)
+        fields = read_header(path, names, FORMAT, VERSION)
+        times = {name: fields.numbers(name) for name in ("times", "path_times")}
+        for name, values in times.items():
+            if not 1 <= len(values) <= _MAX_TIMES:
+                raise ValueError(f"{path}: {len(values)} {name}; expected 1 to {_MAX_TIMES}")
+        states = len(times["path_times"]) > 1
+        header = cls(
+            **{name: fields.text(name) for name in ("teacher_source", "teacher_hash", "dtype")},
+            process=fields.mapping("process"),
+            sampling=fields.mapping("sampling"),
+            **times,
+            start_scale=fields.number("start_scale"),
+            seed=fields.count("seed", 0, 2**64),
+            batch_size=fields.count("batch_size", 1),
+            sample_shape=fields.counts("sample_shape", 3, 1, MAX_SIDE),
+            num_classes=fields.count("num_classes", 0, MAX_CLASSES),
+            count=fields.count("count", 0, MAX_EXAMPLES),
+            shards=tuple(_read_shard(shard, states) for shard in fields.objects("shards")),
+        )
+        record = (max(1, len(header.path_times) - 1), *header.sample_shape)
+        check_sizes(path, "pairs", record, [shard.count for shard in header.shards], header.count)
+        return header
 
 
-def _shard(content: Mapping[str, Any]) -> PairsShard:
-    files = {name: StoredFile(**file) for name, file in content.items() if isinstance(file, dict)}
-    return PairsShard(**{**content, **files})
+def _read_shard(fields: Fields, states: bool) -> PairsShard:
+    names = ("noise", "x0", "labels", *(("path",) if states else ()))
+    files = [fields.object(name) for name in names]
+    return PairsShard(
+        fields.count("count", 1, MAX_EXAMPLES),
+        *(read_stored_file(file, "name", "bytes", "sha256") for file in files),
+    )
 
 
 def positions_of(stored: Sequence[float], wanted: Sequence[float]) -> tuple[int, ...]:
@@ -252,12 +272,8 @@ class Pairs(Source):
         counts = [shard.count for shard in header.shards]
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         self._labels = np.concatenate(
-            [np.load(folder / shard.labels.name) for shard in header.shards]
+            [map_array(folder / shard.labels.name) for shard in header.shards]
         )
-        if self._starts[-1] != header.count:
-            raise ValueError(
-                f"{folder}: the header counts {header.count} pairs, its shards {self._starts[-1]}"
-            )
         validate_labels(self._labels, header.num_classes, self.describe)
         self.info = DatasetInfo(
             name=f"pairs/{folder.name}",
@@ -344,6 +360,5 @@ class Pairs(Source):
     def _map(self, shard: int, name: str) -> np.ndarray:
         if (shard, name) not in self._maps:
             file = getattr(self.header.shards[shard], name).name
-            # A plain view indexes faster than np.memmap does.
-            self._maps[shard, name] = np.asarray(np.load(self._folder / file, mmap_mode="r"))
+            self._maps[shard, name] = map_array(self._folder / file)
         return self._maps[shard, name]

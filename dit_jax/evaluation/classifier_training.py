@@ -27,6 +27,7 @@ from dit_jax.evaluation.classifier import (
 from dit_jax.evaluation.files import atomic_file, check_destination
 from dit_jax.evaluation.images import AnyArray, check_images
 from dit_jax.evaluation.record import content_hash
+from dit_jax.untrusted import parse_json, read_npz
 
 STEPS_PER_CALL = 100
 _LOG = logging.getLogger(__name__)
@@ -229,9 +230,8 @@ def _load(path: Path, definition: NetworkDefinition) -> Params | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        header = json.loads(arrays.pop("header").tobytes())
+        arrays = read_npz(path)
+        header = parse_json(arrays.pop("header").tobytes(), path)
         if {name: array.shape for name, array in arrays.items()} != definition.shapes():
             raise ValueError("its arrays are not those of this network")
         if header["fingerprint"] != fingerprint_of(definition, arrays):

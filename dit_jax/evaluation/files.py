@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import uuid
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from dit_jax.evaluation.images import AnyArray, to_uint8
+from dit_jax.untrusted import npz_names, read_npz, shown
 
 
 def check_destination(path: str | os.PathLike, *, overwrite: bool = False) -> Path:
@@ -152,13 +152,12 @@ def load_adm_npz(
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in ("arr_0", "arr_1") if name in archive.files}
-            names = list(archive.files)
-    except (ValueError, EOFError, OSError, AttributeError, zipfile.BadZipFile) as error:
+        arrays = read_npz(path, ("arr_0", "arr_1"))
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path} is not a readable .npz of plain arrays: {error}") from error
     if "arr_0" not in arrays:
-        raise ValueError(f"{path} has no images: expected the array 'arr_0', found {names}")
+        found = ", ".join(shown(name) for name in npz_names(path)[:8])
+        raise ValueError(f"{path} has no images: expected the array 'arr_0', found [{found}]")
     images, labels = arrays["arr_0"], arrays.get("arr_1")
     if images.dtype != np.uint8 or images.ndim != 4:
         raise ValueError(

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import struct
 import zipfile
@@ -17,13 +18,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
 
 from dit_jax.data.images import (
     DECODE_ERRORS,
+    MAX_PIXELS,
     SUFFIXES,
     decode_image,
     note_of_others,
@@ -34,6 +36,7 @@ from dit_jax.data.source import Source
 from dit_jax.evaluation.features import batches_of
 from dit_jax.evaluation.files import atomic_file
 from dit_jax.evaluation.images import AnyArray, to_uint8
+from dit_jax.untrusted import open_regular, open_zip, read_npy_header, shown, walk_files
 
 logger = logging.getLogger(__name__)
 
@@ -86,19 +89,27 @@ class NpzImages:
             raise FileNotFoundError(f"no file {path}")
         self._member = f"{name}.npy"
         try:
-            with zipfile.ZipFile(self.path) as archive:
+            with open_zip(self.path) as archive:
                 names = archive.namelist()
                 if self._member not in names:
-                    raise ValueError(f"it holds no images: expected {name!r}, found {_bare(names)}")
+                    raise ValueError(
+                        f"it holds no images: expected {name!r}, found [{_bare(names)}]"
+                    )
                 self._info = archive.getinfo(self._member)
                 with archive.open(self._member) as file:
-                    self.shape, self._fortran, dtype = _read_npy_header(file)
+                    self.shape, self._fortran, dtype = read_npy_header(file, path)
                     self._data_start = file.tell()
         except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is not a readable .npz of images: {error}") from error
+        size = self._data_start + math.prod(self.shape) * dtype.itemsize
         if dtype != np.uint8 or len(self.shape) != 4 or 0 in self.shape[1:]:
             raise ValueError(
                 f"{path}: expected {name!r} as uint8 [n, height, width, channels], got {dtype} "
+                f"{list(self.shape)}"
+            )
+        if size != self._info.file_size or math.prod(self.shape[1:3]) > MAX_PIXELS:
+            raise ValueError(
+                f"{path} is damaged: {name!r} has {self._info.file_size} bytes for uint8 "
                 f"{list(self.shape)}"
             )
         self.count = self.shape[0]
@@ -123,8 +134,8 @@ class NpzImages:
             yield from (np.array(batch) for batch in batches_of(mapped, batch_size))
             return
         image_bytes = int(np.prod(self.shape[1:]))
-        with zipfile.ZipFile(self.path) as archive, archive.open(self._member) as file:
-            _read_npy_header(file)
+        with open_zip(self.path) as archive, archive.open(self._member) as file:
+            read_npy_header(file, self.path)
             for rows in _slices(self.count, batch_size):
                 size = rows.stop - rows.start
                 try:
@@ -141,7 +152,7 @@ class NpzImages:
 
     def _mapped(self) -> np.ndarray:
         # The lengths in the local header can differ from those of the central directory.
-        with open(self.path, "rb") as file:
+        with open_regular(self.path) as file:
             file.seek(self._info.header_offset)
             header = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
         offset = self._info.header_offset + _LOCAL_HEADER.size + header[-2] + header[-1]
@@ -348,7 +359,7 @@ def hash_files(root: Path, names: Iterable[str], cache_dir: Path | None = None) 
     digest = hashlib.sha256()
     for name in names:
         part = digest if len(names) == 1 else hashlib.sha256()
-        with open(root / name, "rb") as file:
+        with open_regular(root / name) as file:
             while block := file.read(_READ_BLOCK):
                 part.update(block)
         if part is not digest:
@@ -371,23 +382,11 @@ def _slices(count: int, batch_size: int) -> list[slice]:
     return [slice(start, min(start + batch_size, count)) for start in starts]
 
 
-def _read_npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(file)
-    raise ValueError(f"arrays of .npy version {version} are not supported")
-
-
-def _bare(names: Iterable[str]) -> list[str]:
-    return [name.removesuffix(".npy") for name in names]
+def _bare(names: Iterable[str]) -> str:
+    return ", ".join(shown(name.removesuffix(".npy")) for name in list(names)[:8])
 
 
 def _walk(root: Path) -> Iterator[str]:
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        relative = os.path.relpath(folder, root)
+    for folder, files in walk_files(root):
         for name in files:
-            if not name.startswith("."):
-                yield os.path.normpath(os.path.join(relative, name))
+            yield os.path.join(folder, name)

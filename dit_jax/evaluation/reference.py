@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from dit_jax.evaluation.image_streams import (
     SourceImages,
     hash_files,
 )
+from dit_jax.untrusted import Fields, FileRefusedError, npz_names, parse_json, read_npz, shown
 
 FORMAT = "dit-jax-reference/1"
 FEATURE_LIMIT = 10_000
@@ -299,14 +299,16 @@ def load_reference(path: str | os.PathLike, extractor: InceptionLike) -> Referen
     path = Path(path)
     names = _names_in(path)
     arrays = _read_arrays(path, [n for n in ("metadata", "features", *MOMENTS) if n in names])
+    if "metadata" not in arrays:
+        raise ValueError(f"{path} is no file of reference statistics: it has no 'metadata'")
     try:
-        metadata = json.loads(str(arrays["metadata"]))
-        kind = metadata["format"]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        metadata = parse_json(str(arrays["metadata"]), f"'metadata' of {path}")
+    except FileRefusedError as error:
         raise ValueError(f"{path} is no file of reference statistics: {error}") from error
+    fields, kind = Fields(metadata, path), metadata.get("format")
     if kind != FORMAT:
-        raise ValueError(f"{path} has the format {kind!r}; this version reads {FORMAT!r}")
-    fingerprint, nominal = metadata["fingerprint"], metadata["nominal_count"]
+        raise ValueError(f"{path} has the format {shown(kind)}; this version reads {FORMAT!r}")
+    fingerprint, nominal = fields.text("fingerprint"), fields.count("nominal_count", 1)
     _require_fingerprint(fingerprint, str(path), extractor)
     spatial = None
     if "mu_s" in arrays:
@@ -317,11 +319,11 @@ def load_reference(path: str | os.PathLike, extractor: InceptionLike) -> Referen
         spatial=spatial,
         features=arrays.get("features"),
         fingerprint=fingerprint,
-        content_hash=metadata["content_hash"],
-        description=metadata["description"],
-        origin=metadata["origin"],
-        count=metadata["images"],
-        preprocessing=metadata["preprocessing"],
+        content_hash=fields.text("content_hash"),
+        description=fields.text("description"),
+        origin=fields.text("origin"),
+        count=None if metadata.get("images") is None else fields.count("images"),
+        preprocessing=fields.text("preprocessing"),
     )
 
 
@@ -354,9 +356,8 @@ def _require_fingerprint(fingerprint: str, description: str, extractor: Inceptio
 
 def _names_in(path: Path) -> list[str]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
-    except (OSError, zipfile.BadZipFile) as error:
+        return npz_names(path)
+    except (OSError, FileRefusedError) as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise ValueError(f"{path} is not a readable .npz: {error}") from error
@@ -364,9 +365,8 @@ def _names_in(path: Path) -> list[str]:
 
 def _read_arrays(path: Path, names: list[str]) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in names}
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        return read_npz(path, names)
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path} is not a readable .npz of plain arrays: {error}") from error
 
 

@@ -14,6 +14,7 @@ import ml_collections
 from absl import logging
 
 from dit_jax import config as config_lib
+from dit_jax.untrusted import read_json_text
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -68,7 +69,7 @@ def _earlier_values(workdir: Path) -> dict:
     if not file.exists() or not any((workdir / CHECKPOINTS).glob("[0-9]*")):
         return {}
     try:
-        return config_lib.earlier_values(file.read_text())
+        return config_lib.earlier_values(read_json_text(file))
     except ValueError as error:
         raise WorkdirError(f"{file} cannot be used: {error}") from error
 
@@ -130,7 +131,7 @@ def load_config(workdir: Path) -> ml_collections.ConfigDict:
             "Train one with launch/train.py --workdir=..."
         )
     try:
-        return config_lib.from_json(file.read_text())
+        return config_lib.from_json(read_json_text(file))
     except ValueError as error:
         raise WorkdirError(f"{file} cannot be used: {error}") from error
 

@@ -49,7 +49,7 @@ def test_damaged_or_unsuitable_npz_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected 'arr_0', found \['other'\]"):
         NpzImages(tmp_path / "b.npz")
     np.savez(tmp_path / "c.npz", np.array([object()]))
-    with pytest.raises(ValueError, match="uint8"):
+    with pytest.raises(ValueError, match="Python objects"):
         NpzImages(tmp_path / "c.npz")
     np.savez_compressed(tmp_path / "d.npz", random_images(0, 2000))
     data = bytearray((tmp_path / "d.npz").read_bytes())
