@@ -4,10 +4,11 @@ Imports nothing that takes time, so that mistakes are answered at once.
 """
 
 import argparse
+import difflib
 from collections.abc import Callable
 from pathlib import Path
 
-from dit_jax import output_formats, ranges
+from dit_jax import abbreviations, output_formats, ranges
 from dit_jax.ranges import Range
 
 
@@ -33,12 +34,32 @@ def number(wanted: Range) -> Callable[[str], float]:
 count = number(ranges.COUNT)  # of images, devices, steps, ...
 count_or_none = number(ranges.PERIOD)  # the same, or 0
 seed = number(ranges.SEED)
-finite = number(ranges.FINITE)
-positive = number(ranges.POSITIVE)
-not_negative = number(ranges.NOT_NEGATIVE)
+time = number(ranges.NOT_NEGATIVE)  # of a process
 share_below_one = number(ranges.SHARE_BELOW_ONE)
 solver_steps = number(ranges.SOLVER_STEPS)
 guidance_scale = number(ranges.GUIDANCE)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, which shows the text of its description as it is and knows the field's words."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's; an option that does not exist ends with the one it may mean."""
+        namespace, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}{self._hint(rest[0])}")
+        return namespace
+
+    def _hint(self, argument: str) -> str:
+        name = argument.lstrip("-").partition("=")[0]
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        meant = [f"--{key.rpartition('.')[2]}" for key in abbreviations.meant_by(name)]
+        match = [option for option in meant if option in known]
+        match = match or difflib.get_close_matches(f"--{name}", known, n=1)
+        return f"; did you mean {match[0]}?" if match and argument.startswith("-") else ""
 
 
 class Interval(argparse.Action):

@@ -8,6 +8,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from launch import argument_types
+
 ROUNDING_RULES = ("nearest", "truncate")  # of dit_jax.evaluation, as the two below
 PROTOCOLS = ("dit_400k", "dit_final")
 SCORES = ("fid", "sfid", "inception_score", "precision_recall", "kid")
@@ -31,11 +33,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="a checkpoint: .pt of DiT, SiT (sit_pt:FILE) or EDM, .pkl of EDM, diffusers folder, "
         "converted folder, workdir, hub:owner/name[@revision]",
     )
-    group.add_argument("--step", type=int, help="of a workdir: which checkpoint; default: newest")
-    group.add_argument("--weights", default="", help="raw, ema (the first average) or its name")
-    group.add_argument("--num_heads", type=int, help="of a .pt of a width not in the paper")
     group.add_argument(
-        "--num_classes", type=int, help="of a .pt whose class table may have a null class or not"
+        "--step",
+        type=argument_types.count_or_none,
+        help="of a workdir: which checkpoint; default: newest",
+    )
+    group.add_argument("--weights", default="", help="raw, ema (the first average) or its name")
+    group.add_argument(
+        "--num_heads", type=argument_types.count, help="of a .pt of a width not in the paper"
+    )
+    group.add_argument(
+        "--num_classes",
+        type=argument_types.count_or_none,
+        help="of a .pt whose class table may have a null class or not",
     )
     group.add_argument(
         "--allow_nonfinite",
@@ -49,12 +59,15 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of how to sample; by default as the model was configured."""
     group = parser.add_argument_group("sampling (defaults: the model's config.sampling)")
     group.add_argument("--solver", help="ddpm, ddim, euler, heun or dpmpp_2m")
-    group.add_argument("--steps", type=int, help="solver steps")
+    group.add_argument("--steps", type=argument_types.solver_steps, help="solver steps")
     group.add_argument("--spacing", help="of the solver's times, see dit_jax.diffusion.schedules")
-    group.add_argument("--guidance_scale", type=float, help="1 for no guidance")
+    group.add_argument(
+        "--guidance_scale", type=argument_types.guidance_scale, help="1 for no guidance"
+    )
     group.add_argument(
         "--guidance_interval",
-        type=float,
+        type=argument_types.time,
+        action=argument_types.Interval,
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="guide only at process times between these",
@@ -62,8 +75,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--guidance_channels", help="all, or first3 as the original DiT", choices=["all", "first3"]
     )
-    group.add_argument("--batch_size", type=int, help="images sampled at once, over all devices")
-    group.add_argument("--seed", type=int, default=0, help="image i depends on seed and i only")
+    group.add_argument(
+        "--batch_size", type=argument_types.count, help="images sampled at once, over all devices"
+    )
+    group.add_argument(
+        "--seed", type=argument_types.seed, default=0, help="image i depends on seed and i only"
+    )
     parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
 
 
@@ -71,9 +88,13 @@ def add_parallel_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of one image on many devices."""
     group = parser.add_argument_group("one image on many devices (docs/parallel_sampling.md)")
     group.add_argument("--parallel", choices=PARALLEL_MODES, help="what the devices exchange")
-    group.add_argument("--patch_devices", type=int, help="devices one image is split over")
     group.add_argument(
-        "--warmup_steps", type=int, help="synchronous steps before displaced ones; default 4"
+        "--patch_devices", type=argument_types.count, help="devices one image is split over"
+    )
+    group.add_argument(
+        "--warmup_steps",
+        type=argument_types.count,
+        help="synchronous steps before displaced ones; default 4",
     )
     group.add_argument(
         "--split_guidance",
@@ -82,7 +103,7 @@ def add_parallel_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--ulysses_devices",
-        type=int,
+        type=argument_types.count,
         help="of --patch_devices, those that exchange heads; the others are a ring",
     )
 

@@ -39,7 +39,7 @@ from dit_jax.config import default_config
 from dit_jax.diffusion import guided
 from dit_jax.models.dit import named_size
 from dit_jax.training.metrics import peak_flops
-from launch import benchmark_distillation, benchmark_fastgen, wiring
+from launch import argument_types, benchmark_distillation, benchmark_fastgen, wiring
 
 SIDES = ("jax", "torch")
 
@@ -365,20 +365,22 @@ def measure_distillation(args: argparse.Namespace) -> dict[str, Any]:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_types.Parser(description=__doc__)
     parser.add_argument("--case", choices=["train", "guided", "compile", "distillation"])
     parser.add_argument("--model", default="DiT-S/2", help="DiT-{S,B,L,XL}/{2,4,8}")
-    parser.add_argument("--batch_size", type=int, help="default: 16; of distillation, by network")
-    parser.add_argument("--image_size", type=int, default=32, help="side of the latent")
+    parser.add_argument(
+        "--batch_size", type=argument_types.count, help="default: 16; of distillation, by network"
+    )
+    parser.add_argument(
+        "--image_size", type=argument_types.count, default=32, help="side of the latent"
+    )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--remat", default="none", choices=["none", "block", "dots"])
     parser.add_argument("--layer_loop", default="auto", choices=["auto", "scan", "unroll"])
     parser.add_argument("--torch_compile", action="store_true")
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=argument_types.count, default=11)
     benchmark_distillation.add_arguments(parser)
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--out", type=argument_types.json_file, help="JSON file for the results")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
     parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)

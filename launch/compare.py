@@ -15,21 +15,21 @@ distance between the sets; whatever cannot be computed is said to be left out, a
 import argparse
 from pathlib import Path
 
-from launch import arguments, command
+from launch import argument_types, arguments, command
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_types.Parser(description=__doc__)
     parser.add_argument("sets", nargs="*", type=Path, metavar="A B", help="two sets of images")
     arguments.add_model_arguments(parser)
     group = parser.add_argument_group("two ways of sampling (with a model)")
     group.add_argument("--a", help="sampling options of A, as 'steps=50 solver=heun'; '' for none")
     group.add_argument("--b", help="sampling options of B")
-    group.add_argument("--num_images", type=int, help="of either; default: 256")
-    group.add_argument("--seed", type=int, help="of both, unless --a or --b has its own; default 0")
+    group.add_argument("--num_images", type=argument_types.count, help="of either; default: 256")
+    group.add_argument(
+        "--seed", type=argument_types.seed, help="of both, unless --a or --b has its own; default 0"
+    )
     group = parser.add_argument_group("scores")
     group.add_argument(
         "--classifier",
@@ -47,10 +47,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--lpips", default="alex", choices=["alex", "vgg", "none"])
     group.add_argument("--lpips_weights", type=Path, help="default: where torchvision keeps them")
-    parser.add_argument("--out", type=Path, default=Path("compare.html"), help="HTML, one file")
-    parser.add_argument("--picture", type=Path, help="PNG of the worst pairs")
-    parser.add_argument("--json", type=Path, help="all scores, of every pair")
-    parser.add_argument("--pairs", type=int, default=32, help="in the HTML, the worst ones")
+    parser.add_argument(
+        "--out", type=argument_types.html_file, default=Path("compare.html"), help="HTML, one file"
+    )
+    parser.add_argument(
+        "--picture", type=argument_types.picture, help="the worst pairs: x.png, .jpg or .webp"
+    )
+    parser.add_argument("--json", type=argument_types.json_file, help="all scores, of every pair")
+    parser.add_argument(
+        "--pairs", type=argument_types.count, default=32, help="in the HTML, the worst ones"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
     return parser.parse_args(argv)

@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch import arguments, command
+from launch import argument_types, arguments, command
 
 if TYPE_CHECKING:
     from interop.export import Summary
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_types.Parser(description=__doc__)
     parser.add_argument("source", metavar="SRC", help="a path, or hub:owner/name[@revision][:path]")
     parser.add_argument("destination", metavar="DST", type=Path)
     parser.add_argument(
@@ -36,8 +34,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--dtype", default="float32", choices=arguments.DTYPES, help="of the tensors"
     )
     parser.add_argument("--weights", default="", help="ema, raw, model or an average's name")
-    parser.add_argument("--step", type=int, help="of a workdir: which checkpoint")
-    parser.add_argument("--num_heads", type=int, help="of a .pt of a width not in the paper")
+    parser.add_argument(
+        "--step", type=argument_types.count_or_none, help="of a workdir: which checkpoint"
+    )
+    parser.add_argument(
+        "--num_heads", type=argument_types.count, help="of a .pt of a width not in the paper"
+    )
     parser.add_argument(
         "--num_classes", type=int, help="of a .pt whose class table may have a null class or not"
     )

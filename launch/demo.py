@@ -18,7 +18,7 @@ from configs import digits, digits_cm
 from dit_jax import evaluation, experiment
 from dit_jax.training.metrics import format_duration
 from dit_jax.training.workdir import CONFIG_FILE
-from launch import classifier_scores, loading, training, wiring
+from launch import argument_types, classifier_scores, loading, training, wiring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Result:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_types.Parser(description=__doc__)
     parser.add_argument("--workdir", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--num_images", type=int, default=1000, help="samples to evaluate")
+    parser.add_argument(
+        "--num_images", type=argument_types.count, default=1000, help="samples to evaluate"
+    )
     parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
     return parser.parse_args()
 

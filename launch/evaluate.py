@@ -14,7 +14,7 @@ record that says how they were made.
 import argparse
 from pathlib import Path
 
-from launch import arguments, command
+from launch import argument_types, arguments, command
 
 # Options that make samples, besides those of `arguments.sampling_overrides`.
 _OF_SAMPLING = (
@@ -32,15 +32,21 @@ _OF_SAMPLING = (
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_types.Parser(description=__doc__)
     arguments.add_model_arguments(parser)
     arguments.add_sampling_arguments(parser)
     add_inception_arguments(parser)
-    parser.add_argument("--num_images", type=int, help="samples; default: as configured")
-    parser.add_argument("--out", type=Path, help="JSON file; default: WORKDIR/metrics_STEP.json")
-    parser.add_argument("--picture", type=Path, help="PNG of samples beside real images")
+    parser.add_argument(
+        "--num_images", type=argument_types.count, help="samples; default: as configured"
+    )
+    parser.add_argument(
+        "--out", type=argument_types.json_file, help="JSON file; default: WORKDIR/metrics_STEP.json"
+    )
+    parser.add_argument(
+        "--picture",
+        type=argument_types.picture,
+        help="samples beside real images: x.png, .jpg, .webp",
+    )
     parser.add_argument(
         "--rounding", choices=arguments.ROUNDING_RULES, help="to bytes; default: nearest"
     )
@@ -69,11 +75,15 @@ def add_inception_arguments(parser: argparse.ArgumentParser) -> None:
         help="accept another file than the published one; scores then compare with nothing else",
     )
     group.add_argument("--reference_split", default="train", help="of tfds:NAME")
-    group.add_argument("--reference_size", type=int, help="pixels; of a folder or tfds:NAME")
+    group.add_argument(
+        "--reference_size", type=argument_types.count, help="pixels; of a folder or tfds:NAME"
+    )
     group.add_argument("--reference_resize", default="none", choices=["none", "adm"])
     group.add_argument("--grey", default="refuse", choices=["refuse", "repeat"])
     group.add_argument("--scores", nargs="+", choices=arguments.SCORES, help="default: all")
-    group.add_argument("--feature_batch_size", type=int, default=64, help="over all devices")
+    group.add_argument(
+        "--feature_batch_size", type=argument_types.count, default=64, help="over all devices"
+    )
     group.add_argument(
         "--allow_singular", action="store_true", help="FID of fewer images than features; a guess"
     )
@@ -139,11 +149,12 @@ def main(argv: list[str] | None = None) -> None:
             rounding=args.rounding or "nearest",
         )
         out = args.out or args.workdir / f"metrics_{model.step}.json"
-        evaluation.save_json(out, record, overwrite=args.overwrite or args.out is None)
         if args.picture:
             classifier_scores.save_picture(
                 args.picture, samples, labels, test, overwrite=args.overwrite
             )
+            record["picture"] = str(args.picture.absolute())
+        evaluation.save_json(out, record, overwrite=args.overwrite or args.out is None)
         scores = record["scores"]
         print(
             f"{num_images} images of {model.weights}, step {model.step}\n"
@@ -151,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
             f"  (real training images: {scores['frechet_distance_floor']:.4f})\n"
             f"  label accuracy                       {scores['label_accuracy']['overall']:.2%}"
             f"  (real held-out images: {scores['classifier_test_accuracy']:.2%})\n"
-            f"  record: {out}"
+            f"  record: {out}" + (f"\n  picture: {args.picture}" if args.picture else "")
         )
 
 

@@ -12,16 +12,13 @@ was, and ends with the same bits. Then train with
 """
 
 import argparse
-from pathlib import Path
 
-from launch import command
+from launch import argument_types, command
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_types.Parser(description=__doc__)
     images = parser.add_argument_group("images")
     images.add_argument(
         "--data", required=True, choices=["image_folder", "tfds", "jpeg_npz", "digits"]
@@ -29,9 +26,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     images.add_argument("--path", default="", help="folder, .npz with {split}, or TFDS data_dir")
     images.add_argument("--dataset", default="", help="the TFDS data set")
     images.add_argument("--split", default="train", help="train or test; any of TFDS's own")
-    images.add_argument("--test_fraction", type=float, help="of image_folder: share held out")
     images.add_argument(
-        "--image_size", type=int, help="side after ADM's scale and crop; default: as they are"
+        "--test_fraction",
+        type=argument_types.share_below_one,
+        help="of image_folder: share held out",
+    )
+    images.add_argument(
+        "--image_size",
+        type=argument_types.count,
+        help="side after ADM's scale and crop; default: as they are",
     )
     vae = parser.add_argument_group("VAE")
     vae.add_argument(
@@ -41,15 +44,28 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--compute_dtype", default="float32", help="bfloat16, float16 or auto (bfloat16 on GPUs)"
     )
     out = parser.add_argument_group("latents")
-    out.add_argument("--out", type=Path, required=True, help="folder; a split's go to OUT/SPLIT")
+    out.add_argument(
+        "--out", type=argument_types.folder, required=True, help="folder; a split's go to OUT/SPLIT"
+    )
     out.add_argument("--flip", default="pairs", choices=["pairs", "none"], help="mirror images too")
     out.add_argument("--kind", default="moments", choices=["moments", "samples"])
     out.add_argument("--dtype", default="float16", choices=["float16", "float32"])
-    out.add_argument("--shard_size", type=int, help="images a file, a multiple of the batch size")
-    out.add_argument("--seed", type=int, default=0, help="of --kind=samples")
+    out.add_argument(
+        "--shard_size",
+        type=argument_types.count,
+        help="images a file, a multiple of the batch size",
+    )
+    out.add_argument("--seed", type=argument_types.seed, default=0, help="of --kind=samples")
     run = parser.add_argument_group("execution")
-    run.add_argument("--batch_size", type=int, help="images at once, over all devices")
-    run.add_argument("--num_workers", type=int, default=0, help="processes that decode; 0: threads")
+    run.add_argument(
+        "--batch_size", type=argument_types.count, help="images at once, over all devices"
+    )
+    run.add_argument(
+        "--num_workers",
+        type=argument_types.count_or_none,
+        default=0,
+        help="processes that decode; 0: threads",
+    )
     run.add_argument("--traceback", action="store_true", help="show stack traces of errors")
     return parser.parse_args(argv)
 

@@ -9,33 +9,43 @@
   python launch/sample.py --workdir=runs/digits --parallel=displaced --patch_devices=4 \\
       --warmup_steps=4 --out=samples.png
 
-What --out names decides the format: a .png is a grid, a .npz the ADM evaluator's format (arr_0
-images, arr_1 labels), anything else a folder of numbered PNG files. A .npz or folder is written as
-images are made, with a .json beside it that says how; interrupted, the same command goes on.
+What --out names decides the format: a .png (or .jpg, .webp) is a grid, a .npz the ADM evaluator's
+format (arr_0 images, arr_1 labels), anything else a folder of numbered PNG files. A .npz or folder
+is written as images are made, with a .json beside it that says how; interrupted, the same command
+goes on.
 """
 
 import argparse
-from pathlib import Path
 
-from launch import arguments, command
+from launch import argument_types, arguments, command
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_types.Parser(description=__doc__)
     arguments.add_model_arguments(parser)
     arguments.add_sampling_arguments(parser)
     arguments.add_parallel_arguments(parser)
     parser.add_argument(
-        "--vae_devices", type=int, help="devices over which the VAE splits an image's rows"
+        "--vae_devices",
+        type=argument_types.count,
+        help="devices over which the VAE splits an image's rows",
     )
-    parser.add_argument("--num_images", type=int, default=64)
     parser.add_argument(
-        "--labels", type=int, nargs="+", help="classes, repeated in turn; default: all in turn"
+        "--num_images", type=argument_types.count, help="default: 64, or one a label of --labels"
     )
-    parser.add_argument("--out", type=Path, required=True, help="x.png, x.npz or a folder")
+    parser.add_argument(
+        "--labels",
+        type=argument_types.count_or_none,
+        nargs="+",
+        help="classes, an image each (--num_images: in turn); default: all in turn",
+    )
+    parser.add_argument(
+        "--out",
+        type=argument_types.samples,
+        required=True,
+        help="x.png (or .jpg, .webp), x.npz or a folder",
+    )
     parser.add_argument("--rounding", default="nearest", choices=arguments.ROUNDING_RULES)
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     return parser.parse_args(argv)

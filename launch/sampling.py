@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from dit_jax import evaluation, experiment
+from dit_jax.output_formats import samples_format
 from launch import arguments, loading, wiring
 from parallel.sampling import ImageParallel, ImagePlacement
+
+DEFAULT_COUNT = 64  # images, where neither their number nor labels are given
 
 
 def choose_labels(args: argparse.Namespace, num_classes: int) -> np.ndarray:
@@ -19,16 +22,14 @@ def choose_labels(args: argparse.Namespace, num_classes: int) -> np.ndarray:
     Raises:
         ValueError: labels of an unconditional model, or out of range.
     """
-    if args.num_images < 1:
-        raise ValueError(f"--num_images={args.num_images}: expected at least 1")
     if args.labels is None:
-        return wiring.balanced_labels(args.num_images, num_classes)
+        return wiring.balanced_labels(args.num_images or DEFAULT_COUNT, num_classes)
     if not num_classes:
         raise ValueError("--labels: the model is unconditional, it has no classes")
     outside = [label for label in args.labels if not 0 <= label < num_classes]
     if outside:
         raise ValueError(f"--labels {outside[0]}: the model's classes are 0 to {num_classes - 1}")
-    return np.resize(np.asarray(args.labels, np.int32), args.num_images)
+    return np.resize(np.asarray(args.labels, np.int32), args.num_images or len(args.labels))
 
 
 def sample_to_store(
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     plan, params = experiment.build_sampling(model.config), model.params
     record = loading.provenance(model, decoder)
     if parallel:
-        batch = min(args.num_images, model.config.sampling.batch_size)
+        batch = min(len(labels), model.config.sampling.batch_size)
         placement = distribute(parallel, plan, batch)
         plan, params = placement.plan, placement.place(params)
         record["parallel"] = {
@@ -109,9 +110,15 @@ def run(args: argparse.Namespace) -> None:
         lambda start: wiring.stream_images(plan, params, labels, start=start, **options),
         record,
     )
-    if args.out.suffix == ".png":
+    if samples_format(args.out) == "picture":
         images = np.concatenate(list(stream(0)))
-        evaluation.save_grid(args.out, images, rounding=args.rounding, overwrite=args.overwrite)
+        evaluation.save_grid(
+            args.out,
+            images,
+            captions=[str(label) for label in labels] if model.config.model.num_classes else None,
+            rounding=args.rounding,
+            overwrite=args.overwrite,
+        )
     else:
         shape = decoder.image_shape(model.network.sample_shape)
         sample_to_store(args, model, labels, stream, shape)

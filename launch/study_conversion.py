@@ -25,7 +25,7 @@ from dit_jax.models import DiTConfig, Network
 from interop.dit import original_table
 from interop.table import abstract_params, export_specs, flat_shapes
 from interop.tensors import write_pt
-from launch import wiring
+from launch import argument_types, wiring
 
 # (source kind, source, destination kind, destination)
 STEPS = (
@@ -38,13 +38,11 @@ GIB = 1 << 30
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_types.Parser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="12 GB are written there")
-    parser.add_argument("--depth", type=int, default=28)
-    parser.add_argument("--hidden_size", type=int, default=1408)
-    parser.add_argument("--out", type=Path, help="JSON of the figures")
+    parser.add_argument("--depth", type=argument_types.count, default=28)
+    parser.add_argument("--hidden_size", type=argument_types.count, default=1408)
+    parser.add_argument("--out", type=argument_types.json_file, help="JSON of the figures")
     parser.add_argument("--convert", nargs=4, help=argparse.SUPPRESS)  # one step, in its process
     return parser.parse_args(argv)
 

@@ -25,7 +25,7 @@ from dit_jax import data as data_lib
 from dit_jax import evaluation, experiment
 from dit_jax.sampling import Carried, generate
 from dit_jax.training import workdir
-from launch import classifier_scores, loading, wiring
+from launch import argument_types, classifier_scores, loading, wiring
 from parallel.sampling import ImageParallel
 from parallel.transformer import ParallelNetwork, split_rows
 
@@ -321,20 +321,23 @@ def check_devices(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_types.Parser(description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="directory of a training run")
     parser.add_argument("--out", type=Path, required=True, help="path without ending")
-    parser.add_argument("--devices", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--warmups", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--steps", type=int, nargs="+", default=[50, 20])
-    parser.add_argument("--num_images", type=int, default=256, help="of every setting")
+    parser.add_argument("--devices", type=argument_types.count, nargs="+", default=[2, 4])
+    parser.add_argument("--warmups", type=argument_types.count, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--steps", type=argument_types.count, nargs="+", default=[50, 20])
     parser.add_argument(
-        "--num_scored", type=int, default=1024, help="of one device and of the default warm-up"
+        "--num_images", type=argument_types.count, default=256, help="of every setting"
+    )
+    parser.add_argument(
+        "--num_scored",
+        type=argument_types.count,
+        default=1024,
+        help="of one device and of the default warm-up",
     )
     parser.add_argument("--solver", help="default: the run's")
-    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--batch_size", type=argument_types.count, default=128)
     args = parser.parse_args()
     with wiring.readable_errors():
         check_devices(args)

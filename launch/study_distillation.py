@@ -25,7 +25,7 @@ from configs import digits, digits_cm, digits_dmd2, digits_kd, digits_mean_flow,
 from dit_jax import evaluation, experiment
 from dit_jax.config import default_config
 from dit_jax.data.shards import HEADER
-from launch import classifier_scores, loading, pairs, train, wiring, write_pairs
+from launch import argument_types, classifier_scores, loading, pairs, train, wiring, write_pairs
 
 STEPS = (1, 2, 4)
 
@@ -320,15 +320,13 @@ def save_pictures(path: Path, pictures: dict[str, np.ndarray]) -> None:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_types.Parser(description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="for all runs of the study")
     parser.add_argument("--out", type=Path, required=True, help="path without ending")
     parser.add_argument("--teacher", type=Path, help="workdir of a digits run; default: train one")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--num_images", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_images", type=argument_types.count, default=1000)
+    parser.add_argument("--seed", type=argument_types.seed, default=0)
     args = parser.parse_args()
     with wiring.readable_errors():
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ else equal, and measures samples of the averaged weights at regular steps. Write
 numbers and OUT.png with the curves. About 20 minutes on two CPU cores.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from configs import digits
 from dit_jax import data as data_lib
 from dit_jax import evaluation, experiment
 from dit_jax.config import default_config
-from launch import wiring
+from launch import argument_types, wiring
 
 DISTRIBUTIONS = ("uniform", "speed", "speed_first_release")
 
@@ -129,14 +128,12 @@ def plot(path: Path, curves: dict[str, list], floor: float) -> None:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_types.Parser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="path without ending")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--every", type=int, default=150)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--num_images", type=int, default=1000)
+    parser.add_argument("--steps", type=argument_types.count, default=1500)
+    parser.add_argument("--every", type=argument_types.count, default=150)
+    parser.add_argument("--seeds", type=argument_types.seed, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--num_images", type=argument_types.count, default=1000)
     parser.add_argument(
         "--distributions", nargs="+", choices=DISTRIBUTIONS, default=list(DISTRIBUTIONS)
     )

@@ -13,7 +13,7 @@ from clu import parameter_overview
 from dit_jax import config as config_lib
 from dit_jax import data as data_lib
 from dit_jax import experiment
-from dit_jax.evaluation import Panel, save_grid, save_json, save_panels
+from dit_jax.evaluation import Panel, render_panels, save_json, save_picture
 from dit_jax.training import loop, metrics, workdir
 from dit_jax.training.checkpoints import Checkpoints
 from dit_jax.training.saved_weights import choose_weights
@@ -221,10 +221,13 @@ def make_preview(
         path.parent.mkdir(exist_ok=True)
         if beside:
             panels = [Panel(teachers, "teacher"), Panel(images, "student, the same noise")]
-            save_panels(path, panels, overwrite=True)
         else:
-            save_grid(path, images, overwrite=True)
+            panels = [Panel(images)]
+        picture = render_panels(panels)
+        save_picture(path, picture, overwrite=True)
         for writer in writers:
-            writer.write_images(step, {"samples": (images.clip(-1, 1) + 1) / 2})
+            writer.write_images(step, {"samples": np.asarray(picture, np.float32)[None] / 255})
+            writer.flush()  # to be seen now, not at the end
+        announce(f"samples of step {step}: {path}")
 
     return preview

@@ -15,31 +15,30 @@ on where it was, and ends with the same files. Then train with
 """
 
 import argparse
-from pathlib import Path
 
-from launch import arguments, command
+from launch import argument_types, arguments, command
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_types.Parser(description=__doc__)
     arguments.add_model_arguments(parser)
     arguments.add_sampling_arguments(parser)
     out = parser.add_argument_group("pairs")
-    out.add_argument("--num_pairs", type=int, required=True)
+    out.add_argument("--num_pairs", type=argument_types.count, required=True)
     out.add_argument(
         "--path_times",
-        type=float,
+        type=argument_types.time,
         nargs="+",
         default=[],
         metavar="T",
         help="process times between noise and data of which the states are kept",
     )
     out.add_argument("--dtype", default="float32", choices=["float32", "float16"])
-    out.add_argument("--shard_size", type=int, help="pairs a file, a multiple of the batch size")
-    out.add_argument("--out", type=Path, required=True, help="folder")
+    out.add_argument(
+        "--shard_size", type=argument_types.count, help="pairs a file, a multiple of the batch size"
+    )
+    out.add_argument("--out", type=argument_types.folder, required=True, help="folder")
     return parser.parse_args(argv)
 
 
