@@ -102,7 +102,7 @@ def test_errors_of_single_keys(path, value, message):
         ({"sampling.guidance_interval": (0.1,)}, "expected (low, high) or ()"),
         ({"sampling.guidance_channels": "first3"}, "would do nothing with"),
         ({"model.num_classes": 0, "sampling.guidance_scale": 2.0}, "config.model.num_classes is 0"),
-        ({"model.image_size": 33}, "model.image_size=33 is not divisible by model.patch_size=2"),
+        ({"model.image_size": 33}, "image_size=33 is not divisible by config.model.patch_size=2"),
         ({"ema.decays": (1.5,)}, "config.ema.decays=(1.5,): expected every element at least 0 and"),
         (
             {"sampling.guidance_scale": 2.0, "sampling.guidance_interval": (0.8, 0.9)},

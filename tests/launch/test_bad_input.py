@@ -42,7 +42,10 @@ def trained(tmp_path_factory):
             {"training.batch_size": 24, "training.num_microbatches": 2},
             "not divisible by 8 devices x 2 microbatches: use 16 or 32",
         ),
-        ({"model.patch_size": 3}, "model.image_size=8 is not divisible by model.patch_size=3"),
+        (
+            {"model.patch_size": 3},
+            "config.model.image_size=8 is not divisible by config.model.patch_size=3",
+        ),
         ({"model.image_size": 16}, "set config.model.image_size=8 and config.model.in_channels=1"),
         ({"model.num_classes": 7}, "set config.model.num_classes=10"),
         ({"mesh.data": 3}, "multiply to 3, but there are 8 devices: set mesh.data=8"),
@@ -121,13 +124,13 @@ def test_a_truncated_checkpoint_gives_way_to_the_one_before(capsys, trained, tmp
     ("options", "message"),
     [
         (["--labels", "3", "10"], "--labels 10: the model's classes are 0 to 9"),
-        (["--num_images=0"], "--num_images=0: expected at least 1"),
+        (["--num_images=0"], "--num_images: '0': expected at least 1"),
         (["--weights=ema_0.5"], "no weights 'ema_0.5'; there are ema_0.9, ema_std0.1, raw"),
         (["--step=3"], "no checkpoint of step 3"),
         (["--solver=dpm"], "'dpm'"),
         (["--solver=ddpm"], "config.sampling"),
-        (["--steps=0"], "config.sampling"),
-        (["--batch_size=0"], "config.sampling.batch_size=0"),
+        (["--steps=0"], "--steps: '0': expected at least 1"),
+        (["--batch_size=0"], "--batch_size: '0': expected at least 1"),
     ],
 )
 def test_sampling_is_refused(capsys, trained, tmp_path, options, message):
