@@ -41,7 +41,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--num_heads", type=argument_types.count, help="of a .pt of a width not in the paper"
     )
     parser.add_argument(
-        "--num_classes", type=int, help="of a .pt whose class table may have a null class or not"
+        "--num_classes",
+        type=argument_types.count_or_none,
+        help="of a .pt whose class table may have a null class or not",
     )
     parser.add_argument(
         "--time_frequency_spacing",
