@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from dit_jax.models.edm_layers import Initialization
+from dit_jax.models.linear import Initialization
 from dit_jax.models.spatial import convolve, group_statistics
 
 HEADS = ("unet", "transformer")

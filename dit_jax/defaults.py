@@ -44,6 +44,8 @@ def default_config() -> ml_collections.ConfigDict:
                 "attention": "auto",  # einsum | xla | cudnn | cpu | auto: by backend
                 "custom_gradients": "auto",  # on | off (where jax.jvp is needed) | auto: on on CPUs
                 "dtype": "auto",  # of matrix products; auto: bfloat16 on accelerators
+                # Stored; auto: as the sampled checkpoint's file. Training: float32 (or auto) only.
+                "param_dtype": "auto",  # float32 | bfloat16 | auto
                 # Of dit only, as are the keys up to layer_loop.
                 "patch_size": 2,
                 "hidden_size": 1152,

@@ -114,7 +114,15 @@ def build_network(config: ml_collections.ConfigDict) -> Network:
 
 # What of config.model decides neither shapes nor meaning of parameters: how a network is run. The
 # image size neither: positions are computed, and a network may go on at another resolution.
-_EXECUTION = ("image_size", "remat", "attention", "custom_gradients", "dtype", "layer_loop")
+_EXECUTION = (
+    "image_size",
+    "remat",
+    "attention",
+    "custom_gradients",
+    "dtype",
+    "param_dtype",
+    "layer_loop",
+)
 # What a network may have beyond one whose parameters it starts from: its parameters start fresh,
 # and where they make no difference at first.
 _ADDITIONS = {"second_time": "none", "augment_dim": 0}

@@ -235,7 +235,7 @@ def _configured(model: Mapping[str, Any], **sections: Mapping[str, Any]) -> Any:
 def model_section(network_config: Any) -> dict[str, Any]:
     """The part of a DiTConfig that the architecture decides, as values of `config.model`."""
     values = dataclasses.asdict(network_config)
-    for name in ("layer_loop", "remat", "attention", "custom_gradients", "dtype"):
+    for name in ("layer_loop", "remat", "attention", "custom_gradients", "dtype", "param_dtype"):
         values.pop(name, None)
     return values
 

@@ -20,12 +20,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+from dit_jax.models.linear import Precision, product
+
 IMAGE_SIZE = 299
 """Height and width of the images the network sees."""
 BATCH_NORM_EPSILON = 1e-3
 SPATIAL_CHANNELS = 7
 """How many channels of Mixed_6d's first branch make ADM's spatial features."""
-PRECISION = jax.lax.Precision.HIGHEST
+PRECISION = Precision(float32_products="highest")
 
 
 class Convolution(nnx.Module):
@@ -60,7 +62,7 @@ class Convolution(nnx.Module):
         if kernel.shape[:2] == (1, 1):
             # The same sums; on CPUs XLA's matrix product is up to twice as fast as its convolution.
             pixels = x.reshape(-1, x.shape[-1])
-            y = jnp.matmul(pixels, kernel[0, 0], precision=PRECISION)
+            y = product(pixels, kernel[0, 0], PRECISION)
             return y.reshape(*x.shape[:-1], y.shape[-1])
         return jax.lax.conv_general_dilated(
             x,
@@ -68,7 +70,7 @@ class Convolution(nnx.Module):
             window_strides=(self.stride, self.stride),
             padding=self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=PRECISION,
+            precision=PRECISION.float32_products,
         )
 
 
@@ -240,7 +242,7 @@ class Logits(nnx.Module):
 
     def __call__(self, x: Float[Array, "b i"]) -> Float[Array, "b o"]:
         """The product with the kernel alone."""
-        return jnp.matmul(x, self.kernel[...], precision=PRECISION)
+        return product(x, self.kernel[...], PRECISION)
 
 
 class InceptionV3(nnx.Module):

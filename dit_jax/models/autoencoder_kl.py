@@ -16,9 +16,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from dit_jax.models import layers
 from dit_jax.models.autoencoder_layers import Decoder, Encoder
-from dit_jax.models.dit import resolve_dtype
+from dit_jax.models.linear import Linear, precision_of, resolve_dtype
 from dit_jax.models.spatial import LOCAL, Spatial
 
 Params = dict[str, Any]
@@ -94,7 +93,7 @@ class AutoencoderKLModule(nnx.Module):
     """The parameters and the two directions; `AutoencoderKL` is its functional face."""
 
     def __init__(self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs):
-        options = {"rngs": rngs, "dtype": resolve_dtype(config.dtype)}
+        options = {"rngs": rngs, "precision": precision_of(config.dtype, "float32")}
         shape = (
             config.block_out_channels,
             config.layers_per_block,
@@ -106,9 +105,9 @@ class AutoencoderKLModule(nnx.Module):
         self.encoder = Encoder(config.in_channels, 2 * latent, *shape, **options)
         self.decoder = Decoder(latent, config.out_channels, *shape, **options)
         if config.use_quant_conv:
-            self.quant_conv = layers.Linear(2 * latent, 2 * latent, **options)
+            self.quant_conv = Linear(2 * latent, 2 * latent, **options)
         if config.use_post_quant_conv:
-            self.post_quant_conv = layers.Linear(latent, latent, **options)
+            self.post_quant_conv = Linear(latent, latent, **options)
 
     def encode(self, images):
         """See `AutoencoderKL.encode`."""

@@ -1,13 +1,13 @@
 """Layers of the convolutional autoencoder: convolution, group normalisation, the U-shaped halves.
 
 Everything that looks beyond one pixel goes through a `Spatial` object, which knows when an image is
-spread over devices. Parameters, group statistics and the softmax are float32; `dtype` is what
-convolutions are computed in.
+spread over devices. Group statistics and the softmax are float32; what products are computed in is
+told by a `linear.Precision`.
 """
 
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dit_jax.models import attention as attention_lib
-from dit_jax.models import layers
-from dit_jax.models.spatial import LOCAL, SAME_3X3, Padding, Spatial
+from dit_jax.models import convolution
+from dit_jax.models.linear import Initialization, Linear, Precision
+from dit_jax.models.spatial import LOCAL, Padding, Spatial
 
 # Downsampling pads only below and to the right, as the original does: with stride 2 this places
 # the samples differently from symmetric padding.
@@ -24,33 +25,9 @@ DOWNSAMPLING: Padding = ((0, 1), (0, 1))
 
 EPSILON = 1e-6  # of every group normalisation
 
-
-class Conv(nnx.Module):
-    """A 3x3 convolution with bias."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        rngs: nnx.Rngs,
-        dtype: Any,
-        stride: int = 1,
-        padding: Padding = SAME_3X3,
-    ):
-        init = nnx.initializers.lecun_normal()
-        self.kernel = nnx.Param(init(rngs.params(), (3, 3, in_channels, out_channels)))
-        self.bias = nnx.Param(jnp.zeros(out_channels))
-        self.stride, self.padding, self.dtype = stride, padding, dtype
-
-    def __call__(
-        self, x: Float[Array, "b h w i"], spatial: Spatial = LOCAL
-    ) -> Float[Array, "b h2 w2 o"]:
-        """Convolves in `self.dtype`."""
-        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-        x = x.astype(self.dtype)
-        y = spatial.convolve(x, kernel, stride=self.stride, padding=self.padding)
-        return y + bias[None, None, None]
+# Of fresh autoencoders: LeCun's normal numbers.
+_LECUN = Initialization("fan_in", distribution="truncated_normal")
+Conv = functools.partial(convolution.Conv, init=_LECUN)
 
 
 class GroupNorm(nnx.Module):
@@ -81,15 +58,15 @@ class ResnetBlock(nnx.Module):
         num_groups: int,
         *,
         rngs: nnx.Rngs,
-        dtype: Any,
+        precision: Precision,
     ):
         self.norm1 = GroupNorm(in_channels, num_groups)
-        self.conv1 = Conv(in_channels, out_channels, rngs=rngs, dtype=dtype)
+        self.conv1 = Conv(in_channels, out_channels, rngs=rngs, precision=precision)
         self.norm2 = GroupNorm(out_channels, num_groups)
-        self.conv2 = Conv(out_channels, out_channels, rngs=rngs, dtype=dtype)
+        self.conv2 = Conv(out_channels, out_channels, rngs=rngs, precision=precision)
         self.has_shortcut = in_channels != out_channels
         if self.has_shortcut:
-            self.conv_shortcut = layers.Linear(in_channels, out_channels, rngs=rngs, dtype=dtype)
+            self.conv_shortcut = Linear(in_channels, out_channels, rngs=rngs, precision=precision)
 
     def __call__(
         self, x: Float[Array, "b h w i"], spatial: Spatial = LOCAL
@@ -103,10 +80,10 @@ class ResnetBlock(nnx.Module):
 class AttentionBlock(nnx.Module):
     """Single-head self-attention over all pixels, around a shortcut."""
 
-    def __init__(self, channels: int, num_groups: int, *, rngs: nnx.Rngs, dtype: Any):
+    def __init__(self, channels: int, num_groups: int, *, rngs: nnx.Rngs, precision: Precision):
         self.group_norm = GroupNorm(channels, num_groups)
         self.to_q, self.to_k, self.to_v, self.to_out = (
-            layers.Linear(channels, channels, rngs=rngs, dtype=dtype) for _ in range(4)
+            Linear(channels, channels, rngs=rngs, precision=precision) for _ in range(4)
         )
 
     def __call__(
@@ -124,14 +101,21 @@ class MidBlock(nnx.Module):
     """Residual block, attention, residual block at the lowest resolution."""
 
     def __init__(
-        self, channels: int, num_groups: int, add_attention: bool, *, rngs: nnx.Rngs, dtype: Any
+        self,
+        channels: int,
+        num_groups: int,
+        add_attention: bool,
+        *,
+        rngs: nnx.Rngs,
+        precision: Precision,
     ):
         self.resnets = numbered(
-            ResnetBlock(channels, channels, num_groups, rngs=rngs, dtype=dtype) for _ in range(2)
+            ResnetBlock(channels, channels, num_groups, rngs=rngs, precision=precision)
+            for _ in range(2)
         )
         self.add_attention = add_attention
         if add_attention:
-            self.attention = AttentionBlock(channels, num_groups, rngs=rngs, dtype=dtype)
+            self.attention = AttentionBlock(channels, num_groups, rngs=rngs, precision=precision)
 
     def __call__(
         self, x: Float[Array, "b h w c"], spatial: Spatial = LOCAL
@@ -145,8 +129,10 @@ class MidBlock(nnx.Module):
 class Downsample(nnx.Module):
     """Half the resolution by a convolution of stride 2."""
 
-    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: Any):
-        self.conv = Conv(channels, channels, rngs=rngs, dtype=dtype, stride=2, padding=DOWNSAMPLING)
+    def __init__(self, channels: int, *, rngs: nnx.Rngs, precision: Precision):
+        self.conv = Conv(
+            channels, channels, rngs=rngs, precision=precision, stride=2, padding=DOWNSAMPLING
+        )
 
     def __call__(
         self, x: Float[Array, "b h w c"], spatial: Spatial = LOCAL
@@ -158,8 +144,8 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Twice the resolution by repeating pixels, then a convolution."""
 
-    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: Any):
-        self.conv = Conv(channels, channels, rngs=rngs, dtype=dtype)
+    def __init__(self, channels: int, *, rngs: nnx.Rngs, precision: Precision):
+        self.conv = Conv(channels, channels, rngs=rngs, precision=precision)
 
     def __call__(
         self, x: Float[Array, "b h w c"], spatial: Spatial = LOCAL
@@ -182,16 +168,16 @@ class Level(nnx.Module):
         resample: type[Downsample] | type[Upsample] | None,
         *,
         rngs: nnx.Rngs,
-        dtype: Any,
+        precision: Precision,
     ):
         widths = [in_channels] + [out_channels] * depth
         self.resnets = numbered(
-            ResnetBlock(before, after, num_groups, rngs=rngs, dtype=dtype)
+            ResnetBlock(before, after, num_groups, rngs=rngs, precision=precision)
             for before, after in itertools.pairwise(widths)
         )
         self.has_resample = resample is not None
         if resample:
-            self.resample = resample(out_channels, rngs=rngs, dtype=dtype)
+            self.resample = resample(out_channels, rngs=rngs, precision=precision)
 
     def __call__(
         self, x: Float[Array, "b h w i"], spatial: Spatial = LOCAL
@@ -214,9 +200,9 @@ class Encoder(nnx.Module):
         add_attention: bool,
         *,
         rngs: nnx.Rngs,
-        dtype: Any,
+        precision: Precision,
     ):
-        options = {"rngs": rngs, "dtype": dtype}
+        options = {"rngs": rngs, "precision": precision}
         self.conv_in = Conv(in_channels, widths[0], **options)
         steps = list(zip((widths[0], *widths[:-1]), widths, strict=True))
         resamples = [Downsample] * (len(widths) - 1) + [None]
@@ -250,9 +236,9 @@ class Decoder(nnx.Module):
         add_attention: bool,
         *,
         rngs: nnx.Rngs,
-        dtype: Any,
+        precision: Precision,
     ):
-        options = {"rngs": rngs, "dtype": dtype}
+        options = {"rngs": rngs, "precision": precision}
         upwards = tuple(reversed(widths))
         self.conv_in = Conv(in_channels, upwards[0], **options)
         self.mid_block = MidBlock(upwards[0], num_groups, add_attention, **options)

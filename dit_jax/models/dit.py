@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Key
 from dit_jax.models import attention as attention_lib
 from dit_jax.models import cpu_kernels, layers, stack
 from dit_jax.models.batch_axes import divided_by_rows
+from dit_jax.models.linear import ZEROS, Linear, Precision, precision_of, resolve_dtype
 
 # The paper's table 1: (depth, hidden size, heads).
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -49,6 +50,8 @@ class DiTConfig:
             forward mode; 'off' for JAX's own; 'auto' is 'on' on CPUs.
         dtype: of the matrix products, 'float32', 'bfloat16', 'float16', or 'auto': bfloat16 on
             accelerators and float32 on CPUs.
+        param_dtype: what parameters are stored in: 'float32', 'bfloat16' (for inference), or
+            'auto', here float32; see `linear.Precision` for what stays float32 in either.
     """
 
     image_size: int | tuple[int, int] = 32
@@ -70,6 +73,7 @@ class DiTConfig:
     attention: str = "auto"
     custom_gradients: str = "auto"
     dtype: str = "auto"
+    param_dtype: str = "auto"
 
     def __post_init__(self):
         for name in ("in_channels", "patch_size", "hidden_size", "depth", "num_heads"):
@@ -103,7 +107,7 @@ class DiTConfig:
         stack.resolve_layer_loop(self.layer_loop)
         stack.rematerialised(lambda: None, self.remat)
         cpu_kernels.resolve_custom_gradients(self.custom_gradients)
-        dtype = resolve_dtype(self.dtype)
+        dtype = self.precision.dtype("hidden")
         attention_lib.resolve_implementation(self.attention, dtype, self.head_dim)
 
     @property
@@ -116,6 +120,11 @@ class DiTConfig:
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches."""
         return tuple(side // self.patch_size for side in self.input_size)
+
+    @property
+    def precision(self) -> Precision:
+        """What is computed and stored in what."""
+        return precision_of(self.dtype, self.param_dtype)
 
     @property
     def head_dim(self) -> int:
@@ -157,22 +166,13 @@ def named_size(name: str) -> dict[str, int]:
     }
 
 
-def resolve_dtype(dtype: str, backend: str | None = None) -> jnp.dtype:
-    """'auto' is bfloat16 on accelerators and float32 on CPUs."""
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype={dtype!r}: expected 'auto', 'float32', 'bfloat16' or 'float16'")
-    if dtype == "auto":
-        dtype = "float32" if (backend or jax.default_backend()) == "cpu" else "bfloat16"
-    return jnp.dtype(dtype)
-
-
 class SelfAttention(nnx.Module):
     """Multi-head self-attention with one fused projection to queries, keys and values."""
 
-    def __init__(self, dim: int, num_heads: int, *, rngs: nnx.Rngs, dtype: Any):
+    def __init__(self, dim: int, num_heads: int, *, rngs: nnx.Rngs, precision: Precision):
         self.num_heads = num_heads
-        self.qkv = layers.Linear(dim, 3 * dim, rngs=rngs, dtype=dtype)
-        self.proj = layers.Linear(dim, dim, rngs=rngs, dtype=dtype)
+        self.qkv = Linear(dim, 3 * dim, rngs=rngs, precision=precision)
+        self.proj = Linear(dim, dim, rngs=rngs, precision=precision)
 
     def __call__(self, x: Float[Array, "b l d"], attention: attention_lib.Attention, state: Any):
         """Returns the projected attention output and the layer's attention state."""
@@ -187,20 +187,20 @@ class SelfAttention(nnx.Module):
 class DiTBlock(nnx.Module):
     """Attention and MLP, each modulated and gated by the condition (DiT, figure 3)."""
 
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: Any):
-        dim = config.hidden_size
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        dim, precision = config.hidden_size, config.precision
         self.mlp_norm_epsilon = config.mlp_norm_epsilon
-        self.attn = SelfAttention(dim, config.num_heads, rngs=rngs, dtype=dtype)
+        self.attn = SelfAttention(dim, config.num_heads, rngs=rngs, precision=precision)
         self.custom_gradients = cpu_kernels.resolve_custom_gradients(config.custom_gradients)
         self.mlp = layers.Mlp(
             dim,
             int(dim * config.mlp_ratio),
             rngs=rngs,
-            dtype=dtype,
+            precision=precision,
             custom_gradients=self.custom_gradients,
         )
-        self.adaLN_modulation = layers.Linear(
-            dim, 6 * dim, rngs=rngs, kernel_init=nnx.initializers.zeros_init(), dtype=dtype
+        self.adaLN_modulation = Linear(
+            dim, 6 * dim, rngs=rngs, init=ZEROS, precision=precision, role="modulation"
         )
 
     def __call__(
@@ -226,15 +226,13 @@ class DiTBlock(nnx.Module):
 class FinalLayer(nnx.Module):
     """Modulated normalisation and the projection back to patches of pixels."""
 
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: Any):
-        dim, zeros = config.hidden_size, nnx.initializers.zeros_init()
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        dim = config.hidden_size
+        options = {"rngs": rngs, "init": ZEROS, "precision": config.precision}
         self.custom_gradients = cpu_kernels.resolve_custom_gradients(config.custom_gradients)
         patch_dim = config.patch_size**2 * config.out_channels
-        self.adaLN_modulation = layers.Linear(
-            dim, 2 * dim, rngs=rngs, kernel_init=zeros, dtype=dtype
-        )
-        # Always float32: its output feeds the solver, and the layer costs next to nothing.
-        self.linear = layers.Linear(dim, patch_dim, rngs=rngs, kernel_init=zeros)
+        self.adaLN_modulation = Linear(dim, 2 * dim, role="modulation", **options)
+        self.linear = Linear(dim, patch_dim, role="output", **options)
 
     def __call__(self, x: Float[Array, "b l d"], condition: Float[Array, "b d"]):
         """Returns float32 patches [b, l, patch_size^2 * out_channels]."""
@@ -247,31 +245,29 @@ class DiT(nnx.Module):
     """A transformer on patches: (noisy image or latent, time, class) -> raw prediction."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        dtype, dim = resolve_dtype(config.dtype), config.hidden_size
+        dim, options = config.hidden_size, {"rngs": rngs, "precision": config.precision}
         patch_dim = config.patch_size**2 * config.in_channels
+        spacing = config.time_frequency_spacing
         self.config = config
-        self.x_embedder = layers.Linear(patch_dim, dim, rngs=rngs, dtype=dtype)
-        self.t_embedder = layers.TimestepEmbedder(
-            dim, rngs=rngs, spacing=config.time_frequency_spacing
-        )
+        self.x_embedder = Linear(patch_dim, dim, role="embedding", **options)
+        self.t_embedder = layers.TimestepEmbedder(dim, spacing=spacing, **options)
         if config.num_classes:
             self.y_embedder = layers.LabelEmbedder(
-                config.num_classes, dim, rngs=rngs, null_class=config.null_class
+                config.num_classes, dim, null_class=config.null_class, **options
             )
         if config.second_time != "none":
             # Its last layer starts at zero: started from a network of one time, it is that network.
             self.r_embedder = layers.TimestepEmbedder(
-                dim, rngs=rngs, spacing=config.time_frequency_spacing, zero_init=True
+                dim, spacing=spacing, zero_init=True, **options
             )
         if config.augment_dim:
-            zeros = nnx.initializers.zeros_init()
-            self.augment_embedder = layers.Linear(
-                config.augment_dim, dim, rngs=rngs, kernel_init=zeros, use_bias=False
+            self.augment_embedder = Linear(
+                config.augment_dim, dim, init=ZEROS, use_bias=False, role="conditioning", **options
             )
         self.blocks = stack.create_stack(
-            lambda rngs: DiTBlock(config, rngs=rngs, dtype=dtype), config.depth, rngs
+            lambda rngs: DiTBlock(config, rngs=rngs), config.depth, rngs
         )
-        self.final_layer = FinalLayer(config, rngs=rngs, dtype=dtype)
+        self.final_layer = FinalLayer(config, rngs=rngs)
 
     def __call__(
         self,

@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Key
 
 from dit_jax.models import attention as attention_lib
 from dit_jax.models import cpu_kernels, edm_layers, edm_plan, layers
-from dit_jax.models.dit import resolve_dtype
+from dit_jax.models.convolution import Conv
 from dit_jax.models.edm_config import DhariwalUNetConfig, SongUNetConfig, UNetConfig
-from dit_jax.models.edm_layers import Initialization, Linear
+from dit_jax.models.linear import Initialization, Linear, resolve_dtype
 from dit_jax.models.spatial import LOCAL, Spatial
 
 __all__ = ["DhariwalUNet", "DhariwalUNetConfig", "SongUNet", "SongUNetConfig"]
@@ -35,19 +35,25 @@ class SecondTime(nnx.Module):
 
     def __init__(self, config: UNetConfig, *, label: bool, fourier: bool, rngs: nnx.Rngs):
         dim, zeros = config.noise_channels, Initialization(scale=0.0)
+        options = _conditioning(config, rngs)
         self.noise = edm_layers.FourierFeatures(dim, rngs=rngs) if fourier else None
         self.label = _label_map(config, rngs) if label and config.num_classes else None
         self.augment = (
-            Linear(config.augment_dim, dim, rngs=rngs, use_bias=False)
+            Linear(config.augment_dim, dim, use_bias=False, **options)
             if config.augment_dim
             else None
         )
-        self.layer0 = Linear(dim, config.emb_channels, rngs=rngs, init=zeros, use_bias=False)
+        self.layer0 = Linear(dim, config.emb_channels, init=zeros, use_bias=False, **options)
 
 
 def _label_map(config: UNetConfig, rngs: nnx.Rngs) -> edm_layers.LabelMap:
-    gain = math.sqrt(config.num_classes)
-    return edm_layers.LabelMap(config.num_classes, config.noise_channels, gain=gain, rngs=rngs)
+    options = {"gain": math.sqrt(config.num_classes), **_conditioning(config, rngs)}
+    return edm_layers.LabelMap(config.num_classes, config.noise_channels, **options)
+
+
+def _conditioning(config: UNetConfig, rngs: nnx.Rngs) -> dict[str, Any]:
+    """Options of the layers that depend on time and conditions alone."""
+    return {"rngs": rngs, "precision": config.precision, "role": "conditioning"}
 
 
 class _UNet(nnx.Module):
@@ -209,15 +215,16 @@ class SongUNet(_UNet):
 
     def __init__(self, config: SongUNetConfig, *, rngs: nnx.Rngs):
         dim, fourier = config.noise_channels, config.embedding_type == "fourier"
+        options = _conditioning(config, rngs)
         self.map_noise = edm_layers.FourierFeatures(dim, rngs=rngs) if fourier else None
         self.map_label = _label_map(config, rngs) if config.num_classes else None
         self.map_augment = (
-            Linear(config.augment_dim, dim, rngs=rngs, use_bias=False)
+            Linear(config.augment_dim, dim, use_bias=False, **options)
             if config.augment_dim
             else None
         )
-        self.map_layer0 = Linear(dim, config.emb_channels, rngs=rngs)
-        self.map_layer1 = Linear(config.emb_channels, config.emb_channels, rngs=rngs)
+        self.map_layer0 = Linear(dim, config.emb_channels, **options)
+        self.map_layer1 = Linear(config.emb_channels, config.emb_channels, **options)
         self.map_second_time = (
             SecondTime(config, label=True, fourier=fourier, rngs=rngs)
             if config.second_time != "none"
@@ -262,18 +269,19 @@ class DhariwalUNet(_UNet):
 
     def __init__(self, config: DhariwalUNetConfig, *, rngs: nnx.Rngs):
         dim, style = config.model_channels, config.style
+        options = _conditioning(config, rngs)
         self.map_augment = (
-            Linear(config.augment_dim, dim, rngs=rngs, init=style.init_zero, use_bias=False)
+            Linear(config.augment_dim, dim, init=style.init_zero, use_bias=False, **options)
             if config.augment_dim
             else None
         )
-        self.map_layer0 = Linear(dim, config.emb_channels, rngs=rngs, init=style.init)
+        self.map_layer0 = Linear(dim, config.emb_channels, init=style.init, **options)
         self.map_layer1 = Linear(
-            config.emb_channels, config.emb_channels, rngs=rngs, init=style.init
+            config.emb_channels, config.emb_channels, init=style.init, **options
         )
-        normal = {"init": Initialization(mode="normal"), "use_bias": False}
+        normal = {"init": Initialization(mode="normal"), "use_bias": False, **options}
         self.map_label = (
-            edm_layers.LabelMap(config.num_classes, config.emb_channels, rngs=rngs, **normal)
+            edm_layers.LabelMap(config.num_classes, config.emb_channels, **normal)
             if config.num_classes
             else None
         )
@@ -285,8 +293,8 @@ class DhariwalUNet(_UNet):
         super().__init__(config, rngs=rngs)
         width = config.decoder[-1].out_channels
         self.out_norm = edm_layers.GroupNorm(width, style.epsilon)
-        # Always float32: its output feeds the solver, and the layer costs next to nothing.
-        self.out_conv = edm_layers.Conv(width, config.out_channels, rngs=rngs, init=style.init_zero)
+        options = {"rngs": rngs, "precision": config.precision, "role": "output"}
+        self.out_conv = Conv(width, config.out_channels, init=style.init_zero, **options)
 
     def _embedding(self, t: Array, conditions: dict[str, Array]) -> Float[Array, "b e"]:
         dim = self.config.model_channels

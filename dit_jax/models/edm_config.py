@@ -5,8 +5,8 @@ import math
 
 from dit_jax.models import attention as attention_lib
 from dit_jax.models import cpu_kernels, edm_plan, layers, stack
-from dit_jax.models.dit import resolve_dtype
-from dit_jax.models.edm_layers import BlockStyle, Initialization
+from dit_jax.models.edm_layers import BlockStyle
+from dit_jax.models.linear import Initialization, Precision, precision_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,7 @@ class UNetConfig:
     attention: str = "auto"
     custom_gradients: str = "auto"
     dtype: str = "auto"
+    param_dtype: str = "auto"
 
     def __post_init__(self):
         for name in ("image_size", "in_channels", "model_channels", "num_blocks"):
@@ -59,7 +60,7 @@ class UNetConfig:
             edm_plan.require_heads(layer, self.style)
         stack.rematerialised(lambda: None, self.remat)
         cpu_kernels.resolve_custom_gradients(self.custom_gradients)
-        dtype = resolve_dtype(self.dtype)
+        dtype = self.precision.dtype("hidden")
         for layer in edm_plan.attention_layers(self):
             head_dim = layer.out_channels // self.style.num_heads(layer.out_channels)
             attention_lib.resolve_implementation(self.attention, dtype, head_dim)
@@ -68,6 +69,11 @@ class UNetConfig:
     def input_size(self) -> tuple[int, int]:
         """(height, width) of the input."""
         return (self.image_size, self.image_size)
+
+    @property
+    def precision(self) -> Precision:
+        """What is computed and stored in what."""
+        return precision_of(self.dtype, self.param_dtype)
 
     @property
     def out_channels(self) -> int:
@@ -130,6 +136,7 @@ class SongUNetConfig(UNetConfig):
         attention: kernel of the local attention, see `attention.resolve_implementation`.
         custom_gradients: of attention, see `DiTConfig`.
         dtype: of convolutions and matrix products, see `DiTConfig`.
+        param_dtype: what parameters are stored in, see `DiTConfig`.
         embedding_type: features of time: 'positional' (DDPM++) or 'fourier' (NCSN++).
         channel_mult_noise: multiplier of those features: 1 (DDPM++) or 2 (NCSN++).
         encoder_type: 'standard' (DDPM++), 'residual' (NCSN++) or 'skip'.

@@ -1,9 +1,9 @@
 """Layers of EDM's U-Nets: resampling by a filter, group normalisation, the residual block.
 
 They are those of Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models"
-(arXiv 2206.00364), with channels last. Parameters, normalisation and everything that depends on the
-noise level alone are float32; `dtype` is what convolutions are computed in. What looks beyond one
-pixel goes through a `Spatial` object (`dit_jax.models.spatial`) or the attention seam.
+(arXiv 2206.00364), with channels last. Normalisation and features of the noise level are float32;
+what products are computed in is told by a `linear.Precision`. What looks beyond one pixel goes
+through a `Spatial` object (`dit_jax.models.spatial`) or the attention seam.
 """
 
 import dataclasses
@@ -18,43 +18,9 @@ from jaxtyping import Array, Float, Int, Key
 
 from dit_jax.models import attention as attention_lib
 from dit_jax.models import stack
-from dit_jax.models.batch_axes import divided_by_examples, divided_by_rows, is_training_mesh
+from dit_jax.models.convolution import Conv
+from dit_jax.models.linear import FLOAT32, XAVIER, Initialization, Linear, Precision
 from dit_jax.models.spatial import LOCAL, Spatial
-
-
-@dataclasses.dataclass(frozen=True)
-class Initialization:
-    """How a layer starts: uniform numbers of mean square `scale` / fan, or standard normal ones.
-
-    Attributes:
-        mode: 'fan_avg' (Xavier), 'fan_in' (Kaiming), or 'normal'.
-        scale: 0 for zeros.
-        random_bias: whether biases are drawn from the weights' range instead of being zero.
-    """
-
-    mode: str = "fan_avg"
-    scale: float = 1.0
-    random_bias: bool = False
-
-    def kernel(self, rngs: nnx.Rngs, shape: tuple[int, ...]) -> nnx.Param:
-        """A kernel whose last two axes are input and output channels."""
-        if self.scale == 0:
-            return nnx.Param(jnp.zeros(shape))
-        if self.mode == "normal":
-            return nnx.Param(jax.random.normal(rngs.params(), shape))
-        draw = nnx.initializers.variance_scaling(self.scale, self.mode, "uniform")
-        return nnx.Param(draw(rngs.params(), shape))
-
-    def bias(self, rngs: nnx.Rngs, kernel_shape: tuple[int, ...]) -> nnx.Param:
-        """The bias that goes with a kernel."""
-        shape = kernel_shape[-1:]
-        if not self.random_bias or self.scale == 0:
-            return nnx.Param(jnp.zeros(shape))
-        limit = math.sqrt(3 * self.scale / math.prod(kernel_shape[:-1]))
-        return nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-limit, maxval=limit))
-
-
-XAVIER = Initialization()
 
 
 def rematerialised(function: Callable, remat: str) -> Callable:
@@ -71,34 +37,6 @@ def _is_convolution(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name == "conv_general_dilated"
 
 
-class Linear(nnx.Module):
-    """y = x W + b over the last axis; also every 1 x 1 convolution."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        rngs: nnx.Rngs,
-        init: Initialization = XAVIER,
-        use_bias: bool = True,
-        dtype: Any = jnp.float32,
-    ):
-        shape = (in_features, out_features)
-        self.kernel = init.kernel(rngs, shape)
-        self.bias = init.bias(rngs, shape) if use_bias else None
-        self.dtype = dtype
-
-    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
-        """Applies the map in `self.dtype`."""
-        # A mesh may divide two of the leading axes: then they cannot become one.
-        rows = x if is_training_mesh() else x.reshape(-1, x.shape[-1])
-        y = rows.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(self.dtype)[(None,) * (y.ndim - 1)]
-        return divided_by_examples(y.reshape(*x.shape[:-1], y.shape[-1]))
-
-
 class LabelMap(Linear):
     """A linear map of one-hot labels, times `gain`; labels out of range are the zero vector."""
 
@@ -110,32 +48,6 @@ class LabelMap(Linear):
         """Looks the labels up."""
         y = self.gain * self.kernel[...].at[label].get(mode="fill", fill_value=0)
         return y if self.bias is None else y + self.bias[...][None]
-
-
-class Conv(nnx.Module):
-    """A 3 x 3 convolution with bias."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        rngs: nnx.Rngs,
-        init: Initialization = XAVIER,
-        dtype: Any = jnp.float32,
-    ):
-        shape = (3, 3, in_channels, out_channels)
-        self.kernel, self.bias = init.kernel(rngs, shape), init.bias(rngs, shape)
-        self.dtype = dtype
-
-    def __call__(
-        self, x: Float[Array, "b h w i"], spatial: Spatial = LOCAL, padding: int = 1
-    ) -> Float[Array, "b h2 w2 o"]:
-        """Convolves in `self.dtype`, with `padding` zeros on every side."""
-        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-        x = x.astype(self.dtype)
-        y = spatial.convolve(x, kernel, padding=((padding, padding),) * 2)
-        return divided_by_rows(y + bias[None, None, None])
 
 
 def downsample(
@@ -308,15 +220,17 @@ class UNetBlock(nnx.Module):
         resample: str = "none",
         attention: bool = False,
         rngs: nnx.Rngs,
-        dtype: Any,
+        precision: Precision = FLOAT32,
     ):
         self.style, self.resample = style, resample
         self.num_heads = style.num_heads(out_channels) if attention else 0
-        options = {"rngs": rngs, "dtype": dtype}
+        options = {"rngs": rngs, "precision": precision}
         self.norm0 = GroupNorm(in_channels, style.epsilon)
         self.conv0 = Conv(in_channels, out_channels, init=style.init, **options)
         affine_channels = out_channels * (2 if style.adaptive_scale else 1)
-        self.affine = Linear(emb_channels, affine_channels, rngs=rngs, init=style.init)
+        self.affine = Linear(
+            emb_channels, affine_channels, init=style.init, role="conditioning", **options
+        )
         self.norm1 = GroupNorm(out_channels, style.epsilon)
         self.conv1 = Conv(out_channels, out_channels, init=style.init_zero, **options)
         projects = in_channels != out_channels or (resample != "none" and style.resample_proj)

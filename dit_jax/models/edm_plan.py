@@ -11,7 +11,8 @@ from typing import Any
 from flax import nnx
 
 from dit_jax.models import edm_layers
-from dit_jax.models.dit import resolve_dtype
+from dit_jax.models.convolution import Conv
+from dit_jax.models.linear import Linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,17 +124,18 @@ def _name(config: Any, level: int, what: str) -> str:
 def create(layer: Layer, config: Any, rngs: nnx.Rngs) -> nnx.Module | None:
     """The layer's module, with fresh parameters; None for those without any."""
     style = config.style
-    options = {"rngs": rngs, "init": style.init, "dtype": resolve_dtype(config.dtype)}
+    options = {"rngs": rngs, "precision": config.precision}
     widths = (layer.in_channels, layer.out_channels)
-    if layer.kind in ("conv", "aux_residual"):
-        return edm_layers.Conv(*widths, **options)
+    if layer.kind == "conv":
+        return Conv(*widths, init=style.init, role="embedding", **options)
+    if layer.kind == "aux_residual":
+        return Conv(*widths, init=style.init, **options)
     if layer.kind == "aux_skip":
-        return edm_layers.Linear(*widths, **options)
+        return Linear(*widths, init=style.init, **options)
     if layer.kind == "aux_norm":
         return edm_layers.GroupNorm(layer.in_channels, style.epsilon)
     if layer.kind == "aux_conv":
-        # Always float32: its output feeds the solver, and the layer costs next to nothing.
-        return edm_layers.Conv(*widths, rngs=rngs, init=style.init_zero)
+        return Conv(*widths, init=style.init_zero, role="output", **options)
     if layer.kind in ("aux_down", "aux_up"):
         return None
     return edm_layers.UNetBlock(
@@ -142,8 +144,7 @@ def create(layer: Layer, config: Any, rngs: nnx.Rngs) -> nnx.Module | None:
         style,
         resample=layer.resample,
         attention=layer.attention,
-        rngs=rngs,
-        dtype=options["dtype"],
+        **options,
     )
 
 

@@ -1,12 +1,11 @@
-"""Layers shared by the networks: linear maps, embeddings, normalisation, patches.
+"""Layers shared by the networks: embeddings, normalisation, MLP, patches.
 
-Parameters are float32; `dtype` is what the matrix products are computed in. Normalisation and time
-embeddings stay in float32.
+What products are computed in is told by a `linear.Precision`. Normalisation and features of time
+are float32 always.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,44 +14,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dit_jax.models import cpu_kernels
-from dit_jax.models.batch_axes import divided_by_examples, is_training_mesh
+from dit_jax.models.batch_axes import divided_by_examples
+from dit_jax.models.linear import FLOAT32, ZEROS, Initialization, Linear, Precision
 
 TIME_FREQUENCY_SPACINGS = ("original", "diffusers")
 SECOND_TIMES = ("none", "r", "t-r")
 
-
-class Linear(nnx.Module):
-    """y = x W + b over the last axis.
-
-    Leading axes are flattened to one before the product: XLA's CPU backend computes the backward
-    pass of weight and bias markedly faster that way, and no other backend minds.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        rngs: nnx.Rngs,
-        kernel_init: nnx.Initializer | None = None,
-        use_bias: bool = True,
-        dtype: Any = jnp.float32,
-    ):
-        kernel_init = kernel_init or nnx.initializers.xavier_uniform()
-        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features)))
-        if use_bias:
-            self.bias = nnx.Param(jnp.zeros(out_features))
-        self.use_bias = use_bias
-        self.dtype = dtype
-
-    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
-        """Applies the map in `self.dtype`."""
-        # A mesh may divide two of the leading axes: then they cannot become one.
-        rows = x if is_training_mesh() else x.reshape(-1, x.shape[-1])
-        y = rows.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
-        if self.use_bias:
-            y = y + self.bias[...].astype(self.dtype)[(None,) * (y.ndim - 1)]
-        return divided_by_examples(y.reshape(*x.shape[:-1], y.shape[-1]))
+_NORMAL = Initialization("normal", 0.02)
 
 
 def layer_norm(x: Float[Array, "*batch d"], epsilon: float = 1e-6) -> Float[Array, "*batch d"]:
@@ -141,13 +109,13 @@ class TimestepEmbedder(nnx.Module):
         frequency_dim: int = 256,
         spacing: str = "original",
         zero_init: bool = False,
-        dtype: Any = jnp.float32,
+        precision: Precision = FLOAT32,
     ):
-        normal = nnx.initializers.normal(0.02)
-        last = nnx.initializers.zeros_init() if zero_init else normal
+        options = {"rngs": rngs, "precision": precision, "role": "conditioning"}
+        last = ZEROS if zero_init else _NORMAL
         self.frequency_dim, self.spacing = frequency_dim, spacing
-        self.fc1 = Linear(frequency_dim, hidden_size, rngs=rngs, kernel_init=normal, dtype=dtype)
-        self.fc2 = Linear(hidden_size, hidden_size, rngs=rngs, kernel_init=last, dtype=dtype)
+        self.fc1 = Linear(frequency_dim, hidden_size, init=_NORMAL, **options)
+        self.fc2 = Linear(hidden_size, hidden_size, init=last, **options)
 
     def __call__(self, t: Float[Array, " b"]) -> Float[Array, "b d"]:
         """Embeds the network time."""
@@ -159,11 +127,16 @@ class LabelEmbedder(nnx.Module):
     """One vector a class and, if `null_class`, a last one, index `num_classes`, for "no class"."""
 
     def __init__(
-        self, num_classes: int, hidden_size: int, *, rngs: nnx.Rngs, null_class: bool = True
+        self,
+        num_classes: int,
+        hidden_size: int,
+        *,
+        rngs: nnx.Rngs,
+        null_class: bool = True,
+        precision: Precision = FLOAT32,
     ):
-        normal = nnx.initializers.normal(0.02)
-        shape = (num_classes + null_class, hidden_size)
-        self.embedding = nnx.Param(normal(rngs.params(), shape))
+        stored = precision.stored("conditioning")
+        self.embedding = _NORMAL.kernel(rngs, (num_classes + null_class, hidden_size), stored)
 
     def __call__(self, label: Int[Array, " b"]) -> Float[Array, "b d"]:
         """Looks the labels up."""
@@ -179,12 +152,12 @@ class Mlp(nnx.Module):
         hidden_dim: int,
         *,
         rngs: nnx.Rngs,
-        dtype: Any = jnp.float32,
+        precision: Precision = FLOAT32,
         custom_gradients: bool = False,
     ):
         self.custom_gradients = custom_gradients
-        self.fc1 = Linear(dim, hidden_dim, rngs=rngs, dtype=dtype)
-        self.fc2 = Linear(hidden_dim, dim, rngs=rngs, dtype=dtype)
+        self.fc1 = Linear(dim, hidden_dim, rngs=rngs, precision=precision)
+        self.fc2 = Linear(hidden_dim, dim, rngs=rngs, precision=precision)
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         """Applies the MLP to every token."""

@@ -34,6 +34,7 @@ _FREE = (
     "training.keep_",
     "training.tensorboard",
     "training.wandb",
+    "model.param_dtype",  # of sampling: trained parameters are float32 in any case
 )
 
 
