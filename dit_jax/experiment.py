@@ -169,6 +169,21 @@ def require_same_network(
         raise ConfigError(f"{source} is a checkpoint of another network:\n" + "\n".join(flags))
 
 
+def require_trainable(config: ml_collections.ConfigDict) -> None:
+    """Refuses parameters in less than float32, which small updates would not change.
+
+    Raises:
+        ConfigError: with what to set.
+    """
+    if config.model.param_dtype not in ("auto", "float32"):
+        raise ConfigError(
+            f"config.model.param_dtype={config.model.param_dtype!r} is for sampling and "
+            "evaluation: trained parameters are float32, as small updates vanish in fewer bits. "
+            "Set --config.model.param_dtype=auto; what products are computed in is "
+            "config.model.dtype"
+        )
+
+
 def build_process(config: ml_collections.ConfigDict) -> Process:
     """The noising process of `config.process`."""
     process = _choose(PROCESSES, config.process.name, "process.name")

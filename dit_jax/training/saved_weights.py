@@ -72,9 +72,23 @@ class SavedWeights:
             )
         return array
 
-    def load(self, put: Callable[[np.ndarray], Any] = lambda array: array) -> Any:
-        """Reads all arrays, each handed to `put` before the next is read."""
-        return jax.tree.map(lambda path: put(self.read(path)), self.leaves)
+    def load(
+        self, put: Callable[[np.ndarray], Any] = lambda array: array, shapes: Any = None
+    ) -> Any:
+        """Reads all arrays, each handed to `put` before the next is read.
+
+        Args:
+            put: makes a leaf of an array.
+            shapes: nested like the parameters, with the dtypes to read them as; by default those
+                they were saved in.
+        """
+        if shapes is None:
+            return jax.tree.map(lambda path: put(self.read(path)), self.leaves)
+
+        def load(path, shape):
+            return put(self.read(path).astype(shape.dtype, copy=False))
+
+        return jax.tree.map(load, self.leaves, shapes)
 
 
 def choose_weights(available: Mapping[str, Any], wanted: str) -> str:
@@ -147,9 +161,14 @@ class RunWeights:
         )
 
     def load(
-        self, put: Callable[[np.ndarray], Any], step: int | None = None
+        self, put: Callable[[np.ndarray], Any], step: int | None = None, shapes: Any = None
     ) -> tuple[SavedWeights, Any]:
         """Reads all arrays of the newest checkpoint that can be read, or of `step`.
+
+        Args:
+            put: makes a leaf of an array.
+            step: which checkpoint.
+            shapes: see `SavedWeights.load`.
 
         Returns:
             Where they are from, and the arrays as `put` made them, nested like the parameters.
@@ -160,7 +179,7 @@ class RunWeights:
         for candidate in self.steps[::-1] if step is None else [step]:
             try:
                 saved = self.open(candidate)
-                return saved, saved.load(put)
+                return saved, saved.load(put, shapes)
             except MismatchError:
                 raise
             except CheckpointError as error:
