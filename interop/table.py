@@ -212,6 +212,11 @@ def flat_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in flatten(tree)}
 
 
+def flat_dtypes(tree: Any) -> dict[str, np.dtype]:
+    """`flat_shapes`, of dtypes."""
+    return {path: np.dtype(leaf.dtype) for path, leaf in flatten(tree)}
+
+
 def flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Pairs of dotted path and leaf of nested dictionaries."""
     for name, value in tree.items():
@@ -342,8 +347,12 @@ class ParameterReader:
         """Our paths, in the table's order."""
         return list(self._rows)
 
-    def __call__(self, path: str) -> np.ndarray:
-        """Reads one parameter, float32; at most it and one foreign tensor are held.
+    def file_dtypes(self, path: str) -> set[np.dtype]:
+        """In which the file stores the tensors of one parameter."""
+        return {np.dtype(self.file.specs[name].dtype) for name in self._names[path]}
+
+    def __call__(self, path: str, dtype: Any = np.float32) -> np.ndarray:
+        """Reads one parameter as `dtype`; at most it and one foreign tensor are held.
 
         Raises:
             InteropError: integers where weights belong; copies that should be equal differ.
@@ -352,8 +361,8 @@ class ParameterReader:
         arrays = self.file.read(self._names[path])
         if not row.layered and len(row.theirs) == 1:  # no second copy of a large tensor
             array = self._weights(next(arrays), self._names[path][0])
-            return np.ascontiguousarray(row.transform.forward(array), np.float32)
-        ours = np.empty(shape, np.float32)
+            return np.ascontiguousarray(row.transform.forward(array), dtype)
+        ours = np.empty(shape, dtype)
         layers = row.layers(shape)
         for layer in range(layers):
             target = ours[layer] if row.stacked else ours
@@ -362,7 +371,7 @@ class ParameterReader:
                 name = self._names[path][layer * len(parts) + index]
                 value = row.transform.forward(self._weights(next(arrays), name))
                 if row.copies and layer:
-                    _require_equal(value.astype(np.float32), part, name, self.file)
+                    _require_equal(value.astype(dtype), part, name, self.file)
                 else:
                     part[...] = value
         return ours
@@ -412,8 +421,8 @@ def load_params(
         table: the file's layout.
         abstract: nested `jax.ShapeDtypeStruct`s of the parameters (`jax.eval_shape(init, key)`).
         file: the tensors.
-        put: (path, float32 array) -> leaf, for instance onto sharded devices; by default arrays
-            stay in host memory.
+        put: (path, array) -> leaf, for instance onto sharded devices; by default arrays stay in
+            host memory. Arrays have the dtype that `abstract` says.
 
     Returns:
         The nested parameters.
@@ -424,7 +433,8 @@ def load_params(
     seen = Finiteness()
     reader = ParameterReader(table, flat_shapes(abstract), WatchedFile(file, seen))
     put = put or (lambda path, array: array)
-    params = unflatten((path, put(path, reader(path))) for path in reader.paths())
+    dtypes = flat_dtypes(abstract)
+    params = unflatten((path, put(path, reader(path, dtypes[path]))) for path in reader.paths())
     seen.require(file.path)
     return params
 

@@ -172,6 +172,7 @@ def plan_training(config: ml_collections.ConfigDict, programs: Path) -> Needs:
     Raises:
         ValueError: mesh, batch and devices do not go together.
     """
+    experiment.require_trainable(config)
     placement = wiring.create_placement(config)
     training = config.training
     placement.check_batch_size(training.batch_size, training.num_microbatches)

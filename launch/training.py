@@ -42,6 +42,7 @@ def run(
         force: go on in a workdir of another configuration.
     """
     config = workdir.keep_earlier(directory, methods.resolve_config(config))
+    experiment.require_trainable(config)
     agreed = f"{config_lib.to_json(config)}{init_from}{force}"
     distributed.require_agreement(agreed, "the configuration, --init_from and --force")
     method = methods.build_method(config)
