@@ -6,14 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_collections
 
 import distill
 from dit_jax import experiment
 from dit_jax.config import AnyConfig, ConfigError, differences
 from dit_jax.data import Pairs, Source
-from dit_jax.evaluation import save_json
 from dit_jax.training import workdir
 from dit_jax.training.checkpoints import fingerprint
 from dit_jax.training.method import Method
@@ -156,8 +154,8 @@ def require_teacher_of_pairs(source: Source, frozen: dict[str, Any], models: Fro
         source.require_teacher(weights_hash(frozen["teacher"]), path)
 
 
-def record_frozen(directory: Path, frozen: dict[str, Any], models: FrozenModels) -> None:
-    """Notes in the workdir which models were used, or refuses others than were used before.
+def frozen_record(directory: Path, frozen: dict[str, Any], models: FrozenModels) -> str:
+    """The text of the workdir's `FROZEN_FILE`, which says what models are used; '' for none.
 
     Raises:
         ConfigError: the run was begun with another model.
@@ -181,5 +179,5 @@ def record_frozen(directory: Path, frozen: dict[str, Any], models: FrozenModels)
                     f"{before[name]['weights']}, step {before[name]['step']}): give that one, or "
                     "another --workdir"
                 )
-    elif jax.process_index() == 0 and record:
-        save_json(file, record, overwrite=True)
+        return file.read_text()
+    return json.dumps(record, indent=2) + "\n" if record else ""

@@ -10,6 +10,7 @@ import numpy as np
 
 from dit_jax import evaluation, experiment
 from dit_jax.output_formats import samples_format
+from dit_jax.training import memory
 from launch import arguments, loading, wiring
 from parallel.sampling import ImageParallel, ImagePlacement
 
@@ -30,6 +31,24 @@ def choose_labels(args: argparse.Namespace, num_classes: int) -> np.ndarray:
     if outside:
         raise ValueError(f"--labels {outside[0]}: the model's classes are 0 to {num_classes - 1}")
     return np.resize(np.asarray(args.labels, np.int32), args.num_images or len(args.labels))
+
+
+def require_room(args: argparse.Namespace, shape: tuple[int, int, int]) -> None:
+    """Refuses more images than memory holds; a store looks after the disk itself.
+
+    Args:
+        args: the command line.
+        shape: of an image.
+    """
+    if args.num_images is None:  # as many as there are labels on the command line
+        return
+    values = 8  # labels, drawn and as they are written
+    remedy = "lower --num_images"
+    if samples_format(args.out) == "picture":  # all at once: as float32, then together, as bytes
+        values += 9 * int(np.prod(shape))
+        remedy += ", or --out=x.npz or a folder, which grow on disk"
+    what = f"{args.num_images} images"
+    memory.require_host_memory(values * args.num_images, what, remedy)
 
 
 def sample_to_store(
@@ -84,11 +103,13 @@ def run(args: argparse.Namespace) -> None:
     evaluation.check_destination(args.out, overwrite=args.overwrite)
     parallel = wiring.image_parallel(args)
     model = loading.load_from_arguments(args, arguments.sampling_overrides(args))
-    labels = choose_labels(args, model.config.model.num_classes)
     placement = wiring.create_placement(model.config)
     decoder = loading.Decoder(
         model.config, model.autoencoder, placement, row_devices=args.vae_devices
     )
+    shape = decoder.image_shape(model.network.sample_shape)
+    require_room(args, shape)
+    labels = choose_labels(args, model.config.model.num_classes)
     plan, params = experiment.build_sampling(model.config), model.params
     record = loading.provenance(model, decoder)
     if parallel:
@@ -120,6 +141,5 @@ def run(args: argparse.Namespace) -> None:
             overwrite=args.overwrite,
         )
     else:
-        shape = decoder.image_shape(model.network.sample_shape)
         sample_to_store(args, model, labels, stream, shape)
     print(f"{len(labels)} images of {model.weights}, step {model.step}: {args.out}")

@@ -1,7 +1,9 @@
 """Wiring an experiment together and training it: the work of launch/train.py."""
 
+import contextlib
 import dataclasses
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ from clu import parameter_overview
 from dit_jax import config as config_lib
 from dit_jax import data as data_lib
 from dit_jax import experiment
-from dit_jax.evaluation import Panel, render_panels, save_json, save_picture
-from dit_jax.training import loop, metrics, workdir
+from dit_jax.evaluation import Panel, render_panels, save_picture
+from dit_jax.training import lock, loop, memory, optimizer, workdir
 from dit_jax.training.checkpoints import Checkpoints
 from dit_jax.training.saved_weights import choose_weights
 from interop.models import FoundModel
 from launch import loading, methods, wiring
+from launch.run_home import RunHome
 from parallel import distributed
 from parallel.mesh import DataParallel
 from parallel.partitioning import ShardedPlacement, format_table
@@ -45,11 +48,29 @@ def run(
     experiment.require_trainable(config)
     agreed = f"{config_lib.to_json(config)}{init_from}{force}"
     distributed.require_agreement(agreed, "the configuration, --init_from and --force")
+    options = loop_options(config)
+    with contextlib.ExitStack() as stack:
+        # Of several processes the first holds the lock for all.
+        held = distributed.on_first(lambda: stack.enter_context(lock.held(directory)))
+        stack.enter_context(workdir.readable_disk_errors(directory))
+        return train_in(directory, held, config, options, init_from, force)
+
+
+def train_in(
+    directory: Path,
+    held: lock.WorkdirLock | None,
+    config,
+    options: loop.LoopOptions,
+    init_from: str | None,
+    force: bool,
+) -> loop.TrainResult:
+    """As `run`, in a workdir whose lock is `held`."""
     method = methods.build_method(config)
     plan = experiment.build_sampling(config)
     placement = wiring.create_placement(config)
     training = config.training
     placement.check_batch_size(training.batch_size, training.num_microbatches)
+    workdir.require_same_run(directory, config, force=force)
     source = experiment.open_data(config, "train")
     models = methods.open_frozen(config, method)
     initial = None
@@ -57,10 +78,9 @@ def run(
         initial = loading.open_initial(init_from, config, **(init_options or {}))
     initial = initial or models.start
     decoder = open_decoder(config, placement) if training.preview_every else None
-    workdir.prepare(directory, config, force=force)
     key = jax.random.key(config.seed)
     abstract = jax.eval_shape(method.init, key)
-    workdir.require_space(directory, abstract, training.keep_last)
+    require_room(directory, config, abstract, source)
     loader = data_lib.make_loader(
         source,
         batch_size=training.batch_size,
@@ -72,55 +92,63 @@ def run(
     )
     if distributed.is_first():
         announce_start(config, abstract, source, directory)
-        announce_placement(placement, abstract, directory)
-    checkpoints = Checkpoints(
+    frozen = models.load(placement.put_params)
+    methods.require_teacher_of_pairs(source, frozen, models)
+    home = RunHome(directory, held, config, announce)
+    home.records = {
+        workdir.CONFIG_FILE: workdir.config_text(directory, config),
+        methods.FROZEN_FILE: methods.frozen_record(directory, frozen, models),
+        "placement.txt": describe_placement(placement, abstract),
+    }
+    teacher = models.models.get("teacher")
+    beside = teacher and TeacherPictures(teacher.config, frozen["teacher"])
+    preview = make_preview(config, plan, placement, directory, home.writers, decoder, beside)
+    with Checkpoints(
         directory / workdir.CHECKPOINTS,
         keep_last=training.keep_last,
         keep_every=training.keep_every,
-    )
-    frozen = models.load(placement.put_params)
-    methods.require_teacher_of_pairs(source, frozen, models)
-    methods.record_frozen(directory, frozen, models)
-    writers = []
-
-    def create_writers(step: int) -> list:
-        writers.extend(
-            metrics.create_writers(
-                directory,
-                resumed_at=step,
-                tensorboard=training.tensorboard,
-                wandb=training.wandb,
-                config=config.to_dict(),
-                name=config.name,
-            )
+    ) as checkpoints:
+        return loop.train(
+            method,
+            iter(loader),
+            key,
+            options,
+            placement=placement,
+            checkpoints=checkpoints,
+            writers=home.create_writers,
+            preview=preview if training.preview_every else None,
+            strict=not force,
+            announce=announce,
+            initial_params=initial and (lambda: read_initial(initial, home.records, placement)),
+            frozen=frozen or None,
+            on_start=home.write_records,
+            before_writing=home.mend,
         )
-        return writers
 
-    teacher = models.models.get("teacher")
-    beside = teacher and TeacherPictures(teacher.config, frozen["teacher"])
-    preview = make_preview(config, plan, placement, directory, writers, decoder, beside)
-    result = loop.train(
-        method,
-        iter(loader),
-        key,
-        loop.LoopOptions(
-            num_steps=training.num_steps,
-            batch_size=training.batch_size,
-            log_every=training.log_every,
-            preview_every=training.preview_every,
-            checkpoint_every=training.checkpoint_every,
-        ),
-        placement=placement,
-        checkpoints=checkpoints,
-        writers=create_writers,
-        preview=preview if training.preview_every else None,
-        strict=not force,
-        announce=announce,
-        initial_params=initial and (lambda: read_initial(initial, directory, placement)),
-        frozen=frozen or None,
+
+def loop_options(config) -> loop.LoopOptions:
+    """Lengths and periods of the run."""
+    training = config.training
+    return loop.LoopOptions(
+        num_steps=training.num_steps,
+        batch_size=training.batch_size,
+        log_every=training.log_every,
+        preview_every=training.preview_every,
+        checkpoint_every=training.checkpoint_every,
     )
-    checkpoints.close()
-    return result
+
+
+def require_room(directory: Path, config, abstract, source) -> None:
+    """Refuses a run whose batches or checkpoints cannot fit."""
+    training, shape = config.training, source.info.image_shape
+    memory.require_batches(training.batch_size, shape, abstract)
+    if training.preview_every:
+        memory.require_host_memory(
+            8 * training.preview_images * np.prod(shape),
+            f"previews of {training.preview_images} images",
+            "lower config.training.preview_images",
+        )
+    workdir.require_space(directory, abstract, training.keep_last)
 
 
 def announce(text: str) -> None:
@@ -129,18 +157,19 @@ def announce(text: str) -> None:
         print(text, flush=True)
 
 
-def announce_placement(placement: DataParallel, abstract, directory: Path) -> None:
-    """Tells how a divided state lies on the devices; the whole table goes into the workdir."""
-    if isinstance(placement, ShardedPlacement):
-        sizes = dict(placement.mesh.shape)
-        table = format_table(placement.table(abstract), sizes)
-        (directory / "placement.txt").write_text(table + "\n")
-        axes = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        print(f"mesh {axes}: {table.splitlines()[-1]}, see placement.txt", flush=True)
+def describe_placement(placement: DataParallel, abstract) -> str:
+    """The table of how a divided state lies on the devices, whose sum is printed; '' for whole."""
+    if not isinstance(placement, ShardedPlacement):
+        return ""
+    sizes = dict(placement.mesh.shape)
+    table = format_table(placement.table(abstract), sizes)
+    axes = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    announce(f"mesh {axes}: {table.splitlines()[-1]}, see placement.txt")
+    return table + "\n"
 
 
-def read_initial(initial: FoundModel, directory: Path, placement: DataParallel) -> dict:
-    """The parameters to start from, placed; what they are is noted in the workdir."""
+def read_initial(initial: FoundModel, records: dict[str, str], placement: DataParallel) -> dict:
+    """The parameters to start from, placed; what they are is added to the workdir's records."""
     origin = {
         "path": str(initial.path),
         "kind": initial.kind,
@@ -150,8 +179,7 @@ def read_initial(initial: FoundModel, directory: Path, placement: DataParallel) 
     announce(f"starting from {initial.kind} {initial.path}, weights {initial.weights}")
     for note in initial.notes:
         announce(f"note: {note}")
-    if distributed.is_first():
-        save_json(directory / "init_from.json", origin, overwrite=True)
+    records["init_from.json"] = json.dumps(origin, indent=2) + "\n"
     # Whole states take them from the host when they are initialised.
     return initial.load(placement.put_params if isinstance(placement, ShardedPlacement) else None)
 
@@ -172,6 +200,12 @@ def announce_start(config, abstract, source, directory: Path) -> None:
         f"{jax.device_count()} x {jax.devices()[0].device_kind}, workdir {directory}",
         flush=True,
     )
+    asked = (config.optimizer.schedule, config.optimizer.warmup_steps, config.training.num_steps)
+    if optimizer.fitted_warmup(*asked) != asked[1]:
+        announce(
+            f"the run of {asked[2]} steps is too short for config.optimizer.warmup_steps="
+            f"{asked[1]}: it warms up for {optimizer.fitted_warmup(*asked)}, then decays"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,8 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,6 +18,10 @@ HEARTBEAT_SECONDS = 30
 # the first one, in which the coordinator lives: the others are aborted where it is gone.
 _PARTING_SECONDS = 5
 _LAST_SECONDS = 2
+# Of the error of one process that the others are told.
+_MESSAGE_BYTES = 4096
+
+T = TypeVar("T")
 
 
 class DistributedError(RuntimeError):
@@ -105,6 +109,30 @@ def require_agreement(text: str, what: str) -> None:
             f"the processes do not agree on {what}; hashes:\n{listed}\n"
             "Start all of them with the same command"
         )
+
+
+def on_first(action: Callable[[], T]) -> T | None:
+    """What `action()` returns in the first process, None in the others.
+
+    Raises:
+        Exception: what it raises there; in the others a DistributedError that quotes it.
+    """
+    if jax.process_count() == 1:
+        return action()
+    result, error = None, None
+    if is_first():
+        try:
+            result = action()
+        except Exception as raised:
+            error = raised
+    text = repr(error) if error and not str(error) else str(error or "")
+    sent = np.frombuffer(text.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0"), np.uint8)
+    received = bytes(np.asarray(multihost_utils.broadcast_one_to_all(sent))).rstrip(b"\0")
+    if error:
+        raise error
+    if received:
+        raise DistributedError(f"process 0: {received.decode(errors='replace')}")
+    return result
 
 
 def wait_for_all(name: str) -> None:

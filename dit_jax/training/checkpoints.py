@@ -6,6 +6,7 @@ an interrupted write leaves the older checkpoints as they were; the fingerprint 
 damaged disk or a partial copy changed later.
 """
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -16,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+
+from dit_jax.training import saved_averages
 
 
 class CheckpointError(RuntimeError):
@@ -34,11 +37,14 @@ class Restored:
         step: updates made when it was written.
         state: the Method's state.
         data: the data iterator's state, a JSON-able dict.
+        notes: a line about each average that the target has and the checkpoint has not, or the
+            other way round (`saved_averages`).
     """
 
     step: int
     state: Any
     data: dict
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 def _bit_sums(tree: Any) -> jax.Array:
@@ -165,7 +171,8 @@ class Checkpoints:
         """The newest readable checkpoint, or that of `step`.
 
         Args:
-            target: tree of `jax.ShapeDtypeStruct` with shardings, or of arrays, like the saved.
+            target: tree of `jax.ShapeDtypeStruct` with shardings, or of arrays, like the saved; its
+                averages may be others.
             step: a particular checkpoint; then damage is an error instead of a step back.
             set_aside: rename damaged ones to '<step>.damaged', so that training can write that step
                 again. Otherwise nothing on disk is touched.
@@ -182,6 +189,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"no checkpoint of step {step} in {self.directory}; there are {self.steps()}"
             )
+        damaged = []
         for candidate in candidates:
             cause = None
             try:
@@ -195,7 +203,10 @@ class Checkpoints:
                 reason = str(error).strip().split(". See full")[0].split("\n")[0] or repr(error)
             else:
                 if fingerprint(found["state"]) == found["meta"]["fingerprint"]:
-                    return Restored(step=candidate, state=found["state"], data=found["data"])
+                    if set_aside:  # not before it is clear that the run goes on
+                        self._set_aside(damaged)
+                    state, notes = saved_averages.as_wanted(found["state"], target)
+                    return Restored(candidate, state, found["data"], notes)
                 reason = "its arrays are not the ones that were written"
             if step is not None:
                 raise CheckpointError(
@@ -206,8 +217,7 @@ class Checkpoints:
                 self.path(candidate),
                 reason,
             )
-            if set_aside:
-                self._set_aside(candidate)
+            damaged.append(candidate)
         if candidates:
             raise CheckpointError(
                 f"none of the checkpoints {candidates} in {self.directory} can be read; move the "
@@ -215,16 +225,22 @@ class Checkpoints:
             )
         return None
 
-    def _set_aside(self, step: int) -> None:
-        aside = self.path(step).with_name(f"{step}.damaged")
+    def _set_aside(self, steps: list[int]) -> None:
+        if not steps:
+            return
         if jax.process_index() == 0:
-            self.path(step).rename(aside)
+            for step in steps:
+                self.path(step).rename(self.path(step).with_name(f"{step}.damaged"))
         self._manager.reload()
 
-    def _refuse_other_shapes(self, target: Any, step: int) -> None:
-        """A checkpoint of another network is not damaged: say what differs and leave it alone."""
-        saved = self._manager.item_metadata(step)["state"].tree
-        saved, wanted = _by_path(saved), _by_path(target)
+    def _as_saved(self, target: Any, step: int) -> Any:
+        """`target` with the averages that the checkpoint has.
+
+        A checkpoint of another network is not damaged: the error says what differs.
+        """
+        tree = self._manager.item_metadata(step)["state"].tree
+        target = saved_averages.as_saved(target, tree)
+        saved, wanted = _by_path(tree), _by_path(target)
         lines = [f"  {k}: only in the checkpoint" for k in sorted(saved.keys() - wanted.keys())]
         lines += [f"  {k}: not in the checkpoint" for k in sorted(wanted.keys() - saved.keys())]
         lines += [
@@ -237,18 +253,20 @@ class Checkpoints:
             raise MismatchError(
                 f"checkpoint {self.path(step)} belongs to another configuration:\n{shown}"
             )
+        return target
 
-    def inspect(self, target: Any, step: int) -> list[int]:
-        """The fingerprint of a checkpoint that was written from a tree like `target`.
+    def inspect(self, target: Any, step: int) -> dict[str, int]:
+        """Fingerprints by path of a checkpoint of a tree like `target`, but for its averages.
 
         Raises:
             MismatchError: it was not.
             CheckpointError: its description cannot be read.
         """
         try:
-            self._refuse_other_shapes(target, step)
+            names = jax.tree.leaves(paths_of(self._as_saved(target, step)))
             arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
-            return self._manager.restore(step, args=arguments)["meta"]["fingerprint"]
+            sums = self._manager.restore(step, args=arguments)["meta"]["fingerprint"]
+            return dict(zip(names, sums, strict=True))
         except MismatchError:
             raise
         except Exception as error:  # whatever orbax and tensorstore raise on damaged files
@@ -258,8 +276,7 @@ class Checkpoints:
             ) from error
 
     def _read(self, target: Any, step: int) -> Any:
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
-        self._refuse_other_shapes(abstract, step)
+        abstract = self._as_saved(jax.tree.map(ocp.utils.to_shape_dtype_struct, target), step)
         return self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -268,6 +285,17 @@ class Checkpoints:
                 meta=ocp.args.JsonRestore(),
             ),
         )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Closes; where an error is on its way already, without another that it caused."""
+        if kind is None:
+            self.close()
+        elif issubclass(kind, Exception):  # not where somebody wants to be gone at once
+            with contextlib.suppress(Exception):
+                self.close()
 
     def close(self) -> None:
         """Waits for pending writes and releases orbax's threads."""

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.training import memory
 from dit_jax.training import metrics as metrics_lib
-from dit_jax.training.checkpoints import Checkpoints
+from dit_jax.training.checkpoints import CheckpointError, Checkpoints
 from dit_jax.training.method import Method
 
 
@@ -167,6 +168,8 @@ def train(
     strict: bool = True,
     initial_params: Callable[[], Any] | None = None,
     frozen: Any = None,
+    on_start: Callable[[], None] = lambda: None,
+    before_writing: Callable[[int], None] = lambda step: None,
 ) -> TrainResult:
     """Trains `method` up to `options.num_steps`, from the newest checkpoint if there is one.
 
@@ -183,9 +186,13 @@ def train(
         strict: refuse to continue from a checkpoint made with another seed or other data.
         initial_params: reads the parameters to start from, if there is no checkpoint yet.
         frozen: what the method reads and never trains, on the devices already.
+        on_start: called once the state is there and the updates are compiled: before that nothing
+            of a run on disk changes, so that one that is refused stays what it was.
+        before_writing: called with the step before metrics, pictures or a checkpoint are written.
 
     Raises:
         ValueError: the checkpoint is of another seed or other data, and `strict`.
+        CheckpointError: none can be read, or what was written last is not there in the end.
         NonFiniteError: naming the step, its batch's statistics and the last good checkpoint.
     """
     abstract = jax.eval_shape(method.init, key)
@@ -200,15 +207,29 @@ def train(
     else:
         state, step = restored.state["state"], restored.step
         announce(f"continuing from step {step} ({checkpoints.path(step)})")
+        for note in restored.notes:
+            announce(note)
     if step >= options.num_steps:
+        on_start()
         announce(f"already at step {step} of {options.num_steps}: nothing to train")
         return TrainResult(state, step, False, 0.0, 0.0)
 
     updates = _Updates(method, shardings, frozen, announce, placement)
     host_batch = next(data)
     updates.compile(state, host_batch, key)
+    on_start()
     with _Interruption() as interruption:
-        run = _Run(method, key, options, checkpoints, writers(step), preview, announce, placement)
+        run = _Run(
+            method,
+            key,
+            options,
+            checkpoints,
+            writers(step),
+            preview,
+            announce,
+            placement,
+            before_writing,
+        )
         run.throughput.resume()
         while True:
             # Read once: a signal between two readings must not end the run unsaved.
@@ -224,6 +245,12 @@ def train(
                 break
             host_batch = next(data)
         checkpoints.wait()
+    before_writing(step)
+    if not checkpoints.path(step).is_dir():
+        raise CheckpointError(
+            f"{checkpoints.path(step)} was removed while it was written: the last step is lost; "
+            "the same command trains again"
+        )
     for writer in run.writers:
         writer.flush()
     seconds, rate = run.throughput.overall()
@@ -259,6 +286,7 @@ class _Updates:
             with self._placement.tracing():
                 lowered = jitted.lower(state, inputs[0], key, self._frozen, *inputs[1:])
             self._compiled[phase] = lowered.compile()
+            memory.require_fits(self._compiled[phase])
             name = "the update" if len(self._method.phases) == 1 else f"the {phase} update"
             self._announce(f"compiled {name} in {time.perf_counter() - started:.1f} s")
 
@@ -296,9 +324,21 @@ def _restore(checkpoints, abstract, shardings, placement, data, key, strict):
 class _Run:
     """Bookkeeping between steps: metrics one step behind, windows, pauses."""
 
-    def __init__(self, method, key, options, checkpoints, writers, preview, announce, placement):
+    def __init__(
+        self,
+        method,
+        key,
+        options,
+        checkpoints,
+        writers,
+        preview,
+        announce,
+        placement,
+        before_writing,
+    ):
         self.method, self.options, self.checkpoints = method, options, checkpoints
         self.writers, self.preview, self.announce = writers, preview, announce
+        self.before_writing = before_writing
         self._key_data = jax.random.key_data(key)
         if jax.process_count() > 1:  # only arrays that lie on the devices of all can be saved
             host = np.asarray(self._key_data)
@@ -331,6 +371,7 @@ class _Run:
         """Saves and previews, with the clock stopped and every metric known to be finite."""
         self._collect()
         self.throughput.pause()
+        self.before_writing(step)
         every = self.options.checkpoint_every
         if final or (every and step % every == 0):
             tree = {"state": state, "key": self._key_data}
@@ -364,12 +405,16 @@ class _Run:
         ]
         if label is not None:
             lines.append(f"  labels: {label.min()} to {label.max()}")
-        good = self.checkpoints.path(steps[-1]) if steps else "none was written yet"
-        lines.append(f"  last good checkpoint: {good}")
-        lines.append(
-            "  the same command continues from it; first lower config.optimizer.learning_rate, set "
-            "config.optimizer.gradient_clip_norm=1.0 or use config.model.dtype='float32'"
+        remedies = (
+            "a lower --config.optimizer.learning_rate, --config.optimizer.gradient_clip_norm=1.0 "
+            "or --config.model.dtype=float32"
         )
+        if steps:
+            lines.append(f"  last good checkpoint: {self.checkpoints.path(steps[-1])}")
+            lines.append(f"  to continue from it: the same command with --force and {remedies}")
+        else:
+            lines.append("  no checkpoint was written yet")
+            lines.append(f"  to start again: the same command with {remedies}")
         return "\n".join(lines)
 
     def _log(self, step: int) -> None:
@@ -380,6 +425,7 @@ class _Run:
         }
         self._window = []
         scalars.update(self.throughput.window())
+        self.before_writing(step)
         for writer in self.writers:
             writer.write_scalars(step, scalars)
         if jax.process_index() == 0:

@@ -1,5 +1,7 @@
 """Optimizers and learning-rate schedules, by optax."""
 
+import math
+
 import jax
 import optax
 
@@ -20,20 +22,19 @@ def learning_rate_schedule(
         learning_rate: peak rate.
         schedule: 'constant', 'cosine' or 'linear'.
         warmup_steps: updates of the warm-up; 0 for none.
-        num_steps: updates in all; where 'cosine' and 'linear' end.
+        num_steps: updates in all; where 'cosine' and 'linear' end. A warm-up that is not shorter
+            becomes a tenth of them (`fitted_warmup`).
         final_learning_rate: rate at `num_steps` of 'cosine' and 'linear'.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"optimizer.schedule={schedule!r}: expected one of {SCHEDULES}")
-    if not learning_rate > 0:
-        raise ValueError(f"optimizer.learning_rate={learning_rate}: expected above 0")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(
+            f"optimizer.learning_rate={learning_rate}: expected above 0, and not infinite"
+        )
     if warmup_steps < 0:
         raise ValueError(f"optimizer.warmup_steps={warmup_steps}: expected 0 or more")
-    if schedule != "constant" and num_steps <= warmup_steps:
-        raise ValueError(
-            f"optimizer.schedule={schedule!r} decays between optimizer.warmup_steps={warmup_steps} "
-            f"and training.num_steps={num_steps}: lower the first or raise the second"
-        )
+    warmup_steps = fitted_warmup(schedule, warmup_steps, num_steps)
     rest = {
         "constant": lambda: optax.constant_schedule(learning_rate),
         "linear": lambda: optax.linear_schedule(
@@ -49,6 +50,16 @@ def learning_rate_schedule(
     # The first update already moves: rate (i + 1) / warmup_steps of the peak at update i.
     warmup = optax.linear_schedule(learning_rate / warmup_steps, learning_rate, warmup_steps - 1)
     return optax.join_schedules([warmup, rest], [warmup_steps])
+
+
+def fitted_warmup(schedule: str, warmup_steps: int, num_steps: int) -> int:
+    """`warmup_steps`, or a tenth of a run too short to decay after so many.
+
+    A constant rate has no end, so a run that stops within its warm-up may be continued later.
+    """
+    if schedule == "constant" or warmup_steps < num_steps:
+        return warmup_steps
+    return num_steps // 10
 
 
 def create_optimizer(

@@ -151,14 +151,12 @@ class RunWeights:
                 f"no checkpoint of step {step} in {self._saved}; there are {self.steps}"
             )
         found = self._checkpoints.inspect(self._state, step)
-        names = jax.tree.leaves(self._paths)
-        return SavedWeights(
-            self._checkpoints.path(step),
-            self._name,
-            step,
-            self._leaves,
-            dict(zip(names, found, strict=True)),
-        )
+        if any(path not in found for path in jax.tree.leaves(self._leaves)):
+            raise MismatchError(
+                f"checkpoint {self._checkpoints.path(step)} has no {self._name}: that average was "
+                "added to the run later. Choose other weights (raw, ...) or a newer step"
+            )
+        return SavedWeights(self._checkpoints.path(step), self._name, step, self._leaves, found)
 
     def load(
         self, put: Callable[[np.ndarray], Any], step: int | None = None, shapes: Any = None

@@ -4,9 +4,12 @@ Everything later commands need is in it: `config.json` (the resolved configurati
 `metrics.jsonl`, `tensorboard/`, `previews/`.
 """
 
+import contextlib
+import errno
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -53,7 +56,7 @@ def keep_earlier(workdir: Path, config: ml_collections.ConfigDict) -> ml_collect
     """`config` for the run in `workdir`, if there is one, which may be older than some keys.
 
     It goes on as it began: keys that its config.json is too old to have get the values that they
-    stand for there, whatever `config` has. A line says so. Other differences are `prepare`'s.
+    stand for there, whatever `config` has. A line says so. Other differences are `require_same_run`'s.
     """
     now = dict(config_lib.flatten(config))
     earlier = _earlier_values(Path(workdir))
@@ -75,36 +78,112 @@ def _earlier_values(workdir: Path) -> dict:
         raise WorkdirError(f"{file} cannot be used: {error}") from error
 
 
-def prepare(workdir: Path, config: ml_collections.ConfigDict, *, force: bool = False) -> None:
-    """Makes `workdir` the home of a run with `config`, or refuses before anything is trained.
+def config_text(workdir: Path, config: ml_collections.ConfigDict) -> str:
+    """What config.json of `workdir` is to hold; without keys that the run's own is too old for."""
+    return config_lib.to_json(config, without=list(_earlier_values(workdir)))
+
+
+def require_same_run(
+    workdir: Path, config: ml_collections.ConfigDict, *, force: bool = False
+) -> None:
+    """Refuses a workdir that holds a run of another configuration; changes nothing there.
 
     Args:
-        workdir: created if missing.
-        config: resolved configuration; saved as config.json.
-        force: go on in a workdir of another configuration.
+        workdir: may be missing.
+        config: resolved configuration.
+        force: only warn.
 
     Raises:
-        WorkdirError: it cannot be written, or holds a run whose configuration differs in keys that
-            matter to what is learned; they are listed.
+        WorkdirError: it holds a run whose configuration differs in keys that matter to what is
+            learned; they are listed.
     """
-    require_writable(workdir)
-    file = workdir / CONFIG_FILE
-    if file.exists() and any((workdir / CHECKPOINTS).glob("[0-9]*")):
-        changed = _essential_differences(load_config(workdir), config)
-        if changed:
-            listed = "\n".join(
-                f"  config.{key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items()
-            )
-            if not force:
-                raise WorkdirError(
-                    f"{workdir} holds a run of another configuration:\n{listed}\n"
-                    "Use another --workdir, the same values, or --force to continue anyway"
-                )
-            logging.warning("continuing %s with another configuration:\n%s", workdir, listed)
-    if jax.process_index() == 0:
-        temporary = file.with_suffix(".json.tmp")
-        temporary.write_text(config_lib.to_json(config, without=list(_earlier_values(workdir))))
-        temporary.replace(file)
+    if not (workdir / CONFIG_FILE).exists() or not any((workdir / CHECKPOINTS).glob("[0-9]*")):
+        return
+    found = load_config(workdir)
+    changed = _essential_differences(found, config)
+    if not changed:
+        return
+    listed = "\n".join(
+        f"  config.{key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items()
+    )
+    if force:
+        logging.warning("continuing %s with another configuration:\n%s", workdir, listed)
+        return
+    if set(changed) == {"training.num_steps"}:
+        raise WorkdirError(
+            f"{workdir} holds a run of {found.training.num_steps} steps; with "
+            f"{config.training.num_steps} its {config.optimizer.schedule} schedule of the learning "
+            f"rate is another from here on:\n{listed}\n"
+            "Add --force to go on with the new schedule, or use another --workdir"
+        )
+    raise WorkdirError(
+        f"{workdir} holds a run of another configuration:\n{listed}\n"
+        "Use another --workdir, the same values, or add --force to continue with the new ones"
+    )
+
+
+class RunFiles:
+    """The small files of a run beside its checkpoints, kept so that they can be written again.
+
+    Args:
+        workdir: created when the first is written.
+    """
+
+    def __init__(self, workdir: Path):
+        self.workdir = Path(workdir)
+        self._texts: dict[str, str] = {}
+
+    def write(self, name: str, text: str) -> None:
+        """Writes a file, whole or not at all."""
+        self._texts[name] = text
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        temporary = self.workdir / f"{name}.tmp"
+        temporary.write_text(text)
+        temporary.replace(self.workdir / name)
+
+    def mend(self) -> list[str]:
+        """Writes those again that are no longer there, and names them."""
+        missing = [name for name in self._texts if not (self.workdir / name).exists()]
+        for name in missing:
+            self.write(name, self._texts[name])
+        return missing
+
+
+@contextlib.contextmanager
+def readable_disk_errors(workdir: Path) -> Iterator[None]:
+    """Names the workdir and what to do when its disk is full, whichever library noticed.
+
+    Raises:
+        WorkdirError: instead of any error that a full disk or an exceeded quota caused.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise WorkdirError(
+            f"no space is left on the disk of {workdir} ({_free(workdir)}): the run stopped, its "
+            "complete checkpoints are whole. Free some space; then the same command continues from "
+            "the newest of them. A lower config.training.keep_last needs less"
+        ) from error
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether a full disk or an exceeded quota is behind an error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(text in str(error) for text in ("No space left on device", "Disk quota exceeded")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _free(directory: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(directory).free / 2**20:.1f} MiB free"
+    except OSError:
+        return "not to be looked at"
 
 
 def _essential_differences(old, new) -> dict:

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dit_jax import config as config_lib
 from dit_jax import experiment
 from dit_jax.config import default_config
 from dit_jax.models import DiTConfig, Network
@@ -248,7 +249,8 @@ def test_a_workdir_is_a_source(tmp_path):
     state = dataclasses.replace(
         state, ema={n: jax.tree.map(lambda a: a + 1, v) for n, v in state.ema.items()}
     )
-    workdir.prepare(tmp_path / "run", model.config)
+    files = workdir.RunFiles(tmp_path / "run")
+    files.write(workdir.CONFIG_FILE, config_lib.to_json(model.config))
     checkpoints = Checkpoints(tmp_path / "run/checkpoints")
     for step in (3, 5):
         checkpoints.save(step, {"state": state, "key": jnp.zeros(2, jnp.uint32)}, {})

@@ -123,7 +123,8 @@ def test_all_damaged_is_an_error(saved):
     for step in (1, 2, 3):
         damage(saved, step)
     with pytest.raises(CheckpointError, match=r"none of the checkpoints \[3, 2, 1\]"):
-        Checkpoints(saved).restore(make_state(0))
+        Checkpoints(saved).restore(make_state(0), set_aside=True)
+    assert Checkpoints(saved).steps() == [1, 2, 3]  # the run does not go on: nothing is touched
     with pytest.raises(CheckpointError, match="cannot be read"):
         Checkpoints(saved).restore(make_state(0), 2)
 
@@ -170,6 +171,34 @@ def test_a_checkpoint_of_another_network_is_refused_with_a_list(saved):
     assert "params/bias: only in the checkpoint" in message
     assert "params/scale: not in the checkpoint" in message
     assert Checkpoints(saved).steps() == [1, 2, 3]
+
+
+def test_averages_may_be_added_and_left_out(saved):
+    # 'kernel' alone is averaged in these states, so their parameters are made the same.
+    def with_averages(step, *names):
+        state = make_state(step)
+        params = {"kernel": state.params["kernel"]}
+        return TrainState(
+            state.step, params, {n: {"kernel": params["kernel"] * 2} for n in names}, ()
+        )
+
+    directory = saved.with_name("averages")
+    before = with_averages(5, "ema_0.9", "ema_0.5")
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(5, {"state": before, "key": jnp.ones(2)}, {})
+    wanted = {"state": with_averages(0, "ema_0.9", "ema_0.99"), "key": jnp.ones(2)}
+    found = Checkpoints(directory, read_only=True).restore(wanted)
+    assert found.notes == [
+        "ema_0.99 is new: it starts from the parameters",
+        "ema_0.5 is no longer kept",
+    ]
+    state = found.state["state"]
+    assert sorted(state.ema) == ["ema_0.9", "ema_0.99"]
+    assert_same_bits(state.ema["ema_0.9"], before.ema["ema_0.9"])
+    assert_same_bits(state.ema["ema_0.99"], before.params)
+    new, params = state.ema["ema_0.99"]["kernel"], state.params["kernel"]
+    assert new.unsafe_buffer_pointer() != params.unsafe_buffer_pointer()
+    assert Checkpoints(directory).restore({"state": before, "key": jnp.ones(2)}).notes == []
 
 
 def test_an_unfinished_write_is_ignored_then_removed(saved):

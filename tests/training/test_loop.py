@@ -1,12 +1,13 @@
 import os
+import shutil
 import signal
 
 import jax
 import numpy as np
 import pytest
 
-from dit_jax.training import loop
-from dit_jax.training.checkpoints import Checkpoints
+from dit_jax.training import loop, memory
+from dit_jax.training.checkpoints import CheckpointError, Checkpoints
 from parallel.mesh import DataParallel
 from tests.training.conftest import MeanSeeker
 
@@ -52,6 +53,8 @@ def train(tmp_path, placement):
         preview=None,
         strict=True,
         placement=placement,
+        on_start=lambda: None,
+        before_writing=lambda step: None,
         **options,
     ):
         recorder, lines = Recorder(), []
@@ -68,6 +71,8 @@ def train(tmp_path, placement):
                 preview=preview,
                 announce=lines.append,
                 strict=strict,
+                on_start=on_start,
+                before_writing=before_writing,
             )
             assert recorder.flushed or not recorder.scalars
         finally:
@@ -178,8 +183,29 @@ def test_not_finite_stops_with_step_batch_and_checkpoint(train, batches, tmp_pat
     assert "image (16, 2, 2, 1)" in message and "labels: 0 to 2" in message
     assert f"last good checkpoint: {tmp_path / 'run' / '4'}" in message
     assert Checkpoints(tmp_path / "run").steps() == [2, 4]
-    with pytest.raises(loop.NonFiniteError, match="none was written yet"):
+    assert "to continue from it: the same command with --force and a lower" in message
+    with pytest.raises(loop.NonFiniteError, match="no checkpoint was written yet") as error:
         train(Intercepted(batches(), poison), directory="early")
+    assert "continue" not in str(error.value) and "to start again: " in str(error.value)
+
+
+def test_the_last_checkpoint_removed_while_it_is_written_is_an_error(train, batches, tmp_path):
+    def remove(step):
+        if step == 10:
+            shutil.rmtree(tmp_path / "run" / "10", ignore_errors=True)
+
+    with pytest.raises(CheckpointError, match=r"run/10 was removed while it was written"):
+        train(batches(), before_writing=remove)
+
+
+def test_an_update_that_cannot_fit_is_refused_before_anything_changes(train, batches, monkeypatch):
+    started = []
+    monkeypatch.setattr(memory, "available_host_memory", lambda: 100)
+    with pytest.raises(
+        memory.MemoryNeededError, match=r"an update needs .* GiB of memory, and this"
+    ):
+        train(batches(), on_start=lambda: started.append(1))
+    assert not started
 
 
 @pytest.mark.parametrize(

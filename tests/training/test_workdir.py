@@ -7,11 +7,15 @@ import pytest
 from dit_jax import config as config_lib
 from dit_jax.training import workdir as workdir_lib
 from dit_jax.training.workdir import (
+    RunFiles,
     WorkdirError,
+    config_text,
     keep_earlier,
     load_config,
-    prepare,
+    readable_disk_errors,
+    require_same_run,
     require_space,
+    require_writable,
 )
 
 
@@ -28,6 +32,13 @@ def changed(config, **values):
             other_section = other[name]
         (other_section if section else other)[key] = value
     return config_lib.resolve(other)
+
+
+def prepare(workdir, config, *, force=False):
+    """What a training run does first: checks, then says whose the workdir is."""
+    require_writable(workdir)
+    require_same_run(workdir, config, force=force)
+    RunFiles(workdir).write("config.json", config_text(workdir, config))
 
 
 def with_checkpoint(workdir):
@@ -95,8 +106,9 @@ def test_the_length_of_a_decaying_schedule_is_refused(config, tmp_path):
     cosine = changed(config, optimizer__schedule="cosine")
     prepare(tmp_path, cosine)
     with_checkpoint(tmp_path)
-    with pytest.raises(WorkdirError, match=r"config.training.num_steps: 400000 there, 10 now"):
+    with pytest.raises(WorkdirError, match=r"run of 400000 steps; with 10 .*\n.*\nAdd --force to"):
         prepare(tmp_path, changed(cosine, training__num_steps=10))
+    prepare(tmp_path, changed(cosine, training__num_steps=10), force=True)
 
 
 def test_unwritable_directory_errors(config, tmp_path, monkeypatch):
@@ -129,6 +141,38 @@ def test_space_errors_say_how_much_is_missing(tmp_path, monkeypatch):
     with (tmp_path / "checkpoints" / "10" / "array").open("wb") as file:
         file.truncate(1 << 30)
     require_space(tmp_path, state, keep=2)
+
+
+def test_files_that_vanish_are_written_again(tmp_path):
+    files = RunFiles(tmp_path / "run")
+    files.write("config.json", "{}")
+    files.write("frozen.json", "[]")
+    assert files.mend() == []
+    shutil.rmtree(tmp_path / "run")
+    assert files.mend() == ["config.json", "frozen.json"]
+    assert (tmp_path / "run" / "frozen.json").read_text() == "[]"
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "frozen.json"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        ValueError('DATA_LOSS: Error writing "x": ... No space left on device [source locations'),
+        OSError(122, "Disk quota exceeded"),
+    ],
+)
+def test_full_disk_errors_name_the_workdir_and_what_to_do(tmp_path, error):
+    with pytest.raises(WorkdirError) as raised, readable_disk_errors(tmp_path):
+        try:
+            raise error
+        except Exception as cause:
+            raise RuntimeError("the library's own words") from cause
+    message = str(raised.value)
+    assert f"no space is left on the disk of {tmp_path}" in message and "MiB free" in message
+    assert "the same command continues from the newest" in message
+    with pytest.raises(KeyError), readable_disk_errors(tmp_path):
+        raise KeyError("another")
 
 
 def test_no_run_errors(tmp_path):

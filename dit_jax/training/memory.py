@@ -1,0 +1,125 @@
+"""Memory that a run will need beside what there is: refused before the system ends the process."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+GIB = 1 << 30
+_UNLIMITED = 1 << 60  # what control groups without a limit say, about
+
+
+class MemoryNeededError(ValueError):
+    """Something that cannot fit into memory was asked for."""
+
+
+def available_host_memory() -> int | None:
+    """Bytes that this process can still take, swap included; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = {
+            name: int(rest.split()[0]) << 10 for name, _, rest in (s.partition(":") for s in lines)
+        }
+        free = found["MemAvailable"] + found.get("SwapFree", 0)
+    except (OSError, ValueError, KeyError, IndexError):
+        return None
+    return min(free, *_left_by_control_groups(), _UNLIMITED)
+
+
+def _left_by_control_groups() -> list[int]:
+    """What a container's limits leave, where there are any."""
+    left = []
+    for limit, used, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        root = Path("/sys/fs/cgroup")
+        try:
+            most, now = int((root / limit).read_text()), int((root / used).read_text())
+            statistics = ((root / limit).parent / "memory.stat").read_text().splitlines()
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+        # Pages of files are given back when memory is wanted.
+        pages = [int(line.split()[1]) for line in statistics if line.split()[0] == cache]
+        if most < _UNLIMITED:
+            left.append(most - now + sum(pages))
+    return left
+
+
+def require_host_memory(needed: float, what: str, remedy: str) -> None:
+    """Refuses what needs more bytes than this machine has left.
+
+    Args:
+        needed: bytes, rather too few than too many.
+        what: that needs them.
+        remedy: what to do.
+
+    Raises:
+        MemoryNeededError: with both numbers.
+    """
+    free = available_host_memory()
+    if free is not None and needed > free:
+        raise MemoryNeededError(
+            f"{what} need at least {needed / GIB:.1f} GiB of memory, and {free / GIB:.1f} GiB are "
+            f"free: {remedy}"
+        )
+
+
+def require_batches(batch_size: int, example_shape: tuple[int, ...], state: Any) -> None:
+    """Refuses a batch whose mere images do not fit; what the network adds, `require_fits` knows.
+
+    Args:
+        batch_size: over all devices.
+        example_shape: of an image.
+        state: tree of arrays or shapes that is trained.
+
+    Raises:
+        MemoryNeededError: with the numbers and what to change.
+    """
+    example = 4 * int(np.prod(example_shape))
+    remedy = f"lower config.training.batch_size={batch_size}"
+    here = batch_size / jax.process_count()
+    host = 2 * here * (example + 8)  # one is used while the next is read
+    on_devices = here * 2 * example  # the images and the noise
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    if jax.default_backend() == "cpu":
+        require_host_memory(host + on_devices + held, f"batches of {batch_size} images", remedy)
+        return
+    require_host_memory(host, f"batches of {batch_size} images", remedy)
+    limit = _device_memory()
+    if limit and on_devices / jax.local_device_count() > limit:
+        needed = on_devices / jax.local_device_count() / GIB
+        raise MemoryNeededError(
+            f"batches of {batch_size} images need at least {needed:.1f} GiB of each device, which "
+            f"has {limit / GIB:.1f} GiB: {remedy}"
+        )
+
+
+def _device_memory() -> int | None:
+    """Bytes of one accelerator; None where it does not say."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def require_fits(compiled: Any) -> None:
+    """Refuses a compiled update that would be ended for want of memory.
+
+    Raises:
+        MemoryNeededError: with what it needs and what there is.
+    """
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return
+    new = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    if jax.default_backend() == "cpu":
+        free, needed = available_host_memory(), new * jax.local_device_count()
+        whose = "this machine has left"
+    else:
+        free, needed = _device_memory(), new + analysis.argument_size_in_bytes
+        whose = "a device has"
+    if free is not None and needed > free:
+        raise MemoryNeededError(
+            f"an update needs {needed / GIB:.1f} GiB of memory, and {whose} {free / GIB:.1f} GiB: "
+            "lower config.training.batch_size, raise config.training.num_microbatches or set "
+            "config.model.remat='block'"
+        )
