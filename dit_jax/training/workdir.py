@@ -56,7 +56,7 @@ def keep_earlier(workdir: Path, config: ml_collections.ConfigDict) -> ml_collect
     """`config` for the run in `workdir`, if there is one, which may be older than some keys.
 
     It goes on as it began: keys that its config.json is too old to have get the values that they
-    stand for there, whatever `config` has. A line says so. Other differences are `require_same_run`'s.
+    stand for there, whatever `config` has. A line says so; `require_same_run` has the others.
     """
     now = dict(config_lib.flatten(config))
     earlier = _earlier_values(Path(workdir))
