@@ -36,7 +36,7 @@ def contents(directory):
     [
         {"model.hidden_size": 48, "ema.decays": (0.9, 0.99), "ema.power_stds": ()},
         {"optimizer.name": "lion"},
-        {"training.batch_size": 8 * 10**9},
+        {"training.batch_size": 8 * 10**8},
     ],
 )
 def test_a_refused_force_changes_nothing(capsys, copy, changes):
@@ -124,9 +124,9 @@ def test_a_full_disk_ends_with_path_and_remedy_and_the_run_goes_on_later(capsys,
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_made(capsys, trained, tmp_path):
-    config = tiny_config(**{"training.batch_size": 8 * 10**9})
+    config = tiny_config(**{"training.batch_size": 8 * 10**8})
     error = refusal(capsys, train.run, config, tmp_path / "run")
-    assert "batches of 8000000000 images need at least" in error
+    assert "batches of 800000000 images need at least" in error
     assert "lower config.training.batch_size" in error
     assert not (tmp_path / "run").exists()
     many = [f"--workdir={trained}", "--num_images=10000000000"]
