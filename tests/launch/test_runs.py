@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from dit_jax.training import lock, workdir
+from dit_jax.training import lock, memory, workdir
 from dit_jax.training.checkpoints import Checkpoints
 from launch import loading, sample, train, training
 from tests.launch.conftest import curve, tiny_config
@@ -123,16 +123,17 @@ def test_a_full_disk_ends_with_path_and_remedy_and_the_run_goes_on_later(capsys,
     assert train.run(config, copy).step == 8
 
 
-def test_what_cannot_fit_is_refused_before_anything_is_made(capsys, trained, tmp_path):
+def test_what_cannot_fit_is_refused_before_anything_is_made(capsys, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "available_host_memory", lambda: 1 << 30)
     config = tiny_config(**{"training.batch_size": 8 * 10**8})
     error = refusal(capsys, train.run, config, tmp_path / "run")
-    assert "batches of 800000000 images need at least" in error
+    assert "batches of 800000000 images need at least" in error and "1.0 GiB are free" in error
     assert "lower config.training.batch_size" in error
     assert not (tmp_path / "run").exists()
-    many = [f"--workdir={trained}", "--num_images=10000000000"]
+    many = [f"--workdir={trained}", "--num_images=1000000000"]
     for name in ("a.png", "a.npz", "a"):
         error = refusal(capsys, sample.main, [*many, f"--out={tmp_path / name}"])
-        assert "10000000000 images need at least" in error
+        assert "1000000000 images need at least" in error and "lower --num_images" in error
     assert not list(tmp_path.iterdir())
 
 
