@@ -76,7 +76,7 @@ class Sampler:
             guidance_interval: (low, high) in process time outside which there is no guidance.
 
         Returns:
-            float32 images or latents.
+            float32 images or latents. Not clipped: images may lie outside [-1, 1].
 
         Raises:
             ValueError: guidance asked of an unconditional network; a label out of range.

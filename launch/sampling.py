@@ -133,13 +133,10 @@ def run(args: argparse.Namespace) -> None:
     )
     if samples_format(args.out) == "picture":
         images = np.concatenate(list(stream(0)))
-        evaluation.save_grid(
-            args.out,
-            images,
-            captions=[str(label) for label in labels] if model.config.model.num_classes else None,
-            rounding=args.rounding,
-            overwrite=args.overwrite,
-        )
+        panel = evaluation.Panel(images)
+        if model.config.model.num_classes:
+            panel = evaluation.labelled_panel(images, labels)
+        evaluation.save_panels(args.out, [panel], rounding=args.rounding, overwrite=args.overwrite)
     else:
         sample_to_store(args, model, labels, stream, shape)
     print(f"{len(labels)} images of {model.weights}, step {model.step}: {args.out}")

@@ -15,7 +15,7 @@ from clu import parameter_overview
 from dit_jax import config as config_lib
 from dit_jax import data as data_lib
 from dit_jax import experiment
-from dit_jax.evaluation import Panel, render_panels, save_picture
+from dit_jax.evaluation import Panel, labelled_panel, render_panels, save_picture
 from dit_jax.training import lock, loop, memory, optimizer, workdir
 from dit_jax.training.checkpoints import Checkpoints
 from dit_jax.training.saved_weights import choose_weights
@@ -244,6 +244,11 @@ def make_preview(
         # Latents without a decoder: their first channels.
         return images if images.shape[-1] in (1, 3) else images[..., :3]
 
+    def panel(images: np.ndarray, title: str | None = None) -> Panel:
+        if not config.model.num_classes:
+            return Panel(images, title)
+        return labelled_panel(images, labels, title)
+
     of_teacher = functools.cache(lambda: draw(beside.plan(), beside.params))
 
     def preview(step: int, weights: dict) -> None:
@@ -255,9 +260,9 @@ def make_preview(
         path = directory / "previews" / f"step_{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         if beside:
-            panels = [Panel(teachers, "teacher"), Panel(images, "student, the same noise")]
+            panels = [panel(teachers, "teacher"), panel(images, "student, the same noise")]
         else:
-            panels = [Panel(images)]
+            panels = [panel(images)]
         picture = render_panels(panels)
         save_picture(path, picture, overwrite=True)
         for writer in writers:

@@ -33,6 +33,7 @@ from dit_jax.evaluation.frechet import (
 )
 from dit_jax.evaluation.grid import (
     Panel,
+    labelled_panel,
     render_panels,
     save_grid,
     save_panels,
@@ -134,6 +135,7 @@ __all__ = [
     "inception_score",
     "kernel_distance",
     "label_accuracy",
+    "labelled_panel",
     "load_adm_npz",
     "load_lpips",
     "load_reference",

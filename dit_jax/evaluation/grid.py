@@ -21,6 +21,7 @@ _SAVING = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}
 MARGIN, PANEL_GAP, CELL_GAP = 16, 32, 4
 TITLE_SIZE, LABEL_SIZE, CAPTION_SIZE = 18, 16, 12
 SMALLEST_COMFORTABLE_SIDE = 48
+MOST_COLUMNS = 32  # that classes in turn may make
 BACKGROUND, INK, FAINT_INK = (255, 255, 255), (24, 24, 27), (113, 113, 122)
 
 
@@ -42,6 +43,25 @@ class Panel:
     columns: int | None = None
     row_labels: Sequence[str] | None = None
     captions: Sequence[str] | None = None
+
+
+def labelled_panel(
+    images: AnyArray, labels: AnyArray | Sequence[int], title: str | None = None
+) -> Panel:
+    """A panel whose captions are the images' classes; of classes in turn, each has its columns.
+
+    Args:
+        images: as `Panel`'s.
+        labels: classes, one an image.
+        title: as `Panel`'s.
+    """
+    labels = np.asarray(labels)
+    period = len(np.unique(labels))
+    columns = None
+    if 0 < period < len(labels) and (labels == np.resize(labels[:period], labels.shape)).all():
+        columns = period * max(1, round(len(labels) ** 0.5 / period))
+        columns = columns if columns <= MOST_COLUMNS else None
+    return Panel(images, title, columns, captions=[str(label) for label in labels])
 
 
 def save_grid(

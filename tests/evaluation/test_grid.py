@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_jax.evaluation import Panel, save_grid, save_panels
+from dit_jax.evaluation import Panel, labelled_panel, save_grid, save_panels
 from dit_jax.evaluation.grid import CELL_GAP, MARGIN, render_panels
 
 
@@ -32,6 +32,24 @@ def test_small_images_are_enlarged_and_large_ones_are_not():
     large = render_panels([Panel(random_images(1, side=64))])
     assert small.size == (2 * MARGIN + 48,) * 2
     assert large.size == (2 * MARGIN + 64,) * 2
+
+
+@pytest.mark.parametrize(
+    ("labels", "columns"),
+    [
+        ([i % 10 for i in range(64)], 10),  # a class a column
+        ([i % 10 for i in range(400)], 20),
+        ([3, 7] * 10, 4),
+        ([3, 7], None),
+        ([3, 3, 7, 7], None),
+        (list(range(100)) * 2, None),  # too many to stand side by side
+    ],
+)
+def test_classes_are_captions_and_in_turn_columns(labels, columns):
+    panel = labelled_panel(random_images(len(labels)), labels, "title")
+    assert panel.columns == columns and panel.title == "title"
+    assert panel.captions == [str(label) for label in labels]
+    render_panels([panel])
 
 
 def test_panels_share_a_top_line_and_keep_their_labels_apart(tmp_path):

@@ -39,6 +39,7 @@ def test_training_reports_and_leaves_everything_in_the_workdir(trained):
     previews = sorted(path.name for path in (workdir / "previews").iterdir())
     assert previews == ["step_00000008.png", "step_00000012.png"]
     assert Image.open(workdir / "previews" / previews[0]).size[0] >= 8
+    assert f"samples of step 8: {workdir / 'previews' / previews[0]}\n" in out
     checkpoints = {path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()}
     assert checkpoints == {"8", "12"}
 
@@ -80,6 +81,7 @@ def test_sample_and_evaluate_need_only_the_workdir(trained, tmp_path):
     )
     assert "Fréchet distance" in out and str(record) in out and picture.exists()
     scores = json.loads(record.read_text())
+    assert scores["picture"] == str(picture) and f"picture: {picture}" in out
     assert scores["scores"]["frechet_distance"] > 0
     assert scores["scores"]["classifier_test_accuracy"] > 0.9
     assert scores["provenance"]["step"] == 12 if "provenance" in scores else True
