@@ -144,7 +144,7 @@ def require_room(directory: Path, config, abstract, source) -> None:
     memory.require_batches(training.batch_size, shape, abstract)
     if training.preview_every:
         memory.require_host_memory(
-            8 * training.preview_images * np.prod(shape),
+            8.0 * training.preview_images * float(np.prod(shape)),
             f"previews of {training.preview_images} images",
             "lower config.training.preview_images",
         )
