@@ -31,7 +31,6 @@ from interop.table import (
 from interop.tensors import InteropError, TensorFile
 
 PREFIX = "model."  # of the network within EDMPrecond
-ARCHITECTURE = "EDM U-Net"
 # The classes' own defaults, in the order of their arguments.
 _SIZES = {"img_resolution": None, "img_channels": None, "label_dim": 0, "use_fp16": False}
 # Of every preconditioning its arguments between those and model_type, with its name here and what

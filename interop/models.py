@@ -27,7 +27,8 @@ from dit_jax.training.saved_weights import RunWeights
 from interop import dit, edm, hub
 from interop.edm_pickle import looks_like_network_pickle, open_network_pickle
 from interop.finiteness import Finiteness, WatchedFile
-from interop.recognise import description, recognise
+from interop.prefixes import RenamedFile, without_prefix
+from interop.recognise import DIFFUSERS_DIT, EDM_UNET, ORIGINAL_DIT, description, find_architectures
 from interop.schedulers import process_from_scheduler
 from interop.table import (
     ParameterReader,
@@ -208,12 +209,13 @@ def _tell_kind(path: Path) -> str:
     if looks_like_network_pickle(path):
         return "edm_pkl"
     file = open_tensors(path)
-    if recognise(file.specs) == edm.ARCHITECTURE:
+    found = set(find_architectures(file.specs).values())
+    if EDM_UNET in found:
         return "edm_pt"
-    if recognise(file.specs) == "DiT or SiT in the original layout":
+    if ORIGINAL_DIT in found:
         arguments = file.metadata.get("args") or {}
         return "sit_pt" if {"path_type", "prediction"} <= set(arguments) else "dit_pt"
-    if recognise(file.specs) == "DiT in diffusers' layout":
+    if DIFFUSERS_DIT in found:
         raise InteropError(
             f"{path} lies in a diffusers folder: give the folder, with its config.json"
         )
@@ -245,7 +247,12 @@ def _found(
 ) -> FoundModel:
     shapes = parameter_shapes(experiment.build_network(config))
     seen = Finiteness()
-    reader = ParameterReader(table or native_table(shapes), shapes, WatchedFile(file, seen))
+    try:
+        reader = ParameterReader(table or native_table(shapes), shapes, WatchedFile(file, seen))
+    except InteropError as error:
+        if not isinstance(file, RenamedFile):
+            raise
+        raise InteropError(f"{error}\n(read so: {'; '.join(more.get('notes', ()))})") from error
     paths = tuple(reader.paths())
     return FoundModel(kind, path, config, reader, paths, finiteness=seen, **more)
 
@@ -315,10 +322,8 @@ def _open_folder(path: Path, methods: Any) -> FoundModel:
 def _open_original(
     path: Path, kind: str, weights: str, spacing: str, shape: dict[str, int | None], like: Any
 ) -> FoundModel:
-    file = open_tensors(path, weights={"": "auto", "raw": "model"}.get(weights, weights))
-    if recognise(file.specs) != "DiT or SiT in the original layout":
-        raise InteropError(f"{path} holds no DiT in the original layout: {description(file.specs)}")
-    network, notes = dit.config_from_original(
+    file, notes = _open_state_dict(path, weights, ORIGINAL_DIT)
+    network, assumed = dit.config_from_original(
         file, **shape, like=like if like is not None and like.name == "dit" else None
     )
     if spacing:
@@ -343,8 +348,27 @@ def _open_original(
         dit.original_table(network),
         file,
         weights=file.metadata.get("weights") or "ema",
-        notes=notes,
+        notes=notes + assumed,
     )
+
+
+def _open_state_dict(
+    path: Path, weights: str, architecture: str
+) -> tuple[TensorFile, tuple[str, ...]]:
+    """The network's tensors by its own names, and what was left out of a file that has more."""
+    choice = {"": "auto", "raw": "model"}.get(weights, weights)
+    try:
+        file, choice = open_tensors(path, weights=choice), ""
+    except InteropError:
+        if choice == "auto":
+            raise
+        file = open_tensors(path)  # no entry is called so; perhaps tensors' names begin so
+        if len(find_architectures(file.specs)) < 2:
+            raise
+    file, notes = without_prefix(file, (architecture,), choice)
+    if architecture not in find_architectures(file.specs).values():
+        raise InteropError(f"{path} holds no {architecture}: {description(file.specs)}")
+    return file, notes
 
 
 def _open_edm(path: Path, kind: str, weights: str) -> FoundModel:
@@ -354,11 +378,9 @@ def _open_edm(path: Path, kind: str, weights: str) -> FoundModel:
         file = open_network_pickle(path, weights=weights or "auto")
         found = edm.from_arguments(file)
     else:
-        file = open_tensors(path, weights={"": "auto", "raw": "model"}.get(weights, weights))
-        if recognise(file.specs) != edm.ARCHITECTURE:
-            raise InteropError(f"{path} holds no EDM U-Net: {description(file.specs)}")
+        file, notes = _open_state_dict(path, weights, EDM_UNET)
         found = edm.from_tensors(file)
-        notes = (
+        notes += (
             "a state dict tells neither sigma_data, nor the range of noise levels, nor dropout: "
             "taken as EDM's defaults",
         )
