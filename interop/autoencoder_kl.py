@@ -15,7 +15,9 @@ import numpy as np
 
 from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, Params
 from interop.autoencoder_tables import diffusers_table, original_table
-from interop.recognise import description
+from interop.prefixes import without_prefix
+from interop.recognise import AUTOENCODERS, description
+from interop.sharded import INDEX_SUFFIXES, find_weights, shards_of
 from interop.table import (
     abstract_params,
     export_arrays,
@@ -24,8 +26,10 @@ from interop.table import (
     flatten,
     load_params,
 )
+from interop.tensor_file import sha256_of
 from interop.tensors import InteropError, TensorFile, open_tensors, write_safetensors
 
+_WITHIN_DIFFUSION = "first_stage_model."
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 # Architectures by name, for files that hold weights and no configuration. The scaling factors of
@@ -138,7 +142,7 @@ def identify(file: TensorFile) -> str:
 
 
 def _latent_channels(file: TensorFile) -> int:
-    for prefix in ("", "first_stage_model."):
+    for prefix in ("", _WITHIN_DIFFUSION):
         spec = file.specs.get(f"{prefix}decoder.conv_in.weight")
         if spec is not None and len(spec.shape) == 4:
             return spec.shape[1]
@@ -175,9 +179,9 @@ def load_autoencoder(
         if which:
             raise InteropError(f"which={which!r} is for bare weights; {folder} has a {CONFIG}")
         config, weights = _read_config(folder, dtype), _find_weights(folder)
-        file = open_tensors(weights)
+        file = _by_own_names(open_tensors(weights, within=folder))
     elif path.is_file():
-        file, weights = open_tensors(path), path
+        file, weights = _by_own_names(open_tensors(path)), path
         config = _known_config(file, which, dtype)
     else:
         raise InteropError(f"no autoencoder at {path}: expected a diffusers folder or a file")
@@ -208,14 +212,24 @@ def _read_config(folder: Path, dtype: str) -> AutoencoderKLConfig:
 
 
 def _find_weights(folder: Path) -> Path:
-    for name in (WEIGHTS, "diffusion_pytorch_model.bin"):
-        if (folder / name).is_file():
-            return folder / name
+    found = find_weights(folder)
+    if found != folder:
+        return found
     variants = sorted(folder.glob("*.safetensors"))
     if len(variants) == 1:
         return variants[0]
-    found = f"several: {', '.join(v.name for v in variants)}" if variants else "none"
-    raise InteropError(f"expected {WEIGHTS} in {folder}; found {found}. Give a file's path instead")
+    names = f"several: {', '.join(v.name for v in variants)}" if variants else "none"
+    raise InteropError(f"expected {WEIGHTS} in {folder}; found {names}. Give a file's path instead")
+
+
+def _by_own_names(file: TensorFile) -> TensorFile:
+    """The autoencoder in a file, whatever stands before its names; warns if something does."""
+    if any(name.startswith(_WITHIN_DIFFUSION) for name in file.specs):
+        return file  # a whole Stable Diffusion, which the tables know
+    file, notes = without_prefix(file, AUTOENCODERS)
+    for note in notes:
+        warnings.warn(f"{file.path}: {note}", stacklevel=4)
+    return file
 
 
 def _known_config(file: TensorFile, which: str, dtype: str) -> AutoencoderKLConfig:
@@ -233,8 +247,13 @@ def _known_config(file: TensorFile, which: str, dtype: str) -> AutoencoderKLConf
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Of a file; of an index and its shards one after another."""
+    files = [path]
+    if path.name.endswith(INDEX_SUFFIXES):
+        files += [path.parent / shard for shard in shards_of(path)]
+    digests = [sha256_of(file) for file in files]
+    joined = "".join(digests).encode()
+    return digests[0] if len(digests) == 1 else hashlib.sha256(joined).hexdigest()
 
 
 def save_autoencoder(

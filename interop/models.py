@@ -30,6 +30,7 @@ from interop.finiteness import Finiteness, WatchedFile
 from interop.prefixes import RenamedFile, without_prefix
 from interop.recognise import DIFFUSERS_DIT, EDM_UNET, ORIGINAL_DIT, description, find_architectures
 from interop.schedulers import process_from_scheduler
+from interop.sharded import find_weights
 from interop.table import (
     ParameterReader,
     Table,
@@ -216,8 +217,11 @@ def _tell_kind(path: Path) -> str:
         arguments = file.metadata.get("args") or {}
         return "sit_pt" if {"path_type", "prediction"} <= set(arguments) else "dit_pt"
     if DIFFUSERS_DIT in found:
+        if (path.parent / workdir.CONFIG_FILE).is_file():
+            return "diffusers"
         raise InteropError(
-            f"{path} lies in a diffusers folder: give the folder, with its config.json"
+            f"{path} is a transformer of diffusers, whose config.json is not beside it: download "
+            "that, too, and give the folder"
         )
     raise InteropError(f"{path} holds no DiT or EDM U-Net: {description(file.specs)}")
 
@@ -358,11 +362,12 @@ def _open_state_dict(
     """The network's tensors by its own names, and what was left out of a file that has more."""
     choice = {"": "auto", "raw": "model"}.get(weights, weights)
     try:
-        file, choice = open_tensors(path, weights=choice), ""
+        file, choice = open_tensors(path, weights=choice, keep_names=True), ""
     except InteropError:
         if choice == "auto":
             raise
-        file = open_tensors(path)  # no entry is called so; perhaps tensors' names begin so
+        # No entry is called so: perhaps tensors' names begin so.
+        file = open_tensors(path, keep_names=True)
         if len(find_architectures(file.specs)) < 2:
             raise
     file, notes = without_prefix(file, (architecture,), choice)
@@ -414,6 +419,8 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _open_diffusers(path: Path, spacing: str, methods: Any) -> FoundModel:
+    given = path if path.is_file() else None  # one of several, or under another name
+    path = path.parent if given else path
     is_pipeline = (path / "model_index.json").is_file() or (path / "transformer").is_dir()
     folder = path / "transformer" if is_pipeline else path
     card = read_card(path)
@@ -443,18 +450,20 @@ def _open_diffusers(path: Path, spacing: str, methods: Any) -> FoundModel:
         )
     table = dit.diffusers_table(network, values.get("num_embeds_ada_norm", 1000))
     names = _class_names(path, network.num_classes) if is_pipeline else ()
+    file = open_tensors(given or find_weights(folder), within=folder, keep_names=True)
+    file, left_out = without_prefix(file, (DIFFUSERS_DIT,))
     vae = path / "vae"
     return _found(
         "diffusers",
         path,
         config,
         table,
-        open_tensors(folder),
+        file,
         weights=card.get("weights", "ema"),
         step=card.get("step", 0),
         autoencoder=None if card.get("pixels") or not vae.is_dir() else vae,
         class_names=names,
-        notes=tuple(notes),
+        notes=(*left_out, *notes),
     )
 
 

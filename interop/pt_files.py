@@ -57,7 +57,7 @@ class PtFile(TensorFile):
 
     kind = "pt"
 
-    def __init__(self, path: Path, weights: str = "auto"):
+    def __init__(self, path: Path, weights: str = "auto", keep_names: bool = False):
         """Open the file; see `open_pt`."""
         self.path = path
         self._state = FileState.of(path)
@@ -68,7 +68,10 @@ class PtFile(TensorFile):
         self._entry, self.metadata = entry, metadata
         # Our name -> name in the file.
         check_names(path, state_dict)
-        self._names = _strip_prefixes(path, list(state_dict))
+        names_there = list(state_dict)
+        self._names = dict(zip(names_there, names_there, strict=True))
+        if not keep_names:
+            self._names = _strip_prefixes(path, names_there)
         self.specs = {
             name: _spec(path, name, state_dict[there]) for name, there in self._names.items()
         }
@@ -118,7 +121,7 @@ def _reason(error: Exception) -> str:
     return reason
 
 
-def open_pt(path: Path, *, weights: str = "auto") -> PtFile:
+def open_pt(path: Path, *, weights: str = "auto", keep_names: bool = False) -> PtFile:
     """Open a file of torch.save.
 
     Args:
@@ -126,6 +129,8 @@ def open_pt(path: Path, *, weights: str = "auto") -> PtFile:
             which cannot be mapped: each reading holds the whole file in memory.
         weights: "ema", "model" or another entry that holds a state dict; "auto" is "ema" where
             there is one, else "model", else the only one there is.
+        keep_names: Give names as they are in the file, with what DistributedDataParallel and
+            torch.compile put before them.
 
     Raises:
         InteropError: If the file is damaged, names classes other than those of tensors and plain
@@ -133,7 +138,7 @@ def open_pt(path: Path, *, weights: str = "auto") -> PtFile:
     """
     if importlib.util.find_spec("torch") is None:
         raise InteropError(f"reading {path} needs torch: pip install -e '.[interop]'")
-    return PtFile(path, weights)
+    return PtFile(path, weights, keep_names)
 
 
 def _scan(path: Path) -> tuple[bool, set[str]]:

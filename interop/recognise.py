@@ -6,6 +6,7 @@ from collections.abc import Collection
 ORIGINAL_DIT = "DiT or SiT in the original layout"
 DIFFUSERS_DIT = "DiT in diffusers' layout"
 EDM_UNET = "EDM U-Net"
+AUTOENCODERS = ("AutoencoderKL in diffusers' layout", "AutoencoderKL in the original layout")
 
 # Name in messages, and names of tensors that all have to be there.
 _SIGNS = (
@@ -17,8 +18,8 @@ _SIGNS = (
     ("FLUX in diffusers' layout", ("single_transformer_blocks.0.attn.to_q.weight",)),
     ("Stable Diffusion 3 (MMDiT)", ("joint_blocks.0.x_block.attn.qkv.weight",)),
     ("Stable Diffusion 3 in diffusers' layout", ("transformer_blocks.0.attn.add_q_proj.weight",)),
-    ("AutoencoderKL in diffusers' layout", ("decoder.up_blocks.0.resnets.0.conv1.weight",)),
-    ("AutoencoderKL in the original layout", ("decoder.up.0.block.0.conv1.weight",)),
+    (AUTOENCODERS[0], ("decoder.up_blocks.0.resnets.0.conv1.weight",)),
+    (AUTOENCODERS[1], ("decoder.up.0.block.0.conv1.weight",)),
     ("whole Stable Diffusion checkpoint", ("model.diffusion_model.input_blocks.0.0.weight",)),
     ("U-Net in diffusers' layout", ("conv_in.weight", "down_blocks.0.resnets.0.conv1.weight")),
     ("ADM U-Net", ("input_blocks.0.0.weight", "out.2.weight")),

@@ -1,4 +1,4 @@
-"""Safetensors files: one file, or shards beside an index, read by memory map and streamed out.
+"""Safetensors files, read by memory map and streamed out.
 
 The format: 8 bytes (the header's length, little-endian), the header in JSON, then the tensors'
 bytes without gaps. The `safetensors` library judges whether a file is sound. The bytes are copied
@@ -20,10 +20,7 @@ from typing import Any
 import numpy as np
 
 from dit_jax.untrusted import (
-    check_file_name,
-    check_within,
     open_regular,
-    read_json,
     shown,
 )
 from interop.tensor_file import (
@@ -39,7 +36,6 @@ from interop.tensor_file import (
     check_writable,
     checked_arrays,
     raw_bytes,
-    refusals,
     sha256_of,
 )
 
@@ -60,33 +56,18 @@ class _Shard:
 
 
 class SafetensorsFile(TensorFile):
-    """A safetensors checkpoint of one or several files."""
+    """A safetensors checkpoint of one file."""
 
     kind = "safetensors"
 
-    def __init__(self, path: Path, shards: Mapping[str, _Shard], metadata: Mapping[str, Any]):
-        """Wrap shards.
-
-        Args:
-            path: The file, or the index.
-            shards: Tensor name to the shard that holds it.
-            metadata: The `__metadata__` of the file, or the index's.
-        """
+    def __init__(self, path: Path):
+        """Open the file; see `open_safetensors`."""
         self.path = path
-        self.metadata = dict(metadata)
-        self._shards = dict(shards)
-        self.specs = {name: shard.specs[name] for name, shard in self._shards.items()}
+        self._shard = _open_shard(path)
+        self.specs, self.metadata = self._shard.specs, dict(self._shard.metadata)
 
     def _read(self, names: list[str]) -> Iterator[np.ndarray]:
-        position = 0
-        while position < len(names):
-            shard = self._shards[names[position]]
-            # One mapping for neighbours in the same shard.
-            end = position + 1
-            while end < len(names) and self._shards[names[end]] is shard:
-                end += 1
-            yield from _read_shard(shard, names[position:end])
-            position = end
+        return _read_shard(self._shard, names)
 
 
 def _read_shard(shard: _Shard, names: list[str]) -> Iterator[np.ndarray]:
@@ -120,77 +101,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     Raises:
         InteropError: If the file is truncated, or its header is not sound.
     """
-    shard = _open_shard(path)
-    return SafetensorsFile(path, dict.fromkeys(shard.specs, shard), shard.metadata)
-
-
-def open_sharded(path: Path) -> SafetensorsFile:
-    """Open the shards that an index (*.safetensors.index.json) names, which lie beside it.
-
-    Raises:
-        InteropError: If the index is not one, names files outside its folder, or disagrees with
-            the shards.
-    """
-    weight_map, metadata = _read_index(path)
-    shards = {}
-    for file in dict.fromkeys(weight_map.values()):
-        if not (path.parent / file).is_file():
-            raise InteropError(
-                f"{path} names the shard {file!r}, which is not beside it; download all of "
-                f"{', '.join(sorted(set(weight_map.values()))[:100])}"
-            )
-        with refusals():
-            check_within(path.parent / file, path.parent)
-        shards[file] = _open_shard(path.parent / file)
-    for name, file in weight_map.items():
-        if name not in shards[file].specs:
-            raise InteropError(f"{path} says that {shown(name)} is in {file}, where it is not")
-    unlisted = [
-        f"{shown(name)} ({file})"
-        for file, shard in shards.items()
-        for name in shard.specs
-        if weight_map.get(name) != file
-    ]
-    if unlisted:
-        raise InteropError(
-            f"{path} does not list {len(unlisted)} tensors of its shards: "
-            f"{', '.join(unlisted[:5])}; are index and shards of the same checkpoint?"
-        )
-    return SafetensorsFile(
-        path, {name: shards[file] for name, file in weight_map.items()}, metadata
-    )
-
-
-def shards_of(index: Path) -> list[str]:
-    """Names of the files that an index names, which lie beside it.
-
-    Raises:
-        InteropError: If it is no index.
-    """
-    return sorted(set(_read_index(index)[0].values()))
-
-
-def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    with refusals():
-        index = read_json(path)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InteropError(
-            f"{path} is JSON but no index of shards: it has no 'weight_map' from tensor names to "
-            "files; give the weights (.safetensors, .index.json, .pt)"
-        )
-    check_names(path, weight_map)
-    for file in weight_map.values():
-        # An index from elsewhere must not reach other folders.
-        with refusals():
-            check_file_name(file, path)
-        if (path.parent / file).suffix != ".safetensors":
-            raise InteropError(
-                f"{path} names the shard {file!r}: only .safetensors shards are read; save the "
-                "model with safe_serialization=True"
-            )
-    metadata = index.get("metadata")
-    return weight_map, metadata if isinstance(metadata, dict) else {}
+    return SafetensorsFile(path)
 
 
 def _open_shard(path: Path) -> _Shard:

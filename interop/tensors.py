@@ -19,10 +19,9 @@ from interop.pt_writer import write_pt
 from interop.safetensors_files import (
     MAX_HEADER_BYTES,
     open_safetensors,
-    open_sharded,
-    shards_of,
     write_safetensors,
 )
+from interop.sharded import INDEX_SUFFIXES, PT_SUFFIXES, open_sharded, shards_of
 from interop.tensor_file import InteropError, TensorFile, TensorSpec, refusals
 
 __all__ = [
@@ -34,22 +33,24 @@ __all__ = [
     "write_safetensors",
 ]
 
-INDEX_SUFFIX = ".safetensors.index.json"
-_PT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-
 
 def open_tensors(
-    path: str | Path, *, weights: str = "auto", within: str | Path | None = None
+    path: str | Path,
+    *,
+    weights: str = "auto",
+    within: str | Path | None = None,
+    keep_names: bool = False,
 ) -> TensorFile:
     """Open a checkpoint, telling its format by its content.
 
     Args:
-        path: A .safetensors file, an index of shards (*.safetensors.index.json), a file of
-            torch.save (.pt, .pth, .bin), or a folder that holds exactly one of them.
+        path: A .safetensors file, an index of shards (*.safetensors.index.json, *.bin.index.json),
+            a file of torch.save (.pt, .pth, .bin), or a folder that holds exactly one of them.
         weights: Which weights of a training checkpoint that holds several (.pt): "ema", "model",
             or another entry's name; "auto" is "ema" where there is one, else "model".
         within: A folder that links may not lead out of (but for the hub's cache), by default `path`
             if it is one.
+        keep_names: Of a .pt, see `pt_files.open_pt`.
 
     Returns:
         The file, with the names, shapes and types of its tensors.
@@ -71,7 +72,7 @@ def open_tensors(
                 check_within(path, within)
             with open_regular(path) as file:
                 beginning = file.read(1024)
-            return _open_by_content(path, beginning, weights)
+            return _open_by_content(path, beginning, weights, keep_names)
     except OSError as error:
         raise InteropError(f"{path} cannot be read: {error}") from error
 
@@ -79,12 +80,12 @@ def open_tensors(
 def _only_candidate(folder: Path) -> Path:
     """The one checkpoint of a folder."""
     files = sorted(file for file in folder.iterdir() if file.is_file())
-    indices = [file for file in files if file.name.endswith(INDEX_SUFFIX)]
+    indices = [file for file in files if file.name.endswith(INDEX_SUFFIXES)]
     shards = {shard for index in indices for shard in shards_of(index)}
     candidates = indices + [
         file
         for file in files
-        if file.suffix in (".safetensors", *_PT_SUFFIXES) and file.name not in shards
+        if file.suffix in (".safetensors", *PT_SUFFIXES) and file.name not in shards
     ]
     if len(candidates) == 1:
         return candidates[0]
@@ -97,11 +98,11 @@ def _only_candidate(folder: Path) -> Path:
         {
             file.parent.relative_to(folder).as_posix()
             for file in folder.glob("*/*")
-            if file.suffix in (".safetensors", *_PT_SUFFIXES)
+            if file.suffix in (".safetensors", *PT_SUFFIXES)
         }
     )
     hint = f"; there are some in {', '.join(below)}: name that folder" if below else ""
-    raise InteropError(f"{folder} holds no .safetensors, {INDEX_SUFFIX} or .pt file{hint}")
+    raise InteropError(f"{folder} holds no .safetensors, .index.json or .pt file{hint}")
 
 
 def _looks_like_safetensors(beginning: bytes) -> bool:
@@ -123,9 +124,9 @@ def _looks_like_pt(path: Path, beginning: bytes) -> bool:
         return False
 
 
-def _open_by_content(path: Path, beginning: bytes, weights: str) -> TensorFile:
+def _open_by_content(path: Path, beginning: bytes, weights: str, keep_names: bool) -> TensorFile:
     if not _looks_like_safetensors(beginning) and _looks_like_pt(path, beginning):
-        return open_pt(path, weights=weights)
+        return open_pt(path, weights=weights, keep_names=keep_names)
     if beginning[8:9] == b"{" and beginning[:1] != b"{":
         file = open_safetensors(path)
     elif beginning.lstrip()[:1] == b"{":

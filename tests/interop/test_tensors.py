@@ -289,8 +289,8 @@ def test_index_and_shards_must_agree_error(tmp_path):
     index = write_shards(tmp_path, [arrays], b="gone.safetensors")
     with pytest.raises(InteropError, match=r"gone\.safetensors.*not beside it"):
         open_tensors(index)
-    index = write_shards(tmp_path, [arrays], b="pytorch_model-1.bin")
-    with pytest.raises(InteropError, match=r"safe_serialization"):
+    index = write_shards(tmp_path, [arrays], b="pytorch_model-1.h5")
+    with pytest.raises(InteropError, match=r"expected \.safetensors, or a file of torch\.save"):
         open_tensors(index)
     index.write_text(json.dumps({"weight_map": {"a": next(tmp_path.glob("*00001.s*")).name}}))
     with pytest.raises(InteropError, match=r"does not list 1 tensors.*'b'"):
