@@ -5,6 +5,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from dit_jax import abbreviations
 from dit_jax import config as config_lib
 from launch import command
 
@@ -37,6 +38,11 @@ def parse(argv: list[str]) -> list[str]:
             if key.startswith("config.") and key.removeprefix("config.") not in known:
                 hint = config_lib.nearest_key(key.removeprefix("config."))
                 raise config_lib.ConfigError(f"unknown key {key}{hint}")
+            meant = abbreviations.meant_by(key)
+            if argument.startswith("--") and key not in flags.FLAGS and meant:
+                raise config_lib.ConfigError(
+                    f"unknown flag --{key}; did you mean --config.{meant[0]}?"
+                )
         try:
             rest = flags.FLAGS(argv)[1:]
         except flags.Error as error:

@@ -17,6 +17,7 @@ from dit_jax import data as data_lib
 from dit_jax.data.shards import HEADER, UNFINISHED
 from dit_jax.models.autoencoder_kl import AutoencoderKL
 from dit_jax.models.dit import resolve_dtype
+from dit_jax.named_options import options_named
 from dit_jax.training.metrics import format_duration
 from interop import hub
 from interop.autoencoder_kl import load_autoencoder
@@ -88,7 +89,13 @@ def open_images(args: argparse.Namespace, autoencoder: AutoencoderKL) -> data_li
     channels = autoencoder.config.in_channels
     if args.image_size is not None:
         autoencoder.latent_shape(args.image_size, args.image_size)
-    source = data_lib.open_source(args.data, args.split, **source_options(args, channels))
+    names = {
+        "resize='adm' and image_size": f"--image_size={autoencoder.config.sample_size or 256}",
+        "image_size": "--image_size",
+        "test_fraction": "--test_fraction",
+    }
+    with options_named(names):
+        source = data_lib.open_source(args.data, args.split, **source_options(args, channels))
     height, width, found = source.info.image_shape
     if args.image_size is not None and (height, width) != (args.image_size,) * 2:
         raise ValueError(

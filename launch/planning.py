@@ -19,6 +19,8 @@ import ml_collections
 import numpy as np
 
 from dit_jax import experiment
+from dit_jax.output_formats import require_suffix
+from dit_jax.ranges import POSITIVE
 from dit_jax.sampling import image_keys
 from launch import methods, plan_advice, wiring
 from parallel.accelerators import Accelerator, Limits, accelerator, limits
@@ -59,8 +61,10 @@ def check_options(
         raise ValueError(f"--devices={devices}: expected at least 1")
     if what not in COMPILERS:
         raise ValueError(f"--what={what!r}: expected one of {', '.join(COMPILERS)}")
-    if hbm_gib is not None and not hbm_gib > 0:
-        raise ValueError(f"--hbm_gib={hbm_gib}: expected above 0")
+    if hbm_gib is not None and hbm_gib not in POSITIVE:
+        raise ValueError(f"--hbm_gib={hbm_gib}: expected {POSITIVE}")
+    if out is not None:
+        require_suffix(out, ".json")
     if out is not None and out.exists():
         raise FileExistsError(f"{out} exists: choose another --out, or give --overwrite")
 

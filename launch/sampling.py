@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from dit_jax import evaluation, experiment
+from dit_jax.named_options import options_named
 from dit_jax.output_formats import samples_format
 from dit_jax.training import memory
 from launch import arguments, loading, wiring
@@ -76,7 +77,8 @@ def distribute(
     """The plan on many devices; prints how, and what it warns of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        placement = parallel.distribute(plan, batch_size=batch_size)
+        with options_named(wiring.PARALLEL_FLAGS):
+            placement = parallel.distribute(plan, batch_size=batch_size)
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr, flush=True)
     shape = " x ".join(f"{name} {size}" for name, size in placement.mesh.shape.items() if size > 1)

@@ -44,8 +44,10 @@ _DISTRIBUTED = flags.DEFINE_bool(
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "One of several processes: host:port of the first."
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this is, from 0.", lower_bound=0
+)
 _FORCE = flags.DEFINE_bool("force", False, "Go on in a workdir of another configuration.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show stack traces of errors.")
 

@@ -9,6 +9,7 @@ import ml_collections
 import numpy as np
 
 from dit_jax import experiment
+from dit_jax.named_options import options_named
 from dit_jax.sampling import generate, image_keys
 from dit_jax.training import metrics
 from launch.command import readable_errors as readable_errors  # part of this module's face
@@ -16,6 +17,12 @@ from parallel.distributed import gathered
 from parallel.mesh import DataParallel, create_mesh
 from parallel.partitioning import ShardedPlacement, rules_for
 from parallel.sampling import MODES, ImageParallel, ImagePlacement
+
+# Names of `ImageParallel`'s options, in its errors, on the command line.
+PARALLEL_FLAGS = {
+    name: f"--{name}"
+    for name in ("parallel", "patch_devices", "warmup_steps", "split_guidance", "ulysses_devices")
+}
 
 
 def create_placement(config: ml_collections.ConfigDict) -> DataParallel:
@@ -127,20 +134,20 @@ def image_parallel(args: argparse.Namespace) -> ImageParallel | None:
         ValueError: options that do nothing, or not together.
     """
     if args.parallel is None:
-        names = ("patch_devices", "warmup_steps", "split_guidance", "ulysses_devices")
-        for name in names:
+        for name in ("patch_devices", "warmup_steps", "split_guidance", "ulysses_devices"):
             if getattr(args, name) not in (None, False):
                 raise ValueError(f"--{name} would do nothing without --parallel={'|'.join(MODES)}")
         return None
     if args.patch_devices is None and not args.split_guidance:
         raise ValueError(f"--parallel={args.parallel} needs --patch_devices (or --split_guidance)")
-    return ImageParallel(
-        args.parallel,
-        1 if args.patch_devices is None else args.patch_devices,
-        warmup_steps=args.warmup_steps,
-        split_guidance=args.split_guidance,
-        ulysses=args.ulysses_devices,
-    )
+    with options_named(PARALLEL_FLAGS):
+        return ImageParallel(
+            args.parallel,
+            1 if args.patch_devices is None else args.patch_devices,
+            warmup_steps=args.warmup_steps,
+            split_guidance=args.split_guidance,
+            ulysses=args.ulysses_devices,
+        )
 
 
 def table(rows: list[tuple[str, ...]]) -> str:

@@ -5,6 +5,7 @@ import pytest
 from dit_jax import experiment
 from dit_jax.config import ConfigError, default_config
 from dit_jax.named_options import options_named, renamed
+from launch import configuration_flags, sample, wiring
 from tests.data.conftest import write_image  # noqa: F401 (a fixture)
 
 
@@ -65,3 +66,28 @@ def test_an_objects_errors_name_keys(path, value, message):
     with pytest.raises(ConfigError) as error:
         experiment.resolve_config(config)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--parallel=synchronous", "--patch_devices=1"], "--patch_devices=1 splits nothing"),
+        (
+            ["--parallel=synchronous", "--patch_devices=2", "--warmup_steps=2"],
+            "--warmup_steps=2 would do nothing with --parallel='synchronous'",
+        ),
+    ],
+)
+def test_errors_of_one_image_on_many_devices_name_flags(options, message):
+    args = sample.parse_arguments(["--out=x.png", *options])
+    with pytest.raises(ValueError) as error:
+        wiring.image_parallel(args)
+    assert message in str(error.value)
+
+
+def test_an_error_of_a_flag_of_the_field_names_the_key(capsys):
+    with pytest.raises(SystemExit) as ending:
+        configuration_flags.parse(["train.py", "--lr=3e-4"])
+    assert ending.value.code == 2
+    error = capsys.readouterr().err
+    assert "unknown flag --lr; did you mean --config.optimizer.learning_rate?" in error

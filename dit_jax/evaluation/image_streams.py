@@ -237,8 +237,8 @@ class FolderImages:
                     if image.shape != shape[1]:
                         raise ValueError(
                             f"images of mixed sizes in {self._root}: {shape[0]} is "
-                            f"{list(shape[1])}, {name} is {list(image.shape)}. Scale and crop "
-                            "them with resize='adm' and image_size"
+                            f"{list(shape[1])}, {name} is {list(image.shape)}. Make them one size; "
+                            "a reference's by --reference_resize=adm --reference_size=SIDE"
                         )
                 yield np.stack([image for _, image in images])
 
@@ -258,7 +258,7 @@ class FolderImages:
         if image.shape[:2] != wanted:
             raise ValueError(
                 f"{path} is {image.shape[1]}x{image.shape[0]}, expected {self._size}x{self._size}: "
-                "correct image_size, or scale and crop with resize='adm'"
+                "correct --reference_size, or scale and crop with --reference_resize=adm"
             )
         return name, image
 

@@ -110,7 +110,9 @@ def test_unusable_folders_refused(tmp_path):
     with pytest.raises(ValueError, match="4x4, expected 8x8"):
         read(FolderImages(tmp_path, image_size=8))
     Image.new("RGB", (6, 4)).save(files[5])
-    with pytest.raises(ValueError, match=r"mixed sizes.*resize='adm'"):
+    with pytest.raises(
+        ValueError, match=r"mixed sizes.*--reference_resize=adm --reference_size=SIDE"
+    ):
         read(FolderImages(tmp_path))
     files[5].write_bytes(files[4].read_bytes()[:40])
     with pytest.raises(ValueError, match=f"{files[5].name} cannot be decoded"):
