@@ -11,11 +11,13 @@ pickle of EDM's training loop) and 'edm_pt' (a state dict of such a network).
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -36,6 +38,7 @@ from interop.table import (
     Table,
     flatten,
     native_table,
+    parameter_dtypes,
     parameter_shapes,
     unflatten,
 )
@@ -55,7 +58,8 @@ class FoundModel:
         kind: one of `KINDS`.
         path: where it is.
         config: a resolved configuration whose model and process are the file's.
-        read: our parameter of a dotted path, float32, in host memory.
+        read: (path, dtype) -> our parameter of that dotted path, by default float32, in host
+            memory.
         paths: of all parameters.
         weights: which of several sets they are ('ema', 'raw', ...).
         step: updates they have seen; 0 where the file does not say.
@@ -63,12 +67,13 @@ class FoundModel:
         class_names: by class index, where known.
         notes: what a user should know about how the file was understood.
         finiteness: what was seen of NaN and infinity in the parameters read so far.
+        file_dtypes: path -> dtypes of the tensors that hold that parameter; None: float32.
     """
 
     kind: str
     path: Path
     config: ml_collections.ConfigDict
-    read: Callable[[str], np.ndarray]
+    read: Callable[..., np.ndarray]
     paths: tuple[str, ...]
     weights: str = "ema"
     step: int = 0
@@ -76,24 +81,52 @@ class FoundModel:
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     finiteness: Finiteness = dataclasses.field(default_factory=Finiteness)
+    file_dtypes: Callable[[str], set[np.dtype]] | None = None
 
     @property
     def network(self) -> Network:
         """The network whose parameters these are."""
         return experiment.build_network(self.config)
 
-    def load(self, put: Callable[[str, np.ndarray], Any] | None = None) -> dict[str, Any]:
-        """All parameters, nested.
+    @functools.cached_property
+    def param_dtype(self) -> str:
+        """'bfloat16' if the file has all in it that a network may store so, else 'float32'."""
+        narrow, of_file = np.dtype(jnp.bfloat16), self.file_dtypes
+        if of_file is None or not any(narrow in of_file(path) for path in self.paths):
+            return "float32"
+        stored = self._dtypes("bfloat16")
+        found = [of_file(path) == {narrow} for path in self.paths if stored[path] == narrow]
+        return "bfloat16" if all(found) else "float32"
 
-        Raises:
-            InteropError: NaN or infinity in them, unless the model was opened to allow that.
+    def _dtypes(self, param_dtype: str) -> Mapping[str, np.dtype]:
+        config = self.config.copy_and_resolve_references()
+        config.model.param_dtype = param_dtype
+        return parameter_dtypes(experiment.build_network(config))
+
+    def load(
+        self,
+        put: Callable[[str, np.ndarray], Any] | None = None,
+        *,
+        param_dtype: str = "float32",
+    ) -> dict[str, Any]:
+        """All parameters, nested.
 
         Args:
             put: (path, array) -> leaf, called for each before the next is read, for instance to
                 place it on (sharded) devices.
+            param_dtype: 'float32', or 'bfloat16' for inference: then arrays are read as what the
+                network stores them in (`models.linear.Precision`), without a float32 copy.
+
+        Raises:
+            InteropError: NaN or infinity in them, unless the model was opened to allow that.
         """
         put = put or (lambda path, array: array)
-        params = unflatten((path, put(path, self.read(path))) for path in self.paths)
+        dtypes = {} if param_dtype == "float32" else self._dtypes(param_dtype)
+
+        def read(path: str) -> np.ndarray:
+            return self.read(path, dtypes[path]) if dtypes else self.read(path)
+
+        params = unflatten((path, put(path, read(path))) for path in self.paths)
         self.finiteness.require(self.path)
         return params
 
@@ -257,8 +290,10 @@ def _found(
         if not isinstance(file, RenamedFile):
             raise
         raise InteropError(f"{error}\n(read so: {'; '.join(more.get('notes', ()))})") from error
-    paths = tuple(reader.paths())
-    return FoundModel(kind, path, config, reader, paths, finiteness=seen, **more)
+    paths, dtypes = tuple(reader.paths()), reader.file_dtypes
+    return FoundModel(
+        kind, path, config, reader, paths, finiteness=seen, file_dtypes=dtypes, **more
+    )
 
 
 def _open_workdir(path: Path, weights: str, step: int | None, methods: Any) -> FoundModel:
@@ -268,11 +303,15 @@ def _open_workdir(path: Path, weights: str, step: int | None, methods: Any) -> F
     leaves = dict(flatten(saved.leaves))
     found_autoencoder = Path(config.autoencoder.path) if config.autoencoder.path else None
     seen = Finiteness()
+
+    def read(name: str, dtype: Any = np.float32) -> np.ndarray:
+        return seen.look(name, saved.read(leaves[name])).astype(dtype, copy=False)
+
     return FoundModel(
         "dit_jax",
         path,
         config,
-        lambda name: seen.look(name, saved.read(leaves[name])),
+        read,
         tuple(leaves),
         saved.name,
         saved.step,

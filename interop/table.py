@@ -486,6 +486,12 @@ def abstract_params(network: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=32)
+def parameter_dtypes(network: Any) -> Mapping[str, np.dtype]:
+    """`flat_dtypes` of a network's parameters, as its configuration has them stored."""
+    return types.MappingProxyType(flat_dtypes(abstract_params(network)))
+
+
+@functools.lru_cache(maxsize=32)
 def parameter_shapes(network: Any) -> Shapes:
     """`flat_shapes` of a network's parameters; remembered, since tracing a U-Net takes seconds."""
     return types.MappingProxyType(flat_shapes(abstract_params(network)))

@@ -20,6 +20,7 @@ PARALLEL_MODES = (  # parallel.sampling.MODES
 KINDS = ("dit_jax", "dit_pt", "sit_pt", "diffusers", "edm_pkl", "edm_pt")  # interop.models.KINDS
 DESTINATIONS = tuple(kind for kind in KINDS if kind != "edm_pkl")  # of interop.export
 DTYPES = ("float32", "bfloat16", "float16")  # of interop.export
+PARAM_DTYPES = ("auto", "float32", "bfloat16")  # of dit_jax.models.linear
 ACCELERATORS = ("h100", "h200", "a100", "tpu_v5p")  # of parallel.accelerators
 
 
@@ -51,6 +52,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow_nonfinite",
         action="store_true",
         help="read a checkpoint that has NaN or infinity in it",
+    )
+    group.add_argument(
+        "--param_dtype",
+        choices=PARAM_DTYPES,
+        help="what parameters are stored in; default auto: as the checkpoint has them",
     )
     group.add_argument("--vae", help="VAE that decodes latents: a diffusers folder, or hub:...")
 

@@ -34,7 +34,8 @@ def sample_options(args: argparse.Namespace, settings: str, out: Path) -> list[s
     """
     options = [f"--num_images={256 if args.num_images is None else args.num_images}"]
     options += [f"--out={out}", f"--seed={args.seed or 0}"]
-    for name in ("workdir", "init_from", "step", "weights", "num_heads", "num_classes", "vae"):
+    of_model = ("workdir", "init_from", "step", "weights", "num_heads", "num_classes", "vae")
+    for name in (*of_model, "param_dtype"):
         if getattr(args, name) not in (None, ""):
             options.append(f"--{name}={getattr(args, name)}")
     if args.allow_nonfinite:

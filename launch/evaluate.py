@@ -27,6 +27,7 @@ _OF_SAMPLING = (
     "num_heads",
     "num_classes",
     "allow_nonfinite",
+    "param_dtype",
 )
 
 

@@ -13,11 +13,13 @@ import numpy as np
 from dit_jax import experiment
 from dit_jax.config import default_config
 from dit_jax.models import Network
+from dit_jax.models.linear import resolve_param_dtype
 from dit_jax.training import workdir
 from dit_jax.training.saved_weights import RunWeights
 from interop import hub
 from interop.autoencoder_kl import load_autoencoder
 from interop.models import FoundModel
+from interop.table import abstract_params
 from launch import methods, wiring
 from parallel.distributed import gathered
 from parallel.mesh import DataParallel, put_whole
@@ -67,6 +69,8 @@ def load_from_arguments(args: argparse.Namespace, overrides: dict[str, Any]) -> 
         if args.workdir and getattr(args, name) not in (None, False):
             raise ValueError(f"--{name} does not apply to --workdir: its config.json knows")
     vae = resolve_source(args.vae)
+    if args.param_dtype:
+        overrides = {**overrides, "model.param_dtype": args.param_dtype}
     if args.workdir:
         return load_model(
             args.workdir, weights=args.weights, step=args.step, overrides=overrides, vae=vae
@@ -115,8 +119,11 @@ def load_model(
     """
     config = workdir.load_config(directory).copy_and_resolve_references()
     config = methods.resolve_config(_here(wiring.override(config.to_dict(), overrides or {})))
-    run = RunWeights(directory, methods.build_method(config), weights or config.sampling.weights)
-    saved, params = run.load(_placer(config), step)
+    param_dtype, config.model.param_dtype = config.model.param_dtype, "float32"
+    method = methods.build_method(config)  # of whose state the run's checkpoints are
+    config.model.param_dtype = resolve_param_dtype(param_dtype)
+    run = RunWeights(directory, method, weights or config.sampling.weights)
+    saved, params = run.load(_placer(config), step, _shapes(config))
     autoencoder = vae or (Path(config.autoencoder.path) if config.autoencoder.path else None)
     return TrainedModel(config, params, saved.name, saved.step, str(directory), autoencoder)
 
@@ -127,8 +134,9 @@ def load_found(
     """Reads a model that `interop.open_model` found onto the devices, array by array."""
     values = _here(wiring.override(found.config.to_dict(), overrides or {}))
     config = methods.resolve_config(values)
-    put = _placer(config)
-    params = found.load(lambda path, array: put(array))
+    put, model = _placer(config), config.model
+    model.param_dtype = resolve_param_dtype(model.param_dtype, found.param_dtype)
+    params = found.load(lambda path, array: put(array), param_dtype=model.param_dtype)
     source = f"{found.kind}:{found.path}"
     return TrainedModel(config, params, found.weights, found.step, source, vae or found.autoencoder)
 
@@ -136,6 +144,13 @@ def load_found(
 def _here(values: dict[str, Any]) -> dict[str, Any]:
     """A configuration's values with all devices of this machine, not those it was trained on."""
     return {**values, "mesh": default_config().mesh.to_dict()}
+
+
+def _shapes(config: ml_collections.ConfigDict) -> Any:
+    """Of the parameters, unless they are float32 as in every run."""
+    if config.model.param_dtype == "float32":
+        return None
+    return abstract_params(experiment.build_network(config))
 
 
 def _placer(config: ml_collections.ConfigDict) -> Callable[[np.ndarray], jax.Array]:

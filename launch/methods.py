@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_collections
 
 import distill
@@ -138,9 +140,13 @@ def _require_same_process(found: FoundModel, config: ml_collections.ConfigDict, 
 
 
 def weights_hash(params: Any) -> str:
-    """A hash of all parameters, the same on any number of devices."""
-    sums = json.dumps(fingerprint(params)).encode()
-    return hashlib.sha256(sums).hexdigest()[:16]
+    """A hash of all parameters' values, the same on any number of devices and in any dtype."""
+    leaves = jax.tree.leaves(params)
+    if all(leaf.dtype == jnp.float32 for leaf in leaves):
+        sums = fingerprint(params)
+    else:  # one by one: not all of them in float32 at once
+        sums = [fingerprint(leaf.astype(jnp.float32))[0] for leaf in leaves]
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
 
 
 def require_teacher_of_pairs(source: Source, frozen: dict[str, Any], models: FrozenModels) -> None:

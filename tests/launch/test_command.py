@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from dit_jax import evaluation
+from dit_jax.models import linear
 from interop import export, models
 from launch import arguments, planning
 from parallel import accelerators, sampling
@@ -54,6 +55,7 @@ def test_help_and_mistyped_flags_are_answered_before_anything_heavy_is_imported(
         (arguments.KINDS, models.KINDS),
         (arguments.DESTINATIONS, export.DESTINATIONS),
         (arguments.DTYPES, export.DTYPES),
+        (arguments.PARAM_DTYPES, linear.PARAM_DTYPES),
         (arguments.ACCELERATORS, accelerators.ACCELERATORS),
         (planning.COMPILERS, ("train", "sample")),
     ],
