@@ -232,7 +232,7 @@ def train(
     state = jax.jit(method.init)(root, params, frozen)
 
     def update(phase):
-        def function(state, frozen):
+        def function(state, root, frozen):  # the key is an argument: all seeds share a program
             key = jax.random.fold_in(root, state.step)
             data_key, update_key = jax.random.split(key)
             return method.update(state, draw(data_key), update_key, frozen, phase)
@@ -243,7 +243,7 @@ def train(
     metrics = {}
     for step in range(steps):
         phase = method.phase(step)
-        state, metrics[phase] = updates[phase](state, frozen)
+        state, metrics[phase] = updates[phase](state, root, frozen)
     return state, metrics
 
 

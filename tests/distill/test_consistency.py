@@ -18,6 +18,7 @@ from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import DDPM, EDM, RectifiedFlow, TruncatedLogNormal, Uniform
 from dit_jax.experiment import resolve_config
 from tests.distill import mixture as bench
+from tests.long import long
 from tests.references import torch_consistency as reference
 
 FLOW = RectifiedFlow(network_convention="flux")
@@ -341,7 +342,7 @@ def learned(process, timesteps, teacher, steps=2000, **criterion):
     return bench.sliced_wasserstein(samples, bench.data_points()), metrics["train"]
 
 
-@pytest.mark.parametrize("teacher", [False, True], ids=["training", "distillation"])
+@pytest.mark.parametrize("teacher", [long(False), True])
 def test_one_step_samples_of_edm(teacher):
     criterion = (
         {"huber_constant": 0.01} if teacher else {"huber_constant": 0.1, "weighting": "c_out"}
@@ -352,7 +353,7 @@ def test_one_step_samples_of_edm(teacher):
     assert metrics["ratio"] == pytest.approx(0.98, rel=1e-5)
 
 
-@pytest.mark.parametrize("teacher", [False, True], ids=["training", "distillation"])
+@pytest.mark.parametrize("teacher", [False, long(True)])
 def test_one_step_samples_of_flow(teacher):
     criterion = (
         {"huber_constant": 0.01} if teacher else {"huber_constant": 0.1, "weighting": "c_out"}

@@ -22,6 +22,7 @@ from dit_jax.diffusion import EDM
 from dit_jax.experiment import build_method, resolve_config
 from tests.distill import few_step_bench as few
 from tests.distill.test_dmd2 import small_config
+from tests.long import long
 from tests.references import torch_dmd2
 
 
@@ -98,7 +99,7 @@ def test_histogram_is_state_and_scale_reaches_the_loss():
     assert losses[0] != losses[1]
 
 
-@pytest.mark.parametrize("divergence", ["kl", "js"])
+@pytest.mark.parametrize("divergence", ["kl", long("js")])
 def test_learns_the_mixture(divergence):
     distance, _ = few.reached(create(divergence=divergence), steps=2000, batch_size=128)
     assert distance < 0.105

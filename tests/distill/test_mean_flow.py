@@ -19,6 +19,7 @@ from dit_jax.diffusion import EDM, RectifiedFlow
 from dit_jax.diffusion.timesteps import LogitNormal, Uniform
 from dit_jax.models import DiTConfig, Network
 from tests.distill import mixture as bench
+from tests.long import long
 from tests.references import torch_mean_flow
 
 FLOW = RectifiedFlow(network_convention="flux")
@@ -306,7 +307,7 @@ LEARNED = {  # the method's options, learning rate, ceiling of the distance in 1
 }
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", ["teacher", "improved", long("data")])
 def test_learns_to_sample_in_few_steps(name):
     options, ceiling = LEARNED[name]
     steps = 2500

@@ -15,12 +15,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from tests.launch.conftest import ROOT, assert_same_curve, curve, environment
+from tests.long import LONG
 
 # Importing and opening; compiling; between steps; while a checkpoint is written; after the last.
 PHASES = ("start", "compile", "step", "save", "exit")
 CHECKPOINT_EVERY = 3
-# With DIT_JAX_LONG=1 ten interruptions, otherwise a few.
-LONG = os.environ.get("DIT_JAX_LONG", "") not in ("", "0")
 
 
 def draw_moments(few: int = 3, many: int = 10) -> tuple[random.Random, list[str]]:

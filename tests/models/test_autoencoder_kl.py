@@ -12,6 +12,7 @@ from dit_jax.models import autoencoder_layers
 from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from interop.autoencoder_kl import KNOWN
 from tests.compilations import compilations
+from tests.long import only_long
 from tests.references import diffusers_autoencoder as reference
 
 SD = AutoencoderKLConfig(
@@ -83,12 +84,12 @@ def test_encoding_and_decoding_match_diffusers(config, size):
     np.testing.assert_allclose(found, reference.to_numpy(decoded), atol=1e-4, rtol=0)
 
 
-@pytest.mark.skipif("DIT_JAX_FULL_VAE" not in os.environ, reason="DIT_JAX_FULL_VAE is not set")
+@only_long
 @pytest.mark.parametrize("name", ["sd", "flux"])
 def test_full_size_autoencoders_match_diffusers(name, capsys):
-    """DIT_JAX_FULL_VAE: the image's side, 64 if below. Prints errors and seconds (see docs)."""
+    """Of images of side DIT_JAX_VAE_SIDE, by default 64. Prints errors and seconds (see docs)."""
     config = KNOWN[name]
-    side = max(64, int(os.environ["DIT_JAX_FULL_VAE"]))
+    side = int(os.environ.get("DIT_JAX_VAE_SIDE", "64"))
     model = reference.create(config)
     autoencoder, params = reference.ours(config, model)
     x = images(config, side, side, batch=1)

@@ -22,6 +22,7 @@ from dit_jax.models import DiTConfig, Network, layers
 from dit_jax.models.attention import einsum_attention
 from dit_jax.sampling import Sampler, image_keys
 from parallel.sampling import ImageParallel
+from tests.long import long
 from tests.models.conftest import random_inputs, random_params
 
 # 15 rows of 4 patches: divisible by 3 devices, not by 2, 4 and 8.
@@ -74,16 +75,16 @@ def evaluated(params, inputs):
     return np.asarray(jax.jit(Network(CONFIG).apply)(params, *inputs))
 
 
-EXACT = [
-    *(("synchronous", devices, {}, "scan") for devices in (2, 3, 4, 8)),
-    *(("ulysses", devices, {}, "scan") for devices in (2, 3, 8)),
-    *(("ring", devices, {}, "scan") for devices in (2, 3, 8)),
-    *(("tensor", devices, {}, "scan") for devices in (2, 3, 8)),
+EXACT = [  # rows that divide evenly (3 devices) and rows that do not
+    *((mode, 3, {}, "scan") for mode in ("synchronous", "ulysses", "ring", "tensor")),
+    *((mode, 8, {}, "scan") for mode in ("synchronous", "ulysses", "ring", "tensor")),
     ("ring", 8, {"ulysses": 2}, "scan"),
     ("synchronous", 4, {}, "unroll"),
-    ("ulysses", 4, {}, "unroll"),
     ("ulysses", 4, {"ulysses": 2}, "unroll"),
     ("tensor", 4, {}, "unroll"),
+    *(long(mode, 2, {}, "scan") for mode in ("synchronous", "ulysses", "ring", "tensor")),
+    long("synchronous", 4, {}, "scan"),
+    long("ulysses", 4, {}, "unroll"),
 ]
 
 

@@ -1,6 +1,5 @@
 """Training on a mesh is training on one device, with the state divided."""
 
-import os
 import re
 
 import jax
@@ -11,6 +10,7 @@ from launch import methods
 from parallel.mesh import AXES, DataParallel, create_mesh
 from parallel.partitioning import ShardedPlacement, rules_for
 from tests.launch.conftest import tiny_config
+from tests.long import long
 
 STEPS = 5
 DIT = {"model.hidden_size": 64, "model.depth": 2, "model.num_heads": 8, "model.layer_loop": "scan"}
@@ -114,14 +114,11 @@ CASES = [
     ("dit", DIT, {"fsdp": 2, "tensor": 2}),
     ("song_unet", UNET, {"fsdp": 4, "tensor": 2}),
     ("dmd2", DMD2, {"fsdp": 2, "tensor": 2}),
+    long("song_unet", UNET, {"fsdp": 8}),
+    long("song_unet", UNET, {"fsdp": 2, "tensor": 2}),
+    long("dmd2", DMD2, {"fsdp": 8}),
+    long("dmd2", DMD2, {"fsdp": 4, "tensor": 2}),
 ]
-if os.environ.get("DIT_JAX_ALL_MESHES"):  # minutes more
-    CASES += [
-        ("song_unet", UNET, {"fsdp": 8}),
-        ("song_unet", UNET, {"fsdp": 2, "tensor": 2}),
-        ("dmd2", DMD2, {"fsdp": 8}),
-        ("dmd2", DMD2, {"fsdp": 4, "tensor": 2}),
-    ]
 
 
 @pytest.mark.parametrize(("case", "values", "axes"), CASES)
