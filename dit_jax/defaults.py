@@ -36,7 +36,7 @@ def default_config() -> ml_collections.ConfigDict:
             "model": {
                 "name": "dit",  # dit | song_unet | dhariwal_unet
                 "image_size": 32,  # input side: latents are 32 for 256 pixels, 64 for 512
-                "in_channels": 4,
+                "in_channels": 4,  # of images or latents: 1 grey, 3 RGB, 4 latents of SD's VAE
                 "num_classes": 1000,  # 0: unconditional
                 "second_time": "none",  # none | r | t-r: what else of time the network sees
                 "augment_dim": 0,  # labels of config.augmentation that the network sees
@@ -47,13 +47,13 @@ def default_config() -> ml_collections.ConfigDict:
                 # Stored; auto: as the sampled checkpoint's file. Training: float32 (or auto) only.
                 "param_dtype": "auto",  # float32 | bfloat16 | auto
                 # Of dit only, as are the keys up to layer_loop.
-                "patch_size": 2,
-                "hidden_size": 1152,
-                "depth": 28,
-                "num_heads": 16,
-                "mlp_ratio": 4.0,
+                "patch_size": 2,  # side of the square of the input that becomes a token
+                "hidden_size": 1152,  # width of the blocks
+                "depth": 28,  # blocks
+                "num_heads": 16,  # of attention
+                "mlp_ratio": 4.0,  # width of a block's MLP over hidden_size
                 "null_class": True,  # whether there is a class for "no class" (guidance needs it)
-                "learn_sigma": True,
+                "learn_sigma": True,  # predict the variance, too (of process ddpm)
                 "time_frequency_spacing": "original",  # original | diffusers
                 "mlp_norm_epsilon": 1e-6,  # 1e-5 in diffusers' default DiT
                 "layer_loop": "auto",  # scan | unroll | auto: by backend
@@ -82,9 +82,9 @@ def default_config() -> ml_collections.ConfigDict:
             "process": {
                 "name": "ddpm",  # ddpm | flow | edm
                 "ddpm": {
-                    "num_timesteps": 1000,
-                    "beta_start": 1e-4,
-                    "beta_end": 2e-2,
+                    "num_timesteps": 1000,  # noise levels
+                    "beta_start": 1e-4,  # variance of the first level's noise
+                    "beta_end": 2e-2,  # of the last level's; linear in between
                     "prediction": "eps",  # eps | x0 | velocity
                 },
                 "flow": {
@@ -92,7 +92,7 @@ def default_config() -> ml_collections.ConfigDict:
                     "time_scale": 1.0,  # multiplies the time the network sees
                 },
                 "edm": {
-                    "sigma_data": 0.5,
+                    "sigma_data": 0.5,  # standard deviation of the data
                     "sigma_min": 0.002,  # where sampling ends, before 0
                     "sigma_max": 80.0,  # where sampling starts
                     "preconditioning": "edm",  # edm | vp | ve | iddpm: how the network is wrapped
@@ -242,9 +242,12 @@ def default_config() -> ml_collections.ConfigDict:
                 "name": "latents",  # digits | image_folder | jpeg_npz | latents | pairs | tfds
                 "horizontal_flip": False,  # mirror half of the training images
                 "num_workers": 0,  # processes that read and decode; 0: a thread of this one
-                "latents": {"path": "", "moments": "sample"},
+                "latents": {
+                    "path": "",  # folder that launch/extract_features.py wrote
+                    "moments": "sample",  # of the VAE's posterior: sample (at every read) | mean
+                },
                 "image_folder": {
-                    "path": "",
+                    "path": "",  # folder of class subfolders
                     "resize": "adm",  # adm: scale and centre-crop to model.image_size | none
                     "test_fraction": 0.0,  # share held out where the folder has no test/
                     "verify": "fast",  # fast | full | none: looking for corrupt files
@@ -252,7 +255,11 @@ def default_config() -> ml_collections.ConfigDict:
                 },
                 "jpeg_npz": {"path": ""},  # with {split} where the split's name stands
                 "pairs": {"path": ""},  # noise and a teacher's samples, of launch/write_pairs.py
-                "tfds": {"dataset": "", "data_dir": "", "resize": "adm"},
+                "tfds": {
+                    "dataset": "",  # its name in TFDS, as cifar10
+                    "data_dir": "",  # where TFDS keeps it; empty: TFDS's default
+                    "resize": "adm",  # adm: scale and centre-crop to model.image_size | none
+                },
             },
             "augmentation": {  # EDM's, on the device, told to the network (model.augment_dim)
                 "probability": 0.0,  # of each transformation, times its multiplier; 0: none
@@ -282,11 +289,11 @@ def default_config() -> ml_collections.ConfigDict:
             },
             "optimizer": {
                 "name": "adamw",  # adamw | radam | lion
-                "learning_rate": 1e-4,
+                "learning_rate": 1e-4,  # after the warm-up
                 "schedule": "constant",  # constant | cosine | linear, after the warm-up
-                "warmup_steps": 0,
+                "warmup_steps": 0,  # steps in which the learning rate rises to its value
                 "final_learning_rate": 0.0,  # of cosine and linear, at training.num_steps
-                "weight_decay": 0.0,
+                "weight_decay": 0.0,  # decoupled, times the learning rate
                 "gradient_clip_norm": 0.0,  # 0: no clipping
                 "adamw": {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8},
                 "radam": {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8},
@@ -298,23 +305,23 @@ def default_config() -> ml_collections.ConfigDict:
                 "warmup": True,  # constant decays grow to theirs, as (1 + step) / (10 + step)
             },
             "training": {
-                "num_steps": 400_000,
+                "num_steps": 400_000,  # updates in all; a longer run continues
                 "batch_size": 256,  # over all devices
                 "num_microbatches": 1,  # gradient accumulation: the batch in so many parts
-                "log_every": 100,
+                "log_every": 100,  # steps between lines of metrics
                 "preview_every": 0,  # steps between sample grids; 0: none
-                "preview_images": 64,
-                "checkpoint_every": 5_000,
+                "preview_images": 64,  # of a sample grid
+                "checkpoint_every": 5_000,  # steps between checkpoints; 0: the last only
                 "keep_last": 2,  # most recent checkpoints kept
                 "keep_every": 0,  # also keep checkpoints at multiples of this; 0: none
-                "tensorboard": True,
-                "wandb": False,
+                "tensorboard": True,  # write events for TensorBoard
+                "wandb": False,  # log to Weights & Biases
             },
             "sampling": {
                 "solver": "ddpm",  # ddpm | ddim | euler | heun | dpmpp_2m | consistency | mean_flow
-                "steps": 250,
+                "steps": 250,  # of the solver
                 "times": (),  # explicit process times from noise to clean, instead of a spacing
-                "guidance_scale": 1.0,
+                "guidance_scale": 1.0,  # of classifier-free guidance; 1: none
                 "guidance_interval": (),  # (low, high) in process time; empty: always
                 "guidance_channels": "all",  # all | first3 (the original DiT's)
                 "spacing": "",  # of the times (diffusion.schedules); empty: by solver and process

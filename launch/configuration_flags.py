@@ -1,6 +1,8 @@
 """The flags of commands that take an experiment: --config=FILE, --config.key=value, by absl."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -9,9 +11,17 @@ from dit_jax import abbreviations
 from dit_jax import config as config_lib
 from launch import command
 
+flags.disclaim_key_flags()  # --help lists a command's own flags, of which these are a part
+
 
 def define_config() -> flags.FlagHolder:
-    """Defines --config."""
+    """Defines --config, and --help_config, which explains its keys."""
+    flags.DEFINE_string(
+        "help_config",
+        None,
+        "Show the keys of the configuration with defaults and meanings; --help_config=WORD those "
+        "that have it in their name or meaning.",
+    )
     return config_flags.DEFINE_config_file(
         "config", None, "The experiment, a file of configs/; override with --config.key=value."
     )
@@ -29,8 +39,14 @@ def run(main: Callable[[list[str]], object], required: list[str]) -> None:
     command.run(lambda: app.run(main, flags_parser=parse))
 
 
+def config_name() -> str:
+    """The name of the file of --config, without folder and suffix."""
+    return Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+
+
 def parse(argv: list[str]) -> list[str]:
     """absl's parsing, with mistakes reported as all others are."""
+    show_help_config(argv[1:])
     known = {path for path, _ in config_lib.flatten(config_lib.default_config())}
     with command.readable_errors():
         for argument in argv[1:]:
@@ -50,3 +66,19 @@ def parse(argv: list[str]) -> list[str]:
         if rest:
             raise ValueError(f"unexpected arguments: {' '.join(rest)}")
     return argv[:1]
+
+
+def show_help_config(arguments: list[str]) -> None:
+    """Answers --help_config, --help_config=WORD and --help_config WORD, and ends."""
+    for position, argument in enumerate(arguments):
+        name, equals, word = argument.partition("=")
+        if name not in ("--help_config", "-help_config"):
+            continue
+        following = arguments[position + 1 :]
+        if not equals and following and not following[0].startswith("-"):
+            word = following[0]
+        from dit_jax import config_help
+
+        with command.readable_errors():
+            print(config_help.explain(word))
+        sys.exit(0)
