@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import shlex
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from dit_jax import data as data_lib
 from dit_jax.config import DIT_KEYS, AnyConfig, ConfigError, default_config, flatten, resolve
 from dit_jax.data.augmentation import Augmentation
+from dit_jax.data.latents import extraction_command
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import LOSS_WEIGHTS, PROCESSES, TIME_DISTRIBUTIONS, TimeDistribution
 from dit_jax.diffusion.process import DDPM, Process
@@ -161,7 +163,7 @@ def require_same_network(
     found, wanted = architecture(found), architecture(wanted)
     flags = [
         f"  config.model.{key} is {wanted.get(key)!r}, the checkpoint's {found.get(key)!r}: "
-        f"--config.model.{key}={found.get(key)}"
+        + shlex.quote(f"--config.model.{key}={found.get(key)}")
         for key in sorted(found.keys() | wanted.keys())
         if found.get(key) != wanted.get(key) and found.get(key) != _ADDITIONS.get(key, _NOTHING)
     ]
@@ -407,6 +409,30 @@ def _data_names(name: str, options: Iterable[str]) -> dict[str, str]:
     }
 
 
+def _missing_data(config: ml_collections.ConfigDict, key: str) -> str:
+    """What to do where an experiment's data were not named."""
+    model, name = config.model, config.data.name
+    if name != "latents":
+        return f"{key} is empty: set --{key}=..."
+    vae = 8 if model.in_channels == 4 else 1  # pixels a latent's side, of Stable Diffusion's
+    lines = [
+        f"{key} is empty. This experiment trains on latents of images, which are made once:",
+        f"  {extraction_command(vae * model.image_size, 'latents')}",
+        "(IMAGES: a folder with a subfolder of images for every class.) Then train with",
+        f"  --{key}=latents",
+    ]
+    if model.name == "dit" and config.method.name == "denoising":
+        small = {"depth": 2, "hidden_size": 96, "num_heads": 4}
+        digits = {"image_size": 8, "in_channels": 1, "num_classes": 10} | small
+        flags = [f"--config.model.{name}={value}" for name, value in digits.items()]
+        lines += [
+            "To try it without ImageNet: a small network on the digits that scikit-learn brings,",
+            f"  --config.data.name=digits {' '.join(flags)} --config.training.batch_size=64",
+            "or python launch/train.py --config=configs/cifar10_dit.py on CIFAR-10",
+        ]
+    return "\n".join(lines)
+
+
 def open_data(config: ml_collections.ConfigDict, split: str):
     """The source of `config.data`, checked against `config.model`.
 
@@ -417,9 +443,7 @@ def open_data(config: ml_collections.ConfigDict, split: str):
     options = config.data[name].to_dict() if name in config.data else {}
     for key in ("path", "dataset"):
         if options.get(key) == "":
-            raise ConfigError(
-                f"config.data.{name}.{key} is empty: set --config.data.{name}.{key}=..."
-            )
+            raise ConfigError(_missing_data(config, f"config.data.{name}.{key}"))
     options = {key: value for key, value in options.items() if value != ""}
     if name in ("image_folder", "tfds"):
         options.update(image_size=model.image_size, channels=model.in_channels)

@@ -184,7 +184,10 @@ def load_autoencoder(
         file, weights = _by_own_names(open_tensors(path)), path
         config = _known_config(file, which, dtype)
     else:
-        raise InteropError(f"no autoencoder at {path}: expected a diffusers folder or a file")
+        raise InteropError(
+            f"no autoencoder at {path}: expected a diffusers folder or a file, or one on the hub, "
+            "for instance hub:stabilityai/sd-vae-ft-mse"
+        )
     _latent_channels(file)  # another architecture is told as such, not as a thousand differences
     autoencoder = AutoencoderKL(config)
     original = any("mid.block_1." in name for name in file.specs)

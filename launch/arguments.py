@@ -114,6 +114,35 @@ def add_parallel_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_model(args: argparse.Namespace) -> None:
+    """Refuses what `add_model_arguments`' options cannot mean.
+
+    Raises:
+        ValueError: neither or both of --workdir and --init_from; options of the latter alone.
+    """
+    if (args.workdir is None) == (args.init_from is None):
+        raise ValueError("give one of --workdir (a training run) and --init_from (a checkpoint)")
+    for name in ("num_heads", "num_classes", "allow_nonfinite"):
+        if args.workdir and getattr(args, name) not in (None, False):
+            raise ValueError(f"--{name} does not apply to --workdir: its config.json knows")
+
+
+def check_parallel(args: argparse.Namespace) -> None:
+    """Refuses what `add_parallel_arguments`' options cannot mean.
+
+    Raises:
+        ValueError: options that do nothing, or not together.
+    """
+    if args.parallel is None:
+        names = ("patch_devices", "warmup_steps", "split_guidance", "ulysses_devices")
+        for name in names:
+            if getattr(args, name) not in (None, False):
+                modes = "|".join(PARALLEL_MODES)
+                raise ValueError(f"--{name} would do nothing without --parallel={modes}")
+    elif args.patch_devices is None and not args.split_guidance:
+        raise ValueError(f"--parallel={args.parallel} needs --patch_devices (or --split_guidance)")
+
+
 def sampling_overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The configuration values that `add_sampling_arguments`' options replace."""
     names = ("solver", "steps", "spacing", "guidance_scale", "guidance_channels", "batch_size")

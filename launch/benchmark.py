@@ -22,6 +22,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -320,7 +321,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
-        "command": " ".join(["python", "launch/benchmark.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "launch/benchmark.py", *sys.argv[1:]]),
     }
 
 

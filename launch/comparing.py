@@ -105,7 +105,8 @@ def choose_features(
     elif tuple(shape) != wanted:
         why = f"the images are not of the size of {run}'s data; give --inception=FILE"
     elif min(shape[:2]) >= 16 and not args.classifier:
-        why = f"training a classifier takes long at this size; ask for it with --classifier={run}"
+        why = "training a classifier takes long at this size; ask for it with "
+        why += shlex.quote(f"--classifier={run}")
     if why and args.classifier:
         raise ValueError(f"--classifier: {why}")
     if why:

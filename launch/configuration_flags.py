@@ -27,12 +27,12 @@ def define_config() -> flags.FlagHolder:
     )
 
 
-def run(main: Callable[[list[str]], object], required: list[str]) -> None:
+def run(main: Callable[[list[str]], object], required: tuple[str, ...] = ()) -> None:
     """Parses the flags and runs `main`, as `command.run` does with those of other commands.
 
     Args:
         main: is given what absl leaves of the command line, the name of the program.
-        required: names of the flags that have to be given.
+        required: names of the flags that have to be given as --config has.
     """
     logging.set_verbosity(logging.WARNING)
     flags.mark_flags_as_required(required)
@@ -63,6 +63,8 @@ def parse(argv: list[str]) -> list[str]:
             rest = flags.FLAGS(argv)[1:]
         except flags.Error as error:
             raise ValueError(f"{error} (see --help)") from error
+        if flags.FLAGS["config"].value is None:
+            raise ValueError("--config is missing, for example --config=configs/digits.py")
         if rest:
             raise ValueError(f"unexpected arguments: {' '.join(rest)}")
     return argv[:1]

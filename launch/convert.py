@@ -1,7 +1,8 @@
 """Converts a model between this library, PyTorch state dicts and diffusers.
 
   python launch/convert.py --from=dit_pt --to=dit_jax DiT-XL-2-256x256.pt models/dit_xl2
-  python launch/convert.py --from=dit_jax --to=diffusers runs/dit_xl2 exported --vae=sd-vae-ft-ema
+  python launch/convert.py --from=dit_jax --to=diffusers runs/dit_xl2 exported \\
+      --vae=hub:stabilityai/sd-vae-ft-ema
   python launch/convert.py --to=dit_pt hub:facebook/DiT-XL-2-256 dit_xl2.pt --allow_inexact
 
 Kinds: dit_jax (a run's workdir, or a folder converted to), dit_pt (facebookresearch/DiT, fast-DiT),
@@ -111,7 +112,8 @@ def main(argv: list[str] | None = None) -> None:
             allow_nonfinite=args.allow_nonfinite,
             time_frequency_spacing=args.time_frequency_spacing,
         )
-        print(f"read {model.path} as {model.kind}", flush=True)
+        print(f"read {model.path} as {model.kind}, weights {model.weights}", flush=True)
+        print(f"converting to {args.kind}, {args.dtype}: {args.destination}", flush=True)
         with command.cleaning_up():
             summary = write_model(
                 model,

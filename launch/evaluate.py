@@ -1,7 +1,7 @@
 """Scores a model's samples against real images.
 
   python launch/evaluate.py --workdir=runs/digits --num_images=1000 --out=metrics.json
-  python launch/evaluate.py --init_from=DiT-XL-2-256x256.pt --vae=sd-vae-ft-ema \\
+  python launch/evaluate.py --init_from=DiT-XL-2-256x256.pt --vae=hub:stabilityai/sd-vae-ft-ema \\
       --protocol=dit_final --reference=VIRTUAL_imagenet256_labeled.npz --out=scores.json
   python launch/evaluate.py --samples=samples.npz --reference=imagenet/val --out=scores.json
 
@@ -103,6 +103,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         given = [name for name, value in defaults.items() if getattr(args, name) != value]
         if given:
             raise ValueError(f"--{given[0]} needs --reference: what to compare with")
+        if args.workdir is None:
+            raise ValueError(
+                "give --workdir (scores by a classifier of the run's data) or --reference (FID)"
+            )
+        arguments.check_model(args)
         return
     if args.picture:
         raise ValueError("--picture shows the classifier's data; it does not go with --reference")
@@ -125,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     with command.readable_errors(traceback=args.traceback):
         check_arguments(args)
         from dit_jax import evaluation
-        from launch import classifier_scores, inception_scores, loading
+        from launch import classifier_scores, inception_scores, loading, sampling
 
         for path in (args.out, args.picture):
             if path:
@@ -136,12 +141,10 @@ def main(argv: list[str] | None = None) -> None:
             evaluation.save_json(out, record, overwrite=args.overwrite or args.out is None)
             print(f"{text}\nrecord: {out}")
             return
-        if args.workdir is None:
-            raise ValueError(
-                "give --workdir (scores by a classifier of the run's data) or --reference (FID)"
-            )
         model = loading.load_from_arguments(args, arguments.sampling_overrides(args))
         num_images = args.num_images or model.config.evaluation.num_images
+        out = args.out or args.workdir / f"metrics_{model.step}.json"
+        print(sampling.describe(model, num_images, out), flush=True)
         record, samples, labels, test = classifier_scores.evaluate(
             model,
             args.workdir,
@@ -149,7 +152,6 @@ def main(argv: list[str] | None = None) -> None:
             seed=args.seed,
             rounding=args.rounding or "nearest",
         )
-        out = args.out or args.workdir / f"metrics_{model.step}.json"
         if args.picture:
             classifier_scores.save_picture(
                 args.picture, samples, labels, test, overwrite=args.overwrite

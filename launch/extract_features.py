@@ -1,7 +1,7 @@
 """Encodes images with a VAE once, so that training need not: writes the latents format.
 
-  python launch/extract_features.py --data=image_folder --path=imagenet --vae=sd-vae-ft-mse \\
-      --image_size=256 --flip=pairs --out=latents/imagenet256
+  python launch/extract_features.py --data=image_folder --path=imagenet \\
+      --vae=hub:stabilityai/sd-vae-ft-mse --image_size=256 --flip=pairs --out=latents/imagenet256
   python launch/extract_features.py --data=tfds --dataset=imagenet2012 --path=TFDS_DIR ...
   python launch/extract_features.py --data=jpeg_npz --path='cifar10_{split}.npz' ...
 
@@ -12,6 +12,7 @@ was, and ends with the same bits. Then train with
 """
 
 import argparse
+import shlex
 
 from launch import argument_types, command
 
@@ -38,7 +39,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     vae = parser.add_argument_group("VAE")
     vae.add_argument(
-        "--vae", required=True, help="diffusers folder, pipeline folder, file, or hub:owner/name"
+        "--vae",
+        required=True,
+        help="a VAE's or a pipeline's folder, a file, or hub:stabilityai/sd-vae-ft-mse",
     )
     vae.add_argument(
         "--compute_dtype", default="float32", help="bfloat16, float16 or auto (bfloat16 on GPUs)"
@@ -82,13 +85,14 @@ def main(argv: list[str] | None = None) -> None:
         if header.split != "train":
             return
         height, _, channels = header.latent_shape
-        flip = "" if header.flip == "pairs" else " --config.data.horizontal_flip=False"
-        print(
-            "next: python launch/train.py --config=configs/dit_b2.py --workdir=runs/latents "
-            f"--config.data.latents.path={args.out} --config.model.image_size={height} "
-            f"--config.model.in_channels={channels} --config.model.num_classes={header.num_classes}"
-            f"{flip}"
-        )
+        train = ["python", "launch/train.py", "--config=configs/dit_b2.py"]
+        train += ["--workdir=runs/latents"]
+        train += [f"--config.data.latents.path={args.out}", f"--config.model.image_size={height}"]
+        train.append(f"--config.model.in_channels={channels}")
+        train.append(f"--config.model.num_classes={header.num_classes}")
+        if header.flip != "pairs":
+            train.append("--config.data.horizontal_flip=False")
+        print(f"next: {shlex.join(train)}")
 
 
 if __name__ == "__main__":

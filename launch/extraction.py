@@ -21,6 +21,7 @@ from dit_jax.named_options import options_named
 from dit_jax.training.metrics import format_duration
 from interop import hub
 from interop.autoencoder_kl import load_autoencoder
+from launch import wiring
 from parallel.mesh import DataParallel, create_mesh
 
 SETTINGS = "extraction.json"
@@ -298,12 +299,11 @@ def run(args: argparse.Namespace) -> tuple[Path, data_lib.LatentsHeader]:
     check_settings(folder, settings)
     total = len(source)
     with data_lib.LatentsWriter(folder, header, shard_size=shard_size, resume=True) as writer:
-        print(
+        what = (
             f"{total} images of {source.info.name}, {args.split} -> {args.kind} of "
-            f"{header.latent_shape}, flip {args.flip}, with {header.vae_name}, on "
-            f"{placement.num_devices} x {jax.devices()[0].device_kind}",
-            flush=True,
+            f"{header.latent_shape}, flip {args.flip}, with {header.vae_name}"
         )
+        print(wiring.first_screen(what, folder, "time left: every 10 seconds"), flush=True)
         if writer.count:
             print(f"continuing after {writer.count} images", flush=True)
         encode = make_encoder(

@@ -20,7 +20,7 @@ from interop import hub
 from interop.autoencoder_kl import load_autoencoder
 from interop.models import FoundModel
 from interop.table import abstract_params
-from launch import methods, wiring
+from launch import arguments, methods, wiring
 from parallel.distributed import gathered
 from parallel.mesh import DataParallel, put_whole
 from parallel.vae import RowDecoder
@@ -60,14 +60,10 @@ def load_from_arguments(args: argparse.Namespace, overrides: dict[str, Any]) -> 
     """The model that `add_model_arguments`' options choose.
 
     Raises:
-        ValueError: neither or both of --workdir and --init_from.
+        ValueError: see `arguments.check_model`.
         WorkdirError, CheckpointError, InteropError: it cannot be read.
     """
-    if (args.workdir is None) == (args.init_from is None):
-        raise ValueError("give one of --workdir (a training run) and --init_from (a checkpoint)")
-    for name in ("num_heads", "num_classes", "allow_nonfinite"):
-        if args.workdir and getattr(args, name) not in (None, False):
-            raise ValueError(f"--{name} does not apply to --workdir: its config.json knows")
+    arguments.check_model(args)
     vae = resolve_source(args.vae)
     if args.param_dtype:
         overrides = {**overrides, "model.param_dtype": args.param_dtype}
@@ -208,7 +204,7 @@ class Decoder:
             if channels not in (1, 3):
                 raise ValueError(
                     f"the model makes latents of {channels} channels; give the VAE that decodes "
-                    "them, --vae=FOLDER (a diffusers folder, for instance of sd-vae-ft-mse)"
+                    "them: --vae=FOLDER, or --vae=hub:stabilityai/sd-vae-ft-mse"
                 )
             return
         several = jax.process_count() > 1  # each reads it, and what they read becomes one array

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def _require_same_process(found: FoundModel, config: ml_collections.ConfigDict, 
         prefix = "" if "name" in changed else f"{name}."
         listed = "\n".join(
             f"  config.process.{prefix}{key} is {new!r}, the model's {old!r}: "
-            f"--config.process.{prefix}{key}={old}"
+            + shlex.quote(f"--config.process.{prefix}{key}={old}")
             for key, (old, new) in changed.items()
         )
         raise ConfigError(f"{source} was trained on another process:\n{listed}")

@@ -197,6 +197,8 @@ def run(args: argparse.Namespace) -> data_lib.PairsHeader:
             f"{args.num_pairs}: give that one, or another --out"
         )
     require_space(folder, header, args.num_pairs - writer.count)
+    what = f"sampling {args.num_pairs} pairs of {header.teacher_source}"
+    print(wiring.first_screen(what, folder, "time left: every 10 seconds"), flush=True)
     if writer.count:
         print(f"continuing after {writer.count} pairs", flush=True)
 
@@ -217,7 +219,10 @@ def run(args: argparse.Namespace) -> data_lib.PairsHeader:
     return writer.finish()
 
 
-def student_times(header: data_lib.PairsHeader) -> str:
-    """The configuration of a student that takes a step at every stored time."""
+def student_times(header: data_lib.PairsHeader) -> list[str]:
+    """The flags of a student that takes a step at every stored time; none for one step."""
+    if len(header.path_times) == 1:
+        return []
     listed = ",".join(f"{time:g}" for time in (*header.path_times, header.times[-1]))
-    return f" --config.sampling.steps={len(header.path_times)} --config.sampling.times='({listed})'"
+    steps = len(header.path_times)
+    return [f"--config.sampling.steps={steps}", f"--config.sampling.times=({listed})"]

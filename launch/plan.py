@@ -90,4 +90,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    configuration_flags.run(main, required=["config", "devices"])
+    configuration_flags.run(main, required=("devices",))

@@ -4,7 +4,8 @@
   python launch/sample.py --workdir=runs/digits --labels 3 7 --guidance_scale=2 --out=threes.png
   python launch/sample.py --workdir=runs/digits --num_images=50000 --out=samples.npz
 
-  python launch/sample.py --init_from=DiT-XL-2-256x256.pt --vae=sd-vae-ft-mse --out=samples.png
+  python launch/sample.py --init_from=DiT-XL-2-256x256.pt \\
+      --vae=hub:stabilityai/sd-vae-ft-mse --out=samples.png
 
   python launch/sample.py --workdir=runs/digits --parallel=displaced --patch_devices=4 \\
       --warmup_steps=4 --out=samples.png
@@ -55,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = parse_arguments(argv)
     with command.readable_errors(traceback=args.traceback):
+        arguments.check_model(args)
+        arguments.check_parallel(args)
         from launch import sampling
 
         sampling.run(args)

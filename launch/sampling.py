@@ -5,6 +5,7 @@ import dataclasses
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -100,6 +101,15 @@ class Stream:
         return self.draw(start)
 
 
+def describe(model: loading.TrainedModel, count: int, out: Path) -> str:
+    """The first screen."""
+    sampling = model.config.sampling
+    what = f"sampling {count} images of {model.source}, weights {model.weights}, step {model.step}"
+    guidance = f", guidance {sampling.guidance_scale:g}" if sampling.guidance_scale != 1 else ""
+    what += f"\n  by {sampling.solver}, {sampling.steps} steps{guidance}"
+    return wiring.first_screen(what, out, "time left: after the first batch, which compiles")
+
+
 def run(args: argparse.Namespace) -> None:
     """Samples what the command line asks for, into its --out."""
     evaluation.check_destination(args.out, overwrite=args.overwrite)
@@ -129,6 +139,7 @@ def run(args: argparse.Namespace) -> None:
         "batch_size": model.config.sampling.batch_size,
         "decode": decoder,
     }
+    print(describe(model, len(labels), args.out), flush=True)
     stream = Stream(
         lambda start: wiring.stream_images(plan, params, labels, start=start, **options),
         record,

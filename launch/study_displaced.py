@@ -12,6 +12,7 @@ image of fewer rows of patches than devices is refused: the digits' four rows go
 
 import argparse
 import dataclasses
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -344,7 +345,7 @@ def main() -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         run = Run.open(args)
         record: dict[str, Any] = {
-            "command": " ".join(["python", "launch/study_displaced.py", *sys.argv[1:]]),
+            "command": shlex.join(["python", "launch/study_displaced.py", *sys.argv[1:]]),
             "sampling": run.model.config.sampling.to_dict(),
             "model": run.model.config.model.to_dict(),
             "weights": run.model.weights,

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -336,7 +337,7 @@ def main() -> None:
         if args.teacher is None:
             _keep_seconds(teacher, seconds)
         found, images = score(loading.load_model(teacher), teacher, args.num_images)
-        command = " ".join(["python", "launch/study_distillation.py", *sys.argv[1:]])
+        command = shlex.join(["python", "launch/study_distillation.py", *sys.argv[1:]])
         record = {
             "command": command,
             "seed": args.seed,

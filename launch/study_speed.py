@@ -157,7 +157,7 @@ def main() -> None:
             for name in args.distributions
         }
         record = {
-            "command": " ".join(["python", "launch/study_speed.py", *sys.argv[1:]]),
+            "command": shlex.join(["python", "launch/study_speed.py", *sys.argv[1:]]),
             "seeds": args.seeds,
             "floor": floor,
             "curves": curves,

@@ -13,6 +13,7 @@ Many devices, and several processes (docs/scaling.md):
   srun python launch/train.py --distributed --config=configs/dit_xl2.py --workdir=runs/dit_xl2
 """
 
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -22,7 +23,11 @@ from launch import command, configuration_flags
 from launch.configuration_flags import flags
 
 _CONFIG = configuration_flags.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Where checkpoints, metrics and pictures go; by default runs/NAME, of the file of --config.",
+)
 _INIT_FROM = flags.DEFINE_string(
     "init_from",
     None,
@@ -84,17 +89,21 @@ def initial_options() -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
     """Entry point."""
+    with command.readable_errors(traceback=_TRACEBACK.value):
+        options = initial_options()
+    directory = Path(_WORKDIR.value or Path("runs") / configuration_flags.config_name()).absolute()
     from parallel import distributed
 
-    directory = Path(_WORKDIR.value).absolute()
     readable = command.readable_errors(traceback=_TRACEBACK.value)
     with distributed.ending_together(), readable:
         join_processes()
+        if not _WORKDIR.value and distributed.is_first():
+            print(f"no --workdir given: {directory}", flush=True)
         result = run(
             _CONFIG.value,
             directory,
             init_from=_INIT_FROM.value,
-            init_options=initial_options(),
+            init_options=options,
             force=_FORCE.value,
         )
     if result.interrupted:
@@ -103,8 +112,9 @@ def main(argv: list[str]) -> None:
         sys.exit(128 + (result.signal or signal.SIGTERM))
     if distributed.is_first():
         print(f"done: step {result.step}, {result.steps_per_second:.4g} steps/s, in {directory}")
-        print(f"next: python launch/sample.py --workdir={directory} --out=samples.png")
+        sample = ["python", "launch/sample.py", f"--workdir={directory}", "--out=samples.png"]
+        print(f"next: {shlex.join(sample)}")
 
 
 if __name__ == "__main__":
-    configuration_flags.run(main, required=["config", "workdir"])
+    configuration_flags.run(main)

@@ -71,6 +71,7 @@ def train_in(
     training = config.training
     placement.check_batch_size(training.batch_size, training.num_microbatches)
     workdir.require_same_run(directory, config, force=force)
+    announce(first_screen(config, directory))
     source = experiment.open_data(config, "train")
     models = methods.open_frozen(config, method)
     initial = None
@@ -190,6 +191,14 @@ def open_decoder(config, placement) -> loading.Decoder | None:
     return loading.Decoder(config, Path(path), placement) if path else None
 
 
+def first_screen(config, directory: Path) -> str:
+    """What is to be trained, before data are opened."""
+    training = config.training
+    what = f"training {config.name or config.model.name} by {config.method.name}"
+    what += f": to step {training.num_steps} in batches of {training.batch_size}"
+    return wiring.first_screen(what, directory, "time left: after the first steps")
+
+
 def announce_start(config, abstract, source, directory: Path) -> None:
     """Says what is about to be trained, on what, where."""
     info = source.info
@@ -197,7 +206,7 @@ def announce_start(config, abstract, source, directory: Path) -> None:
     print(
         f"{config.name or 'experiment'}: {info.num_examples} examples of {info.name}, "
         f"{info.num_classes} classes, images {info.image_shape}\n"
-        f"{jax.device_count()} x {jax.devices()[0].device_kind}, workdir {directory}",
+        f"workdir {directory}; compiling, then Ctrl-C saves and ends",
         flush=True,
     )
     asked = (config.optimizer.schedule, config.optimizer.warmup_steps, config.training.num_steps)

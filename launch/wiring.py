@@ -3,8 +3,10 @@
 import argparse
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 
@@ -12,11 +14,12 @@ from dit_jax import experiment
 from dit_jax.named_options import options_named
 from dit_jax.sampling import generate, image_keys
 from dit_jax.training import metrics
+from launch import arguments
 from launch.command import readable_errors as readable_errors  # part of this module's face
 from parallel.distributed import gathered
 from parallel.mesh import DataParallel, create_mesh
 from parallel.partitioning import ShardedPlacement, rules_for
-from parallel.sampling import MODES, ImageParallel, ImagePlacement
+from parallel.sampling import ImageParallel, ImagePlacement
 
 # Names of `ImageParallel`'s options, in its errors, on the command line.
 PARALLEL_FLAGS = {
@@ -133,13 +136,9 @@ def image_parallel(args: argparse.Namespace) -> ImageParallel | None:
     Raises:
         ValueError: options that do nothing, or not together.
     """
+    arguments.check_parallel(args)
     if args.parallel is None:
-        for name in ("patch_devices", "warmup_steps", "split_guidance", "ulysses_devices"):
-            if getattr(args, name) not in (None, False):
-                raise ValueError(f"--{name} would do nothing without --parallel={'|'.join(MODES)}")
         return None
-    if args.patch_devices is None and not args.split_guidance:
-        raise ValueError(f"--parallel={args.parallel} needs --patch_devices (or --split_guidance)")
     with options_named(PARALLEL_FLAGS):
         return ImageParallel(
             args.parallel,
@@ -148,6 +147,18 @@ def image_parallel(args: argparse.Namespace) -> ImageParallel | None:
             split_guidance=args.split_guidance,
             ulysses=args.ulysses_devices,
         )
+
+
+def first_screen(what: str, out: Path, time_left: str) -> str:
+    """What a command says before its long part.
+
+    Args:
+        what: it does.
+        out: where it writes.
+        time_left: when that will be known, or what it is.
+    """
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}, JAX {jax.__version__}"
+    return f"{what}\n  on {devices}\n  into {out}\n  {time_left}"
 
 
 def table(rows: list[tuple[str, ...]]) -> str:

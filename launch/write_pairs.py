@@ -15,6 +15,7 @@ on where it was, and ends with the same files. Then train with
 """
 
 import argparse
+import shlex
 
 from launch import argument_types, arguments, command
 
@@ -46,16 +47,16 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = parse_arguments(argv)
     with command.readable_errors(traceback=args.traceback):
+        arguments.check_model(args)
         from launch import pairs
 
         header = pairs.run(args)
         size = sum(file.stat().st_size for file in args.out.expanduser().iterdir())
         print(f"done: {header.count} pairs in {args.out}, {size / 2**20:.4g} MiB")
-        times = "" if len(header.path_times) == 1 else pairs.student_times(header)
-        print(
-            "next: python launch/train.py --config=FILE --workdir=DIR --config.method.name=kd "
-            f"--config.data.name=pairs --config.data.pairs.path={args.out}{times}"
-        )
+        train = ["python", "launch/train.py", "--config=FILE", "--workdir=DIR"]
+        train += ["--config.method.name=kd", "--config.data.name=pairs"]
+        train.append(f"--config.data.pairs.path={args.out}")
+        print(f"next: {shlex.join([*train, *pairs.student_times(header)])}")
 
 
 if __name__ == "__main__":

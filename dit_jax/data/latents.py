@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -204,12 +205,24 @@ def open_latents(
                 f"the extraction of latents into {folder} is unfinished ({partial.count} images "
                 f"so far): run it again, it continues where it stopped"
             )
-        raise FileNotFoundError(f"no latents for split {split!r} in {path}: {HEADER} is missing")
+        raise FileNotFoundError(
+            f"no latents for split {split!r} in {path}: {HEADER} is missing. They are made by\n"
+            f"  {extraction_command(256, str(path), split)}\n"
+            "(IMAGES: a folder with a subfolder of images for every class)"
+        )
     header = LatentsHeader.from_file(folder / HEADER)
     if header.split != split:
         raise ValueError(f"the latents in {folder} are of split {header.split!r}, not {split!r}")
     _validate_files(folder, header, verify_checksums)
     return Latents(folder, header, moments)
+
+
+def extraction_command(image_size: int, out: str, split: str = "train") -> str:
+    """The command that makes a set of latents of a folder of images."""
+    command = ["python", "launch/extract_features.py", "--data=image_folder", "--path=IMAGES"]
+    command += [f"--image_size={image_size}", "--vae=hub:stabilityai/sd-vae-ft-mse"]
+    command += [f"--split={split}"] if split != "train" else []
+    return shlex.join([*command, f"--out={out}"])
 
 
 class Latents(Source):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import shlex
 import sys
 from typing import Any
 
@@ -143,11 +145,12 @@ def _first_line(error: Exception) -> str:
 
 
 def _require_prepared(tfds: Any, builder: Any, dataset: str, data_dir: str | None) -> None:
-    where = "" if data_dir is None else f", data_dir={str(data_dir)!r}"
-    command = (
-        f'python -c "import tensorflow_datasets as tfds; tfds.builder({dataset!r}{where}, '
-        f"file_format='array_record').download_and_prepare()\""
+    where = "" if data_dir is None else f", data_dir={json.dumps(str(data_dir))}"
+    code = (
+        f"import tensorflow_datasets as tfds; tfds.builder({json.dumps(dataset)}{where}, "
+        'file_format="array_record").download_and_prepare()'
     )
+    command = f"python -c {shlex.quote(code)}"
     if not builder.info.splits:
         raise FileNotFoundError(
             f"TFDS data set {dataset!r} is not prepared in {builder.data_dir}. Run:\n  {command}"

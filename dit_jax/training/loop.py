@@ -106,6 +106,7 @@ class TrainResult:
     signal: int | None = None
 
 
+_STEPS_TO_ESTIMATE = 10  # after so many the time left is first announced
 _STOP = "stop"  # among the metrics of several processes
 
 
@@ -351,6 +352,7 @@ class _Run:
         )
         self._pending: tuple[int, Any, Any] | None = None
         self._window: list[dict[str, float]] = []
+        self._steps, self._begun = 0, 0.0
         self.stops = False  # whether a process was told to, as of the last metrics fetched
 
     def stepped(self, step: int, metrics: Any, host_batch: Any) -> None:
@@ -361,6 +363,14 @@ class _Run:
         if step % self.options.log_every == 0 or step == self.options.num_steps:
             self._collect()
             self._log(step)
+        self._steps += 1
+        if self._steps == 2:  # the first has ended
+            self._begun = time.perf_counter()
+        elif self._steps == _STEPS_TO_ESTIMATE and self.options.log_every > _STEPS_TO_ESTIMATE:
+            rate = (self._steps - 2) / (time.perf_counter() - self._begun)
+            left = self.options.num_steps - step
+            duration = metrics_lib.format_duration(left / rate)
+            self.announce(f"{rate:.3g} steps/s: about {duration} for the {left} steps left")
 
     def is_pause(self, step: int) -> bool:
         """Whether a preview or a checkpoint is due after `step`."""

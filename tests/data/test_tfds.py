@@ -99,8 +99,8 @@ def test_what_to_run_when_not_prepared(data_dir, tmp_path):
         open_tiny(str(tmp_path), dataset="cifar10")
     assert "'cifar10' is not prepared" in str(error.value)
     assert (
-        f"python -c \"import tensorflow_datasets as tfds; tfds.builder('cifar10', "
-        f"data_dir='{tmp_path}', file_format='array_record').download_and_prepare()\""
+        'python -c \'import tensorflow_datasets as tfds; tfds.builder("cifar10", '
+        f'data_dir="{tmp_path}", file_format="array_record").download_and_prepare()\''
     ) in str(error.value)
     assert not os.listdir(tmp_path)
     with pytest.raises(

@@ -1,5 +1,6 @@
 """Mistakes end with a message that says what to do, before anything is trained."""
 
+import shlex
 import shutil
 
 import jax
@@ -7,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import dit_xl2
 from dit_jax import config as config_lib
 from dit_jax.evaluation import load_adm_npz
 from dit_jax.training import workdir as workdir_lib
-from launch import evaluate, loading, sample, train, wiring
+from launch import evaluate, extract_features, loading, sample, train, wiring
 from tests.launch.conftest import tiny_config
 
 
@@ -62,6 +64,31 @@ def test_training_is_refused(capsys, tmp_path, overrides, message):
     error = refusal(capsys, train.run, tiny_config(**overrides), tmp_path / "run")
     assert message in error
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_what_is_said_of_missing_latents_works(capsys, tmp_path):
+    error = refusal(capsys, train.run, dit_xl2.get_config(), tmp_path / "run")
+    extract = next(line for line in error.splitlines() if "extract_features" in line)
+    args = extract_features.parse_arguments(shlex.split(extract)[2:])
+    assert (args.image_size, args.vae) == (256, "hub:stabilityai/sd-vae-ft-mse")
+    # The small network on digits that is suggested trains.
+    config = dit_xl2.get_config()
+    flags = next(line for line in error.splitlines() if "--config.data.name=digits" in line)
+    values = dict(flag.removeprefix("--config.").split("=") for flag in flags.split())
+    assert len(values) == 8
+    config.update_from_flattened_dict(
+        {key: value if key == "data.name" else int(value) for key, value in values.items()}
+    )
+    config.training.num_steps = 2
+    config.training.tensorboard = False
+    assert train.run(config, tmp_path / "run").step == 2
+    # A path that names nothing: the command that fills it, for a shell.
+    config = dit_xl2.get_config()
+    config.data.latents.path = str(tmp_path / "the user's latents")
+    error = refusal(capsys, train.run, config, tmp_path / "other")
+    extract = next(line for line in error.splitlines() if "extract_features" in line)
+    args = extract_features.parse_arguments(shlex.split(extract)[2:])
+    assert args.out == tmp_path / "the user's latents"
 
 
 def test_a_workdir_that_is_a_file_is_refused(capsys, tmp_path):

@@ -5,12 +5,13 @@ import sys
 
 import pytest
 
-from dit_jax import evaluation
+from dit_jax import config as config_lib
+from dit_jax import config_help, evaluation
 from dit_jax.models import linear
 from interop import export, models
 from launch import arguments, planning
 from parallel import accelerators, sampling
-from tests.launch.conftest import ROOT, environment
+from tests.launch.conftest import ROOT, environment, run
 
 COMMANDS = ("train", "sample", "evaluate", "convert", "compare", "extract_features", "plan")
 COMMANDS += ("write_pairs",)
@@ -19,7 +20,7 @@ COMMANDS += ("write_pairs",)
 # and says what it has loaded at its end.
 SCRIPT = """
 import os, runpy, sys
-heavy = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorflow", "torch", "scipy", "numpy", "clu"}
+heavy = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorflow", "torch", "scipy", "clu"}
 for name in %r:
     for flag in ("--help", "--no_such_flag"):
         if os.fork():
@@ -62,3 +63,19 @@ def test_help_and_mistyped_flags_are_answered_before_anything_heavy_is_imported(
 )
 def test_choices_of_flags_are_the_librarys(listed, known):
     assert tuple(listed) == tuple(known)
+
+
+def test_help_config_explains_the_keys_that_have_a_word():
+    said = config_help.meanings()
+    assert set(said) == {path for path, _ in config_lib.flatten(config_lib.default_config())}
+    assert said["training.batch_size"] == "over all devices"
+    assert said["method.ladd.r1_noise"] == "its perturbation of data"  # of keys that methods share
+    assert said["mesh.fsdp"].startswith("parts of a batch")
+    assert config_help.explain("lr").splitlines()[0].split() == [
+        *("config.optimizer.learning_rate", "0.0001", "after", "the", "warm-up")
+    ]
+    assert "config.sampling.guidance_scale" in config_help.explain("classifier-free")
+    out, _ = run("train", "--help_config", "remat")
+    assert out == config_help.explain("remat") + "\n"
+    _, err = run("train", "--help_config=remta", status=2)
+    assert "no key of the configuration has 'remta'" in err and "config.model.remat?" in err

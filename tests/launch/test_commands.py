@@ -1,6 +1,7 @@
 """Train, sample and evaluate end to end, as separate commands."""
 
 import json
+import shlex
 import signal
 
 import numpy as np
@@ -8,13 +9,13 @@ import pytest
 from PIL import Image
 
 from dit_jax.evaluation import load_adm_npz
-from tests.launch.conftest import curve, run, start
+from tests.launch.conftest import ROOT, curve, run, start
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_file, tmp_path_factory):
     """A finished run's workdir and what it printed."""
-    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    workdir = tmp_path_factory.mktemp("runs") / "a tiny run's"
     out, _ = run(
         "train",
         f"--config={tiny_file}",
@@ -29,7 +30,11 @@ def test_training_reports_and_leaves_everything_in_the_workdir(trained):
     workdir, out = trained
     assert "blocks/attn/qkv/kernel" in out and "1442 examples of digits" in out
     assert "step 12/12" in out and "steps/s" in out and "ETA" in out
-    assert "done: step 12, " in out and f"launch/sample.py --workdir={workdir}" in out
+    assert f"into {workdir}\n" in out and "on 1 x cpu, JAX" in out  # before anything long
+    assert "done: step 12, " in out
+    hint = out.splitlines()[-1].removeprefix("next: ")
+    sample = ["python", "launch/sample.py", f"--workdir={workdir}", "--out=samples.png"]
+    assert shlex.split(hint) == sample
     names = {path.name for path in workdir.iterdir()}
     assert names == {"config.json", "checkpoints", "metrics.jsonl", "previews"}
     assert sorted(curve(workdir)) == [4, 8, 12]
@@ -116,8 +121,13 @@ def test_mistyped_options_end_with_a_message(tiny_file, tmp_path, arguments, mes
 
 
 def test_missing_options_and_files(tiny_file, tmp_path):
-    _, err = run("train", f"--config={tiny_file}", status=2)
-    assert "--workdir" in err and "Traceback" not in err
+    _, err = run("train", f"--workdir={tmp_path}", status=2)
+    assert "--config is missing" in err and "Traceback" not in err
+    # Without --workdir a run goes to one of the experiment's name; latents are explained.
+    out, err = run("train", "--config=configs/dit_xl2.py", status=2)
+    assert f"no --workdir given: {ROOT / 'runs/dit_xl2'}\n" in out
+    assert "config.data.latents.path is empty" in err and "launch/extract_features.py" in err
+    assert not (ROOT / "runs/dit_xl2").exists()
     _, err = run("train", "--config=configs/none.py", f"--workdir={tmp_path}", status=2)
     assert "configs/none.py" in err and "Traceback" not in err
 
