@@ -53,7 +53,7 @@ def run(
         # Of several processes the first holds the lock for all.
         held = distributed.on_first(lambda: stack.enter_context(lock.held(directory)))
         stack.enter_context(workdir.readable_disk_errors(directory))
-        return train_in(directory, held, config, options, init_from, force)
+        return train_in(directory, held, config, options, init_from, init_options, force)
 
 
 def train_in(
@@ -62,6 +62,7 @@ def train_in(
     config,
     options: loop.LoopOptions,
     init_from: str | None,
+    init_options: dict[str, Any] | None,
     force: bool,
 ) -> loop.TrainResult:
     """As `run`, in a workdir whose lock is `held`."""
