@@ -133,7 +133,7 @@ class DataParallel:
         """One parameter of a network, read from a file, to where it belongs."""
         return put_whole(array, self.replicated)
 
-    def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    def put_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """This process's part of a batch, onto its devices."""
         return jax.tree_util.tree_map_with_path(
             lambda path, value: jax.make_array_from_process_local_data(

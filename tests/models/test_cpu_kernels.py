@@ -56,6 +56,20 @@ def test_attention_with_fewer_queries_than_keys():
     assert_same_derivatives(cpu_kernels.attention, attention.einsum_attention, *operands)
 
 
+def test_attention_of_bfloat16_has_gradients_of_bfloat16():
+    operands = [normal(i, 2, 5, 2, 8) for i in range(3)]
+    half = [operand.astype(jnp.bfloat16) for operand in operands]
+
+    def gradients(*operands):
+        return jax.grad(lambda *qkv: jnp.sin(cpu_kernels.attention(*qkv)).sum(), (0, 1, 2))(
+            *operands
+        )
+
+    for ours, expected in zip(gradients(*half), gradients(*operands), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(ours.astype(jnp.float32), expected, atol=0.05)
+
+
 def test_large_scores_stay_finite():
     q, k, v = 100 * normal(0, 2, 5, 2, 8), 100 * normal(1, 2, 5, 2, 8), normal(2, 2, 5, 2, 8)
     grads = jax.grad(lambda *qkv: cpu_kernels.attention(*qkv).sum(), (0, 1, 2))(q, k, v)

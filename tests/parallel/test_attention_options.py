@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_jax.models.attention import einsum_attention
+from dit_jax.models.attention import LocalAttention, einsum_attention
 from dit_jax.models.attention_options import AttentionOptions
+from dit_jax.models.rotary import apply_rotary, grid_ids, rotary_table
+from parallel import transformer
 from parallel.patch import Displaced, Naive, Synchronous
 from parallel.sequence import UlyssesRing
 
@@ -110,6 +112,17 @@ def test_joint_attention_over_split_tokens_is_that_of_one_device(mode):
     assert len(differing) == len(OPTIONS)
 
 
+def test_heads_split_by_the_partitioner_take_the_options_of_one_device():
+    mesh = Mesh(np.asarray(jax.devices()[:DEVICES]), ("tensor",))
+    heads = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
+    strategy = transformer._SplitHeads(heads, LocalAttention())
+    found = {name: options(IMAGE_MASK) for name, options in OPTIONS.items()}
+    call = jax.jit(lambda qkv: {name: strategy(*qkv, None, o)[0] for name, o in found.items()})
+    for name, out in call(QKV).items():
+        assert out.sharding.is_equivalent_to(heads, out.ndim)
+        np.testing.assert_allclose(out, einsum_attention(*QKV, found[name]), atol=1e-5)
+
+
 def test_naive_hides_the_other_devices_tokens_and_keeps_the_options():
     strategy = Naive(IMAGE, AXES)
     _, images = on_devices(
@@ -128,6 +141,21 @@ def test_naive_hides_the_other_devices_tokens_and_keeps_the_options():
         options = dataclasses.replace(options, mask=jnp.asarray(mask))
         expected = einsum_attention(*QKV, options)[:, TEXT:]
         np.testing.assert_allclose(images[name][:, :IMAGE], expected, atol=1e-5, err_msg=name)
+
+
+def test_rotary_tables_are_those_of_the_tokens_at_hand():
+    strategy = UlyssesRing(IMAGE, AXES)
+    tables = [
+        rotary_table(grid_ids(grid, axes=3), (2, 2, 4)) for grid in ((TEXT,), (2, IMAGE // 2))
+    ]
+
+    def call(q, k, v, _):
+        own = jnp.concatenate([tables[0], strategy.own_tokens(tables[1], OWN)])
+        return {"": apply_rotary(q, own)}
+
+    _, images = on_devices(2, 2, call)
+    expected = apply_rotary(QKV[0], np.concatenate(tables))[:, TEXT:]
+    np.testing.assert_allclose(images[""][:, :IMAGE], expected, atol=1e-6)
 
 
 def test_keys_that_all_devices_have_need_no_exchange():

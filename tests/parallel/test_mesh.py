@@ -3,7 +3,10 @@
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from dit_jax.models import layers
+from dit_jax.models.batch_axes import divided_by_rows
 from launch import methods, wiring
 from parallel.mesh import AXES, DataParallel, create_mesh, resolve_axes
 from parallel.partitioning import ShardedPlacement
@@ -57,6 +60,41 @@ def test_batches_are_divided_over_data_and_fsdp_and_rows_over_sequence():
     )
     assert batch["image"].addressable_shards[0].data.shape == (2, 2, 4, 1)
     assert batch["label"].addressable_shards[0].data.shape == (2,)
+
+
+def test_a_text_condition_is_not_divided_over_sequence_whatever_its_length_and_rank():
+    placement = DataParallel(create_mesh(data=4, sequence=2))
+    images = {
+        "image": np.zeros((8, 3, 4, 6, 1), np.float32),  # with a time axis
+        "path": np.zeros((8, 2, 4, 4, 1), np.float32),
+    }
+    conditions = {
+        "text": np.ones((8, 7, 4), np.float32),
+        "reference": np.zeros((8, 3, 7, 4), np.float32),
+        "image": np.zeros((8, 3, 4, 4), np.float32),  # a condition, whatever its name
+    }
+    batch = placement.put_batch({**images, "conditions": conditions})
+    shapes = jax.tree.map(lambda a: a.addressable_shards[0].data.shape, batch)
+    assert shapes.pop("conditions") == {
+        "text": (2, 7, 4),
+        "reference": (2, 3, 7, 4),
+        "image": (2, 3, 4, 4),
+    }
+    assert shapes == {"image": (2, 3, 2, 6, 1), "path": (2, 2, 2, 4, 1)}
+
+    text_layer, image_layer = (layers.Linear(4, 4, rngs=nnx.Rngs(0)) for _ in range(2))
+
+    @jax.jit
+    def call(text, tokens):
+        text = jax.nn.silu(text_layer(text))
+        tokens = divided_by_rows(image_layer(tokens))
+        return text, tokens, divided_by_rows(tokens.reshape(8, 3, 2, 4), axis=2)
+
+    tokens = np.ones((8, 6, 4), np.float32)
+    with placement.tracing():
+        outs = call(batch["conditions"]["text"], placement.put_batch({"tokens": tokens})["tokens"])
+    of_device = [out.addressable_shards[0].data.shape for out in outs]
+    assert of_device == [(2, 7, 4), (2, 3, 4), (2, 3, 1, 4)]
 
 
 def test_a_batch_the_axes_cannot_share_is_an_error():
