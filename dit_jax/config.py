@@ -127,11 +127,11 @@ def _of_type(path: str, value: Any, default: Any) -> Any:
             value = tuple(float(element) for element in value)
     else:
         wanted = type(default).__name__
-        if isinstance(default, float) and type(value) is int:
+        if isinstance(default, float) and type(value) is int and abs(value) < 2**1023:
             value = float(value)
         fits = type(value) is type(default)
     if not fits:
-        inner = isinstance(given, tuple)
+        inner = isinstance(given, tuple) and isinstance(default, tuple)
         wrong = next(e for e in given if type(e) not in kinds) if inner else given
         raise ConfigError(
             f"config.{path}={given!r} {'holds a value' if inner else 'is'} of type "

@@ -14,7 +14,9 @@ import jax
 import numpy as np
 
 from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, Params
+from dit_jax.untrusted import shown
 from interop.autoencoder_tables import diffusers_table, original_table
+from interop.claims import check_counts, check_types, read_object
 from interop.prefixes import without_prefix
 from interop.recognise import AUTOENCODERS, description
 from interop.sharded import INDEX_SUFFIXES, find_weights, shards_of
@@ -31,6 +33,7 @@ from interop.tensors import InteropError, TensorFile, open_tensors, write_safete
 
 _WITHIN_DIFFUSION = "first_stage_model."
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+_MAX_RESOLUTIONS = 16
 
 # Architectures by name, for files that hold weights and no configuration. The scaling factors of
 # others with the same tensors differ (SDXL 0.13025, SD3 1.5305 and 0.0609): hence the warning.
@@ -80,9 +83,16 @@ def config_from_diffusers(
     """
     if values.get("_class_name") != "AutoencoderKL":
         raise InteropError(
-            f"{where} describes a {values.get('_class_name')}; expected an AutoencoderKL"
+            f"{where} describes a {shown(values.get('_class_name'))}; expected an AutoencoderKL"
         )
-    count = len(values.get("block_out_channels", (64,)))
+    widths = values.get("block_out_channels", [64])
+    is_list = isinstance(widths, list | tuple) and 1 <= len(widths) <= _MAX_RESOLUTIONS
+    if not is_list or not all(type(width) is int and width > 0 for width in widths):
+        raise InteropError(
+            f"{where}: block_out_channels={shown(widths)}; expected a list of integers"
+        )
+    _check_types(values, where)
+    count = len(widths)
     fixed = {
         "act_fn": "silu",
         "down_block_types": ["DownEncoderBlock2D"] * count,
@@ -94,18 +104,33 @@ def config_from_diffusers(
         found = values.get(name, wanted)
         if (list(found) if isinstance(found, list | tuple) else found) != wanted:
             raise InteropError(
-                f"{where}: {name}={found!r}; this AutoencoderKL has {wanted!r} and nothing else"
+                f"{where}: {name}={shown(found)}; this AutoencoderKL has {wanted!r} and nothing "
+                "else"
             )
     chosen = {name: values.get(name, default) for name, default in _DEFAULTS.items()}
     chosen["block_out_channels"] = tuple(chosen["block_out_channels"])
     size = chosen["sample_size"]
-    chosen["sample_size"] = size if isinstance(size, int) else min(size)
+    chosen["sample_size"] = min(size) if isinstance(size, list) else size
     try:
         return AutoencoderKLConfig(
             **chosen, shift_factor=values.get("shift_factor") or 0.0, dtype=dtype
         )
     except (TypeError, ValueError) as error:
         raise InteropError(f"{where}: {error}") from error
+
+
+def _check_types(values: Mapping[str, Any], where: str) -> None:
+    lists = ("block_out_channels", "sample_size")
+    by_kind = {
+        kind: [n for n, v in _DEFAULTS.items() if type(v) is kind and n not in lists]
+        for kind in (int, float, bool)
+    }
+    numbers = [*by_kind[float], "shift_factor"]
+    check_types(where, values, integers=by_kind[int], numbers=numbers, truths=by_kind[bool])
+    size = values.get("sample_size", 32)
+    sizes = size if isinstance(size, list) and len(size) == 2 else [size]
+    if not all(type(side) is int and side > 0 for side in sizes):
+        raise InteropError(f"{where}: sample_size={shown(size)}; expected an integer, or two")
 
 
 def config_to_diffusers(config: AutoencoderKLConfig) -> dict[str, Any]:
@@ -178,8 +203,10 @@ def load_autoencoder(
         folder = path / "vae" if (path / "vae" / CONFIG).is_file() else path
         if which:
             raise InteropError(f"which={which!r} is for bare weights; {folder} has a {CONFIG}")
-        config, weights = _read_config(folder, dtype), _find_weights(folder)
-        file = _by_own_names(open_tensors(weights, within=folder))
+        values, weights = _read_config(folder, path), _find_weights(folder)
+        file = _by_own_names(open_tensors(weights, within=path))
+        config = config_from_diffusers(values, dtype=dtype, where=str(folder / CONFIG))
+        check_counts(folder / CONFIG, values, file)
     elif path.is_file():
         file, weights = _by_own_names(open_tensors(path)), path
         config = _known_config(file, which, dtype)
@@ -201,17 +228,11 @@ def load_autoencoder(
     return autoencoder, params, _sha256(weights)
 
 
-def _read_config(folder: Path, dtype: str) -> AutoencoderKLConfig:
+def _read_config(folder: Path, within: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise InteropError(f"{folder} has no {CONFIG}: it is no autoencoder saved by diffusers")
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise InteropError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise InteropError(f"{path} holds no JSON object")
-    return config_from_diffusers(values, dtype=dtype, where=str(path))
+    return read_object(path, within)
 
 
 def _find_weights(folder: Path) -> Path:

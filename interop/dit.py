@@ -6,6 +6,7 @@ The original: Peebles and Xie's `DiT`, whose names fast-DiT and SiT share. diffu
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import numpy as np
 from dit_jax.models import DiTConfig
 from dit_jax.models.dit import SIZES
 from dit_jax.models.layers import sincos_position_embedding
+from dit_jax.untrusted import shown
+from interop.claims import check_types
 from interop.table import (
     Constant,
     Row,
@@ -262,6 +265,31 @@ _DIFFUSERS_FIXED = {
 }
 
 
+def check_diffusers_types(values: Mapping[str, Any], where: str | Path) -> None:
+    """Refuses a config.json whose entries have other types than diffusers writes.
+
+    Raises:
+        InteropError: one has; says which.
+    """
+    check_types(
+        where,
+        values,
+        integers=(
+            "sample_size",
+            "in_channels",
+            "out_channels",
+            "patch_size",
+            "num_attention_heads",
+            "attention_head_dim",
+            "num_layers",
+            "num_embeds_ada_norm",
+        ),
+        numbers=("norm_eps", "dropout"),
+        texts=("_class_name", *(n for n, v in _DIFFUSERS_FIXED.items() if isinstance(v, str))),
+        truths=[n for n, v in _DIFFUSERS_FIXED.items() if isinstance(v, bool)],
+    )
+
+
 def config_from_diffusers(
     values: Mapping[str, Any],
     *,
@@ -283,13 +311,12 @@ def config_from_diffusers(
         InteropError: a model class or option that this network does not have.
     """
     if values.get("_class_name") not in ("DiTTransformer2DModel", "Transformer2DModel"):
-        raise InteropError(
-            f"{where} describes a {values.get('_class_name')}; expected a DiTTransformer2DModel"
-        )
+        found = shown(values.get("_class_name"))
+        raise InteropError(f"{where} describes a {found}; expected a DiTTransformer2DModel")
     for name, wanted in _DIFFUSERS_FIXED.items():
         if values.get(name, wanted) != wanted:
             raise InteropError(
-                f"{where}: {name}={values[name]!r}; a DiT has {wanted!r} and nothing else here"
+                f"{where}: {name}={shown(values[name])}; a DiT has {wanted!r} and nothing else here"
             )
     if values.get("dropout", 0.0):
         raise InteropError(f"{where}: dropout={values['dropout']}; this DiT has none")

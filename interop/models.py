@@ -27,6 +27,7 @@ from dit_jax.models import Network
 from dit_jax.training import workdir
 from dit_jax.training.saved_weights import RunWeights
 from interop import dit, edm, hub
+from interop.claims import check_counts, check_types, read_object
 from interop.edm_pickle import looks_like_network_pickle, open_network_pickle
 from interop.finiteness import Finiteness, WatchedFile
 from interop.prefixes import RenamedFile, without_prefix
@@ -329,26 +330,39 @@ def read_card(folder: Path) -> dict[str, Any]:
     file = folder / CARD
     if not file.is_file():
         return {}
-    try:
-        card = json.loads(file.read_text())
-    except ValueError as error:
-        raise InteropError(f"{file} is damaged: {error}") from error
-    if not isinstance(card, dict) or card.get("format") != FORMAT:
+    card = read_object(file, folder)
+    if card.get("format") != FORMAT:
         raise InteropError(f"{file}: expected the format {FORMAT!r}")
+    check_types(
+        file,
+        card,
+        integers=("step", "num_classes"),
+        texts=("weights", "time_frequency_spacing"),
+        truths=("null_class", "pixels"),
+    )
+    names = card.get("class_names", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InteropError(f"{file}: class_names must be a list of strings")
     return card
 
 
-def _card_config(folder: Path, card: Mapping[str, Any], methods: Any) -> Any:
+def _card_config(folder: Path, card: Mapping[str, Any], methods: Any, file: TensorFile) -> Any:
+    where, values = folder / CARD, card.get("config")
+    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+        raise InteropError(f"{where}: its configuration is missing, or no object")
+    model = values["model"]
+    for section in [model, *(v for v in model.values() if isinstance(v, dict))]:
+        check_counts(where, section, file)
     try:
         return experiment.resolve_config(from_json(json.dumps(card["config"])), methods)
-    except (KeyError, ValueError) as error:
-        raise InteropError(f"{folder / CARD}: its configuration cannot be used: {error}") from error
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise InteropError(f"{where}: its configuration cannot be used: {error}") from error
 
 
 def _open_folder(path: Path, methods: Any) -> FoundModel:
     card = read_card(path)
-    file = open_tensors(path / WEIGHTS)
-    config = _card_config(path, card, methods)
+    file = open_tensors(path / WEIGHTS, within=path)
+    config = _card_config(path, card, methods, file)
     return _found(
         "dit_jax",
         path,
@@ -420,7 +434,7 @@ def _open_edm(path: Path, kind: str, weights: str) -> FoundModel:
     file: TensorFile
     if kind == "edm_pkl":
         file = open_network_pickle(path, weights=weights or "auto")
-        found = edm.from_arguments(file)
+        found = _network_of_pickle(path, file)
     else:
         file, notes = _open_state_dict(path, weights, EDM_UNET)
         found = edm.from_tensors(file)
@@ -436,6 +450,18 @@ def _open_edm(path: Path, kind: str, weights: str) -> FoundModel:
     return _found(kind, path, config, table, file, weights=weights, notes=notes)
 
 
+def _network_of_pickle(path: Path, file: TensorFile) -> edm.Preconditioned:
+    positional, keywords = file.metadata["arguments"]
+    given = {f"argument {i}": value for i, value in enumerate(positional)} | dict(keywords)
+    check_counts(path, given, file)
+    try:
+        return edm.from_arguments(file)
+    except InteropError:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise InteropError(f"{path}: the arguments of its network are not EDM's") from error
+
+
 def _refuse_other_sit(path: Path, arguments: Mapping[str, Any]) -> None:
     for name, wanted in (("path_type", "Linear"), ("prediction", "velocity")):
         if arguments.get(name, wanted) != wanted:
@@ -445,25 +471,16 @@ def _refuse_other_sit(path: Path, arguments: Mapping[str, Any]) -> None:
             )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise InteropError(f"{file} is missing") from error
-    except ValueError as error:
-        raise InteropError(f"{file} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise InteropError(f"{file}: expected a JSON object")
-    return values
-
-
 def _open_diffusers(path: Path, spacing: str, methods: Any) -> FoundModel:
     given = path if path.is_file() else None  # one of several, or under another name
     path = path.parent if given else path
     is_pipeline = (path / "model_index.json").is_file() or (path / "transformer").is_dir()
     folder = path / "transformer" if is_pipeline else path
     card = read_card(path)
-    values = _read_json(folder / "config.json")
+    values = read_object(folder / "config.json", path)
+    dit.check_diffusers_types(values, folder / "config.json")
+    file = open_tensors(given or find_weights(folder), within=path, keep_names=True)
+    check_counts(folder / "config.json", values, file)
     network = dit.config_from_diffusers(
         values,
         num_classes=card.get("num_classes"),
@@ -473,12 +490,12 @@ def _open_diffusers(path: Path, spacing: str, methods: Any) -> FoundModel:
     )
     notes = []
     if card:
-        config = _card_config(path, card, methods)
+        config = _card_config(path, card, methods, file)
         config = _agree(path, config, network, spacing)
     else:
         scheduler = path / "scheduler" / "scheduler_config.json"
         if scheduler.is_file():
-            process = process_from_scheduler(_read_json(scheduler), str(scheduler))
+            process = process_from_scheduler(read_object(scheduler, path), str(scheduler))
         else:
             process = process_from_scheduler({"_class_name": "DDIMScheduler"}, "")
             notes.append("no scheduler beside it: taken as DDPM with the linear schedule")
@@ -489,7 +506,6 @@ def _open_diffusers(path: Path, spacing: str, methods: Any) -> FoundModel:
         )
     table = dit.diffusers_table(network, values.get("num_embeds_ada_norm", 1000))
     names = _class_names(path, network.num_classes) if is_pipeline else ()
-    file = open_tensors(given or find_weights(folder), within=folder, keep_names=True)
     file, left_out = without_prefix(file, (DIFFUSERS_DIT,))
     vae = path / "vae"
     return _found(
@@ -523,7 +539,7 @@ def _agree(path: Path, config: Any, network: Any, spacing: str) -> Any:
 
 def _class_names(path: Path, count: int) -> tuple[str, ...]:
     index = path / "model_index.json"
-    names = _read_json(index).get("id2label") or {} if index.is_file() else {}
+    names = read_object(index, path).get("id2label") or {} if index.is_file() else {}
     if not isinstance(names, dict) or not all(str(i) in names for i in range(count)):
         return ()
     return tuple(str(names[str(i)]) for i in range(count))

@@ -4,11 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from dit_jax.diffusion.process import DDPM, Process, RectifiedFlow
+from dit_jax.untrusted import shown
+from interop.claims import check_types
 from interop.tensors import InteropError
 
 # diffusers' name of what the network predicts, by ours.
 _PREDICTIONS = {"eps": "epsilon", "x0": "sample", "velocity": "v_prediction"}
 
+_MAX_TIMESTEPS = 10**6
 _DDPM_CLASSES = (
     "DDIMScheduler",
     "DDPMScheduler",
@@ -76,21 +79,33 @@ def process_from_scheduler(values: Mapping[str, Any], where: str) -> dict[str, A
     Raises:
         InteropError: a scheduler, or a schedule of noise, that this library does not have.
     """
+    check_types(
+        where,
+        values,
+        integers=("num_train_timesteps",),
+        numbers=("beta_start", "beta_end", "flow_shift", "shift"),
+        texts=("_class_name", "prediction_type", "beta_schedule"),
+    )
+    if (values.get("num_train_timesteps") or 1) > _MAX_TIMESTEPS:
+        raise InteropError(
+            f"{where}: num_train_timesteps={values['num_train_timesteps']}; at most "
+            f"{_MAX_TIMESTEPS} are possible"
+        )
     name = values.get("_class_name", "DDIMScheduler")
     prediction = values.get("prediction_type", "epsilon")
     if prediction == "flow_prediction" or name == "FlowMatchEulerDiscreteScheduler":
         if name not in _FLOW_CLASSES:
-            raise InteropError(f"{where}: {name} with flow_prediction is not known here")
+            raise InteropError(f"{where}: {shown(name)} with flow_prediction is not known here")
         shift = values.get("flow_shift", values.get("shift", 1.0)) or 1.0
         return {
             "process": {"name": "flow", "flow": {"network_convention": "flux", "time_scale": 1e3}},
             "sampling": {"solver": "heun", "steps": 25, "shift": float(shift)},
         }
     if name not in _DDPM_CLASSES:
-        raise InteropError(f"{where}: the scheduler {name} is not known here")
+        raise InteropError(f"{where}: the scheduler {shown(name)} is not known here")
     if values.get("beta_schedule", "linear") != "linear" or values.get("trained_betas") is not None:
         raise InteropError(
-            f"{where}: beta_schedule={values.get('beta_schedule')!r}; a DDPM process here has "
+            f"{where}: beta_schedule={shown(values.get('beta_schedule'))}; a DDPM process here has "
             "linear betas"
         )
     if values.get("rescale_betas_zero_snr"):
@@ -98,7 +113,7 @@ def process_from_scheduler(values: Mapping[str, Any], where: str) -> dict[str, A
     ours = {theirs: mine for mine, theirs in _PREDICTIONS.items()}
     if prediction not in ours:
         raise InteropError(
-            f"{where}: prediction_type={prediction!r}; expected one of {sorted(ours)}"
+            f"{where}: prediction_type={shown(prediction)}; expected one of {sorted(ours)}"
         )
     return {
         "process": {

@@ -17,7 +17,6 @@ from interop.pickle_scan import scan_pickle
 from interop.pt_files import open_pt
 from interop.pt_writer import write_pt
 from interop.safetensors_files import (
-    MAX_HEADER_BYTES,
     open_safetensors,
     write_safetensors,
 )
@@ -108,7 +107,7 @@ def _only_candidate(folder: Path) -> Path:
 def _looks_like_safetensors(beginning: bytes) -> bool:
     # The header's length, then JSON. (As a length, the beginning of text is beyond any limit.)
     length = int.from_bytes(beginning[:8], "little")
-    return beginning[8:9] == b"{" and length <= MAX_HEADER_BYTES
+    return beginning[8:9] == b"{" and length < 2**48
 
 
 def _looks_like_pt(path: Path, beginning: bytes) -> bool:
@@ -127,7 +126,8 @@ def _looks_like_pt(path: Path, beginning: bytes) -> bool:
 def _open_by_content(path: Path, beginning: bytes, weights: str, keep_names: bool) -> TensorFile:
     if not _looks_like_safetensors(beginning) and _looks_like_pt(path, beginning):
         return open_pt(path, weights=weights, keep_names=keep_names)
-    if beginning[8:9] == b"{" and beginning[:1] != b"{":
+    is_safetensors = _looks_like_safetensors(beginning)
+    if is_safetensors or (beginning[8:9] == b"{" and beginning[:1] != b"{"):
         file = open_safetensors(path)
     elif beginning.lstrip()[:1] == b"{":
         file = open_sharded(path)

@@ -12,7 +12,6 @@ file is executed; the destination appears whole or not at all.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,13 +69,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def _read_json(path: Path | None, kind: type):
     if path is None:
         return None
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, kind):
-        raise ValueError(f"{path}: expected a JSON {'list' if kind is list else 'object'}")
-    return value
+    from dit_jax.untrusted import read_json
+
+    return read_json(path, kind)
 
 
 def show(summary: "Summary", dry_run: bool) -> str:

@@ -1,7 +1,6 @@
 """FID and its kin of samples against a reference set: the part of launch/evaluate.py for them."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from dit_jax import evaluation, experiment
 from dit_jax.evaluation.sample_store import record_path
 from dit_jax.models.dit import SIZES
 from dit_jax.training.metrics import format_duration
+from dit_jax.untrusted import read_json
 from interop.inception import default_cache_dir, load_extractor
 from launch import arguments, loading, wiring
 from parallel.mesh import create_mesh
@@ -39,7 +39,7 @@ def existing_samples(path: Path) -> tuple[Any, dict[str, Any]]:
         raise FileNotFoundError(f"no samples {path}")
     images = evaluation.FolderImages(path) if path.is_dir() else evaluation.NpzImages(path)
     record = record_path(path)
-    return images, json.loads(record.read_text()) if record.is_file() else {}
+    return images, read_json(record) if record.is_file() else {}
 
 
 def new_samples(
