@@ -76,7 +76,8 @@ def main(argv: list[str]) -> None:
             devices=_DEVICES.value,
             accelerator_name=_ACCELERATOR.value,
             hbm_gib=_HBM_GIB.value,
-            out=None if _OVERWRITE.value else out,
+            out=out,
+            overwrite=_OVERWRITE.value,
         )
         folder = os.environ.get(_CHILD)
         if folder is None:

@@ -42,6 +42,7 @@ def check_options(
     accelerator_name: str,
     hbm_gib: float | None = None,
     out: Path | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Refuses what cannot be planned, before anything is started.
 
@@ -50,7 +51,8 @@ def check_options(
         devices: how many.
         accelerator_name: see `parallel.accelerators`.
         hbm_gib: memory of one device, None for the accelerator's own.
-        out: a file that must not be there yet.
+        out: a file of JSON that must not be there yet, or None.
+        overwrite: it may be there.
 
     Raises:
         ValueError: one of them is not so.
@@ -63,10 +65,10 @@ def check_options(
         raise ValueError(f"--what={what!r}: expected one of {', '.join(COMPILERS)}")
     if hbm_gib is not None and hbm_gib not in POSITIVE:
         raise ValueError(f"--hbm_gib={hbm_gib}: expected {POSITIVE}")
+    if out is not None and out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists: choose another --out, or give --overwrite")
     if out is not None:
         require_suffix(out, ".json")
-    if out is not None and out.exists():
-        raise FileExistsError(f"{out} exists: choose another --out, or give --overwrite")
 
 
 def accelerator_config(

@@ -131,7 +131,9 @@ def test_errors_of_the_command(tiny_file):
         ({"what": "evaluate"}, "--what='evaluate': expected one of train, sample"),
         ({"devices": 0}, "--devices=0: expected at least 1"),
         ({"hbm_gib": -1.0}, "--hbm_gib=-1.0: expected above 0"),
+        ({"hbm_gib": float("nan")}, "--hbm_gib=nan: expected above 0"),
         ({"out": Path(__file__)}, "exists: choose another --out"),
+        ({"out": Path("plan.txt"), "overwrite": True}, "plan.txt: its name must end in .json"),
     ],
 )
 def test_errors_of_options(option, message):

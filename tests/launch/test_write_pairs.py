@@ -137,7 +137,6 @@ def test_distilling_from_pairs(teacher, tmp_path):
         ({"solver": "consistency"}, "adds no noise on its way"),
         ({"path_times": (1.5,)}, "does not lie between 1"),
         ({"shard_size": 6}, "multiple of the batch size, 8"),
-        ({"num_pairs": 0}, "expected at least 1"),
         ({"vae": "x"}, "--vae does nothing"),
     ],
 )
