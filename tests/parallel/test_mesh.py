@@ -86,15 +86,15 @@ def test_a_text_condition_is_not_divided_over_sequence_whatever_its_length_and_r
 
     @jax.jit
     def call(text, tokens):
-        text = jax.nn.silu(text_layer(text))
         tokens = divided_by_rows(image_layer(tokens))
-        return text, tokens, divided_by_rows(tokens.reshape(8, 3, 2, 4), axis=2)
+        rows = divided_by_rows(tokens.reshape(8, 3, 2, 4), axis=2)
+        return text_layer(text), text_layer(text[:, :6]), tokens, rows
 
     tokens = np.ones((8, 6, 4), np.float32)
     with placement.tracing():
         outs = call(batch["conditions"]["text"], placement.put_batch({"tokens": tokens})["tokens"])
     of_device = [out.addressable_shards[0].data.shape for out in outs]
-    assert of_device == [(2, 7, 4), (2, 3, 4), (2, 3, 1, 4)]
+    assert of_device == [(2, 7, 4), (2, 6, 4), (2, 3, 4), (2, 3, 1, 4)]
 
 
 def test_a_batch_the_axes_cannot_share_is_an_error():
