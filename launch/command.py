@@ -112,8 +112,12 @@ def _leave(number: int, frame: object = None) -> None:
     leave(signal.Signals(number))
 
 
+class _SignalledError(KeyboardInterrupt):
+    """Unwinds the stack because of the signal that is its argument."""
+
+
 def _unwind(number: int, frame: object) -> None:
-    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+    raise _SignalledError(number)
 
 
 def leave(number: signal.Signals) -> None:
@@ -180,9 +184,9 @@ def readable_errors(*, traceback: bool = False) -> Iterator[None]:
     """
     try:
         yield
+    except _SignalledError as error:
+        leave(signal.Signals(error.args[0]))
     except KeyboardInterrupt:
-        if signal.getsignal(signal.SIGINT) in (_leave, _unwind):
-            leave(signal.SIGINT)
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:

@@ -1,7 +1,11 @@
 """How commands start: what is imported before their flags are understood."""
 
+import pathlib
+import random
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -9,12 +13,26 @@ from dit_jax import config as config_lib
 from dit_jax import config_help, evaluation
 from dit_jax.models import linear
 from interop import export, models
-from launch import arguments, planning
+from launch import arguments, planning, train
 from parallel import accelerators, sampling
-from tests.launch.conftest import ROOT, environment, run
+from tests.launch.conftest import ROOT, environment, run, tiny_config
 
 COMMANDS = ("train", "sample", "evaluate", "convert", "compare", "extract_features", "plan")
 COMMANDS += ("write_pairs",)
+
+
+def start(command):
+    """A process that does not ignore SIGINT, as children of a shell's background jobs do."""
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
 
 # Runs every command with --help and with a flag that is not there, each in a fork of this process,
 # and says what it has loaded at its end.
@@ -79,3 +97,69 @@ def test_help_config_explains_the_keys_that_have_a_word():
     assert out == config_help.explain("remat") + "\n"
     _, err = run("train", "--help_config=remta", status=2)
     assert "no key of the configuration has 'remta'" in err and "config.model.remat?" in err
+
+
+# A call that Python cannot interrupt, as a compilation is; and a file that is half written.
+UNINTERRUPTIBLE = """
+from launch import command
+command.listen()
+import hashlib, pathlib, sys, time
+half = pathlib.Path(sys.argv[1])
+with command.readable_errors(), command.temporary_folder("test-") as folder:
+    with command.cleaning_up():
+        try:
+            half.touch()
+            print(folder, flush=True)
+            time.sleep(60)
+        finally:
+            half.unlink()
+"""
+
+
+def ended_by(number, process):
+    """(stdout, stderr) of a process that a signal ends at once, with its status."""
+    started = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert time.monotonic() - started < 20  # (machines that run tests are busy)
+    return out, err
+
+
+def test_signals_end_what_python_cannot_interrupt_and_half_written_files_go(tmp_path):
+    half = tmp_path / "half"
+    for number, said in ((signal.SIGINT, "interrupted\n"), (signal.SIGTERM, "terminated\n")):
+        code = UNINTERRUPTIBLE.split("with command")[0]
+        code += "print(1, flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
+        process = start([sys.executable, "-c", code, str(half)])
+        process.stdout.readline()
+        assert ended_by(number, process)[1] == said
+    process = start([sys.executable, "-c", UNINTERRUPTIBLE, str(half)])
+    folder = pathlib.Path(process.stdout.readline().strip())
+    assert half.exists() and folder.is_dir()
+    assert ended_by(signal.SIGINT, process)[1] == "interrupted\n"
+    assert not half.exists() and not folder.exists()
+
+
+def test_sampling_and_conversion_are_interrupted_without_a_trace(tmp_path):
+    workdir = tmp_path / "run"
+    train.run(tiny_config(**{"training.num_steps": 1, "training.checkpoint_every": 1}), workdir)
+    options = [f"--workdir={workdir}", "--num_images=100000", f"--out={tmp_path / 'x.npz'}"]
+    process = start([sys.executable, "launch/sample.py", *options])
+    while "time left" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(random.uniform(0, 2))  # compiling, or sampling
+    _, err = ended_by(signal.SIGINT, process)
+    assert err == "interrupted\n"
+    target = tmp_path / "converted" / "x.pt"
+    target.parent.mkdir()
+    options = [str(workdir), str(target), "--to=dit_pt", "--allow_inexact"]
+    process = start([sys.executable, "launch/convert.py", *options])
+    while "converting to" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert "Traceback" not in err
+    # It is quick: it may have been done.
+    assert [*target.parent.iterdir()] == ([target] if process.returncode == 0 else [])
+    assert process.returncode == 0 or (process.returncode, err) == (130, "interrupted\n")
