@@ -150,7 +150,9 @@ def require_room(directory: Path, config, abstract, source) -> None:
             f"previews of {training.preview_images} images",
             "lower config.training.preview_images",
         )
-    workdir.require_space(directory, abstract, training.keep_last)
+    every = training.keep_every
+    for_good = training.num_steps // every if every else 0
+    workdir.require_space(directory, abstract, training.keep_last, for_good)
 
 
 def announce(text: str) -> None:

@@ -9,6 +9,7 @@ damaged disk or a partial copy changed later.
 import contextlib
 import dataclasses
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,9 @@ class Checkpoints:
         elif issubclass(kind, Exception):  # not where somebody wants to be gone at once
             with contextlib.suppress(Exception):
                 self.close()
+            if jax.process_count() == 1:  # what was not finished takes space, of a full disk maybe
+                for unfinished in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                    shutil.rmtree(unfinished, ignore_errors=True)
 
     def close(self) -> None:
         """Waits for pending writes and releases orbax's threads."""

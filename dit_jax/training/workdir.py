@@ -6,6 +6,7 @@ Everything later commands need is in it: `config.json` (the resolved configurati
 
 import contextlib
 import errno
+import logging as std_logging
 import os
 import shutil
 import uuid
@@ -156,6 +157,8 @@ def readable_disk_errors(workdir: Path) -> Iterator[None]:
     Raises:
         WorkdirError: instead of any error that a full disk or an exceeded quota caused.
     """
+    for name in ("asyncio", "absl"):
+        std_logging.getLogger(name).addFilter(_is_news)
     try:
         yield
     except Exception as error:
@@ -166,6 +169,11 @@ def readable_disk_errors(workdir: Path) -> Iterator[None]:
             "complete checkpoints are whole. Free some space; then the same command continues from "
             "the newest of them. A lower config.training.keep_last needs less"
         ) from error
+
+
+def _is_news(record: std_logging.LogRecord) -> bool:
+    # Every array that orbax then cannot write is reported once more, with pages of detail.
+    return not (record.exc_info and is_disk_full(record.exc_info[1]))
 
 
 def is_disk_full(error: BaseException | None) -> bool:
@@ -234,13 +242,14 @@ def require_writable(directory: Path) -> None:
         ) from error
 
 
-def require_space(directory: Path, state, keep: int) -> None:
+def require_space(directory: Path, state, keep: int, keep_for_good: int = 0) -> None:
     """Refuses to start where the run's checkpoints will not fit.
 
     Args:
         directory: where checkpoints go; exists.
         state: tree of arrays or shapes that one checkpoint holds.
-        keep: checkpoints kept at a time; one more is needed while it is written.
+        keep: recent checkpoints kept at a time; one more is needed while it is written.
+        keep_for_good: further checkpoints that stay.
 
     Raises:
         WorkdirError: with the space needed and the space free.
@@ -251,6 +260,7 @@ def require_space(directory: Path, state, keep: int) -> None:
         for path, _, files in os.walk(Path(directory) / CHECKPOINTS)
         for file in files
     )
+    keep += keep_for_good
     needed, free = one * (keep + 1) - held, shutil.disk_usage(directory).free
     if needed > free:
         gib = 1 << 30
@@ -258,4 +268,5 @@ def require_space(directory: Path, state, keep: int) -> None:
             f"{directory} has {free / gib:.2f} GiB free, but {keep} checkpoints and one being "
             f"written need {needed / gib:.2f} GiB more: free some space, choose another --workdir, "
             "or lower config.training.keep_last"
+            + (" or raise config.training.keep_every" if keep_for_good else "")
         )
