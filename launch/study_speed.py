@@ -7,6 +7,7 @@ else equal, and measures samples of the averaged weights at regular steps. Write
 numbers and OUT.png with the curves. About 20 minutes on two CPU cores.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
