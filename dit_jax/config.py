@@ -135,7 +135,8 @@ def _of_type(path: str, value: Any, default: Any) -> Any:
         wrong = next(e for e in given if type(e) not in kinds) if inner else given
         raise ConfigError(
             f"config.{path}={given!r} {'holds a value' if inner else 'is'} of type "
-            f"{type(wrong).__name__}, expected {wanted} (default {default!r})"
+            f"{type(wrong).__name__}, expected {wanted} (default {default!r}"
+            f"{'; () for none' if isinstance(default, tuple) else ''})"
         )
     if message := ranges.number_error(path, value):
         raise ConfigError(message)
