@@ -1,5 +1,7 @@
 """Scores by a classifier of the run's own data: the part of launch/evaluate.py for small images."""
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ def evaluate(
     num_images: int,
     seed: int = 0,
     rounding: str = "nearest",
+    phase: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> tuple[dict[str, Any], np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """Samples and scores.
 
@@ -28,6 +31,7 @@ def evaluate(
         num_images: samples.
         seed: image i depends on it and i only.
         rounding: of samples to bytes.
+        phase: a context for each of "classifier", "sampling" and "scoring", to time them.
 
     Returns:
         The record, the samples, their labels, and (held-out images, their labels).
@@ -43,35 +47,38 @@ def evaluate(
         )
     if not config.model.num_classes:
         raise ValueError("the classifier's features need labelled data; this model has no classes")
-    classifier = evaluation.train_classifier(
-        *train,
-        config.model.num_classes,
-        seed=0,
-        test_images=test[0],
-        test_labels=test[1],
-        cache_dir=workdir / "evaluation",
-    )
+    with phase("classifier"):
+        classifier = evaluation.train_classifier(
+            *train,
+            config.model.num_classes,
+            seed=0,
+            test_images=test[0],
+            test_labels=test[1],
+            cache_dir=workdir / "evaluation",
+        )
     labels = wiring.balanced_labels(num_images, config.model.num_classes)
-    samples = wiring.sample_images(
-        experiment.build_sampling(config),
-        model.params,
-        labels,
-        seed=seed,
-        placement=wiring.create_placement(config),
-        batch_size=config.sampling.batch_size,
-    )
-    record = evaluation.evaluate_samples(
-        samples,
-        labels,
-        extractor=classifier,
-        train_images=train[0],
-        train_labels=train[1],
-        test_images=test[0],
-        test_labels=test[1],
-        rounding=rounding,
-        seeds=seed,
-        provenance=loading.provenance(model),
-    )
+    with phase("sampling"):
+        samples = wiring.sample_images(
+            experiment.build_sampling(config),
+            model.params,
+            labels,
+            seed=seed,
+            placement=wiring.create_placement(config),
+            batch_size=config.sampling.batch_size,
+        )
+    with phase("scoring"):
+        record = evaluation.evaluate_samples(
+            samples,
+            labels,
+            extractor=classifier,
+            train_images=train[0],
+            train_labels=train[1],
+            test_images=test[0],
+            test_labels=test[1],
+            rounding=rounding,
+            seeds=seed,
+            provenance=loading.provenance(model),
+        )
     return record, samples, labels, test
 
 

@@ -132,19 +132,23 @@ def test_missing_options_and_files(tiny_file, tmp_path):
     assert "configs/none.py" in err and "Traceback" not in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_how_to_continue(tiny_file, tmp_path, number):
+def test_a_signal_saves_and_says_how_to_continue(tiny_file, tmp_path):
     arguments = [f"--config={tiny_file}", f"--workdir={tmp_path}", "--config.training.log_every=1"]
-    process = start("train", *arguments, "--config.training.num_steps=1000000")
-    for line in process.stdout:
-        if line.startswith("step"):
-            break
-    process.send_signal(number)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, err
-    assert f"{number.name}: saving" in out and "run the same command to continue" in out
-    step = int(out.split("saved step ")[1].split()[0])
-    assert (tmp_path / "checkpoints" / str(step)).is_dir()
+    step = 0
+    for number in (signal.SIGTERM, signal.SIGINT):  # the second in the middle of what it continues
+        process = start("train", *arguments, "--config.training.num_steps=1000000")
+        head = []
+        for line in process.stdout:
+            head.append(line)
+            if line.startswith("step"):
+                break
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 128 + number, err
+        assert f"{number.name}: saving" in out and "run the same command to continue" in out
+        assert (f"continuing from step {step}" in "".join(head)) == (step > 0)
+        step = int(out.split("saved step ")[1].split()[0])
+        assert (tmp_path / "checkpoints" / str(step)).is_dir()
     # (number of steps may change: it matters to nothing but the end)
     out, _ = run("train", *arguments, f"--config.training.num_steps={step + 2}")
     assert f"continuing from step {step}" in out and f"done: step {step + 2}" in out
