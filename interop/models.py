@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from dit_jax import experiment
+from dit_jax import class_names, experiment
 from dit_jax.config import default_config, from_json
 from dit_jax.models import Network
 from dit_jax.training import workdir
@@ -317,6 +317,7 @@ def _open_workdir(path: Path, weights: str, step: int | None, methods: Any) -> F
         saved.name,
         saved.step,
         found_autoencoder,
+        class_names.load(path, config.model.num_classes),
         finiteness=seen,
     )
 

@@ -33,6 +33,17 @@ def number(wanted: Range) -> Callable[[str], float]:
 
 count = number(ranges.COUNT)  # of images, devices, steps, ...
 count_or_none = number(ranges.PERIOD)  # the same, or 0
+
+
+def label(text: str) -> int | str:
+    """A type for argparse: the number of a class, or its name."""
+    try:
+        int(text)
+    except ValueError:
+        return text
+    return count_or_none(text)
+
+
 seed = number(ranges.SEED)
 time = number(ranges.NOT_NEGATIVE)  # of a process
 share_below_one = number(ranges.SHARE_BELOW_ONE)

@@ -10,7 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from dit_jax import experiment
+from dit_jax import class_names, experiment
 from dit_jax.config import default_config
 from dit_jax.models import Network
 from dit_jax.models.linear import resolve_param_dtype
@@ -37,6 +37,7 @@ class TrainedModel:
         step: updates they have seen; 0 where a checkpoint does not say.
         source: where they are from.
         autoencoder: path of the VAE that decodes the model's latents; None for pixels, or unknown.
+        class_names: one a label, where they are known.
     """
 
     config: ml_collections.ConfigDict
@@ -45,6 +46,7 @@ class TrainedModel:
     step: int
     source: str
     autoencoder: Path | None = None
+    class_names: tuple[str, ...] = ()
 
     @property
     def network(self) -> Network:
@@ -121,7 +123,8 @@ def load_model(
     run = RunWeights(directory, method, weights or config.sampling.weights)
     saved, params = run.load(_placer(config), step, _shapes(config))
     autoencoder = vae or (Path(config.autoencoder.path) if config.autoencoder.path else None)
-    return TrainedModel(config, params, saved.name, saved.step, str(directory), autoencoder)
+    names = class_names.load(directory, config.model.num_classes)
+    return TrainedModel(config, params, saved.name, saved.step, str(directory), autoencoder, names)
 
 
 def load_found(
@@ -134,7 +137,15 @@ def load_found(
     model.param_dtype = resolve_param_dtype(model.param_dtype, found.param_dtype)
     params = found.load(lambda path, array: put(array), param_dtype=model.param_dtype)
     source = f"{found.kind}:{found.path}"
-    return TrainedModel(config, params, found.weights, found.step, source, vae or found.autoencoder)
+    return TrainedModel(
+        config,
+        params,
+        found.weights,
+        found.step,
+        source,
+        vae or found.autoencoder,
+        found.class_names,
+    )
 
 
 def _here(values: dict[str, Any]) -> dict[str, Any]:

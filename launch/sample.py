@@ -37,9 +37,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--labels",
-        type=argument_types.count_or_none,
+        type=argument_types.label,
         nargs="+",
-        help="classes, an image each (--num_images: in turn); default: all in turn",
+        help="classes (numbers, names), an image each (--num_images: in turn); default: all in turn",
     )
     parser.add_argument(
         "--out",

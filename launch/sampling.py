@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dit_jax import evaluation, experiment
+from dit_jax import class_names, evaluation, experiment
 from dit_jax.named_options import options_named
 from dit_jax.output_formats import samples_format
 from dit_jax.training import memory
@@ -19,20 +19,20 @@ from parallel.sampling import ImageParallel, ImagePlacement
 DEFAULT_COUNT = 64  # images, where neither their number nor labels are given
 
 
-def choose_labels(args: argparse.Namespace, num_classes: int) -> np.ndarray:
+def choose_labels(
+    args: argparse.Namespace, num_classes: int, names: tuple[str, ...] = ()
+) -> np.ndarray:
     """One label an image.
 
     Raises:
-        ValueError: labels of an unconditional model, or out of range.
+        ValueError: labels of an unconditional model, out of range, or of an unknown name.
     """
     if args.labels is None:
         return wiring.balanced_labels(args.num_images or DEFAULT_COUNT, num_classes)
     if not num_classes:
         raise ValueError("--labels: the model is unconditional, it has no classes")
-    outside = [label for label in args.labels if not 0 <= label < num_classes]
-    if outside:
-        raise ValueError(f"--labels {outside[0]}: the model's classes are 0 to {num_classes - 1}")
-    return np.resize(np.asarray(args.labels, np.int32), args.num_images or len(args.labels))
+    labels = [class_names.find_label(label, names, num_classes) for label in args.labels]
+    return np.resize(np.asarray(labels, np.int32), args.num_images or len(labels))
 
 
 def require_room(args: argparse.Namespace, shape: tuple[int, int, int]) -> None:
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
     )
     shape = decoder.image_shape(model.network.sample_shape)
     require_room(args, shape)
-    labels = choose_labels(args, model.config.model.num_classes)
+    labels = choose_labels(args, model.config.model.num_classes, model.class_names)
     plan, params = experiment.build_sampling(model.config), model.params
     record = loading.provenance(model, decoder)
     if parallel:

@@ -12,9 +12,9 @@ import ml_collections
 import numpy as np
 from clu import parameter_overview
 
+from dit_jax import class_names, experiment
 from dit_jax import config as config_lib
 from dit_jax import data as data_lib
-from dit_jax import experiment
 from dit_jax.evaluation import Panel, labelled_panel, render_panels, save_picture
 from dit_jax.training import lock, loop, memory, optimizer, workdir
 from dit_jax.training.checkpoints import Checkpoints
@@ -100,6 +100,7 @@ def train_in(
     home.records = {
         workdir.CONFIG_FILE: workdir.config_text(directory, config),
         methods.FROZEN_FILE: methods.frozen_record(directory, frozen, models),
+        class_names.FILE: class_names_text(source, models),
         "placement.txt": describe_placement(placement, abstract),
     }
     teacher = models.models.get("teacher")
@@ -126,6 +127,14 @@ def train_in(
             on_start=home.write_records,
             before_writing=home.mend,
         )
+
+
+def class_names_text(source: data_lib.Source, models: methods.FrozenModels) -> str:
+    """What the workdir keeps of the names of classes; those of pairs are the teacher's."""
+    names = source.info.class_names
+    if not names and isinstance(source, data_lib.Pairs) and "teacher" in models.models:
+        names = models.models["teacher"].class_names
+    return class_names.to_text(names)
 
 
 def loop_options(config) -> loop.LoopOptions:
