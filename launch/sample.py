@@ -39,7 +39,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--labels",
         type=argument_types.label,
         nargs="+",
-        help="classes (numbers, names), an image each (--num_images: in turn); default: all in turn",
+        help="classes (numbers, names), one an image (--num_images: in turn); default: all in turn",
     )
     parser.add_argument(
         "--out",

@@ -1,4 +1,4 @@
-"""Names of classes: from folders of images into the workdir, to --labels and through conversions."""
+"""Names of classes: from folders of images into the workdir, to --labels, through conversions."""
 
 import argparse
 import json
@@ -39,7 +39,7 @@ def test_folders_names_become_labels_and_pass_through_conversions(tmp_path, caps
         }
     )
     train.run(config, tmp_path / "run")
-    run, few = f"--workdir={tmp_path / 'run'}", ["--steps=1", "--batch_size=2"]
+    run, few = f"--workdir={tmp_path / 'run'}", ["--steps=2", "--batch_size=2"]
     names = tuple(sorted(ANIMALS))
     assert class_names.load(tmp_path / "run", 3) == names
 
