@@ -1,7 +1,7 @@
 """A diffusion model on disk, in any of the formats known here, opened as one thing.
 
     model = open_model("DiT-XL-2-256x256.pt")    # or a diffusers folder, a workdir, hub:owner/name
-    params = model.load()                        # nested, float32, in host memory
+    params = model.load()                        # nested, float32, on the first device
     network = experiment.build_network(model.config)
 
 Kinds: 'dit_jax' (a training run's workdir, or a folder that `launch/convert.py --to=dit_jax`
@@ -114,14 +114,14 @@ class FoundModel:
 
         Args:
             put: (path, array) -> leaf, called for each before the next is read, for instance to
-                place it on (sharded) devices.
+                place it on (sharded) devices; by default on the first one.
             param_dtype: 'float32', or 'bfloat16' for inference: then arrays are read as what the
                 network stores them in (`models.linear.Precision`), without a float32 copy.
 
         Raises:
             InteropError: NaN or infinity in them, unless the model was opened to allow that.
         """
-        put = put or (lambda path, array: array)
+        put = put or (lambda path, array: jnp.asarray(array))
         dtypes = {} if param_dtype == "float32" else self._dtypes(param_dtype)
 
         def read(path: str) -> np.ndarray:

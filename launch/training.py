@@ -194,7 +194,8 @@ def read_initial(initial: FoundModel, records: dict[str, str], placement: DataPa
         announce(f"note: {note}")
     records["init_from.json"] = json.dumps(origin, indent=2) + "\n"
     # Whole states take them from the host when they are initialised.
-    return initial.load(placement.put_params if isinstance(placement, ShardedPlacement) else None)
+    sharded = isinstance(placement, ShardedPlacement)
+    return initial.load(placement.put_params if sharded else lambda path, array: array)
 
 
 def open_decoder(config, placement) -> loading.Decoder | None:
