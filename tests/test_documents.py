@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -65,8 +66,8 @@ def test_a_unet_opened_in_python_is_applied(tmp_path):
     model = open_model(write_pickle(tmp_path / "x.pkl", "ddpmpp"))
     params = model.load()
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
-    x = np.zeros((1, *model.network.sample_shape), np.float32)
-    out = model.network.apply(params, x, np.zeros(1, np.float32), {})
+    x = jnp.zeros((1, *model.network.sample_shape))
+    out = model.network.apply(params, x, jnp.zeros(1), {})
     assert out.shape == x.shape
 
 
