@@ -82,9 +82,8 @@ def config_from_diffusers(
         InteropError: another class, an option this network does not have, or a value out of range.
     """
     if values.get("_class_name") != "AutoencoderKL":
-        raise InteropError(
-            f"{where} describes a {shown(values.get('_class_name'))}; expected an AutoencoderKL"
-        )
+        found = shown(values.get("_class_name")).strip("'")
+        raise InteropError(f"{where} describes a {found}; expected an AutoencoderKL")
     widths = values.get("block_out_channels", [64])
     is_list = isinstance(widths, list | tuple) and 1 <= len(widths) <= _MAX_RESOLUTIONS
     if not is_list or not all(type(width) is int and width > 0 for width in widths):

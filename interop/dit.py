@@ -311,7 +311,7 @@ def config_from_diffusers(
         InteropError: a model class or option that this network does not have.
     """
     if values.get("_class_name") not in ("DiTTransformer2DModel", "Transformer2DModel"):
-        found = shown(values.get("_class_name"))
+        found = shown(values.get("_class_name")).strip("'")
         raise InteropError(f"{where} describes a {found}; expected a DiTTransformer2DModel")
     for name, wanted in _DIFFUSERS_FIXED.items():
         if values.get(name, wanted) != wanted:

@@ -91,18 +91,18 @@ def process_from_scheduler(values: Mapping[str, Any], where: str) -> dict[str, A
             f"{where}: num_train_timesteps={values['num_train_timesteps']}; at most "
             f"{_MAX_TIMESTEPS} are possible"
         )
-    name = values.get("_class_name", "DDIMScheduler")
+    name = values.get("_class_name") or "DDIMScheduler"
     prediction = values.get("prediction_type", "epsilon")
     if prediction == "flow_prediction" or name == "FlowMatchEulerDiscreteScheduler":
         if name not in _FLOW_CLASSES:
-            raise InteropError(f"{where}: {shown(name)} with flow_prediction is not known here")
+            raise InteropError(f"{where}: {name[:80]} with flow_prediction is not known here")
         shift = values.get("flow_shift", values.get("shift", 1.0)) or 1.0
         return {
             "process": {"name": "flow", "flow": {"network_convention": "flux", "time_scale": 1e3}},
             "sampling": {"solver": "heun", "steps": 25, "shift": float(shift)},
         }
     if name not in _DDPM_CLASSES:
-        raise InteropError(f"{where}: the scheduler {shown(name)} is not known here")
+        raise InteropError(f"{where}: the scheduler {name[:80]} is not known here")
     if values.get("beta_schedule", "linear") != "linear" or values.get("trained_betas") is not None:
         raise InteropError(
             f"{where}: beta_schedule={shown(values.get('beta_schedule'))}; a DDPM process here has "
