@@ -226,6 +226,14 @@ def test_a_failed_write_is_raised_and_leaves_the_others(saved, monkeypatch):
     assert Checkpoints(saved).restore(make_state(0)).step == 3
 
 
+def test_what_an_error_left_half_written_is_removed(saved):
+    unfinished = saved / f"7{ocp.utils.TMP_DIR_SUFFIX}123"
+    with pytest.raises(OSError, match="No space left"), Checkpoints(saved, keep_last=3):
+        unfinished.mkdir()
+        raise OSError("No space left on device")
+    assert sorted(path.name for path in saved.iterdir()) == ["1", "2", "3"]
+
+
 def test_programming_errors_are_not_taken_for_damage(saved, monkeypatch):
     def fail(tree):
         raise TypeError("a bug")

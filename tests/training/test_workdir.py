@@ -1,3 +1,4 @@
+import logging
 import shutil
 from pathlib import Path
 
@@ -173,6 +174,16 @@ def test_full_disk_errors_name_the_workdir_and_what_to_do(tmp_path, error):
     assert "the same command continues from the newest" in message
     with pytest.raises(KeyError), readable_disk_errors(tmp_path):
         raise KeyError("another")
+
+
+def test_a_full_disk_is_told_once(tmp_path, caplog):
+    with pytest.raises(WorkdirError), readable_disk_errors(tmp_path):
+        raise OSError(28, "No space left on device")
+    for name in ("asyncio", "absl"):  # as orbax's threads do for every array
+        logger = logging.getLogger(name)
+        logger.error("once more", exc_info=OSError(28, "No space left on device"))
+        logger.error("of %s", name, exc_info=ValueError("another kind"))
+    assert [record.getMessage() for record in caplog.records] == ["of asyncio", "of absl"]
 
 
 def test_no_run_errors(tmp_path):
