@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -155,9 +156,17 @@ class Loader:
                 # Grain's workers read absl flags; outside absl.app.run take their defaults.
                 flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=self.num_workers, per_worker_buffer_size=2)
+                grain.MultiprocessingOptions(
+                    num_workers=self.num_workers, per_worker_buffer_size=2
+                ),
+                worker_init_fn=_ignore_interrupts,
             )
         return dataset
+
+
+def _ignore_interrupts(worker: int, num_workers: int) -> None:
+    """Ctrl-C in a terminal reaches workers, too; the process that saves then still needs them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class BatchIterator(Iterator[Batch]):

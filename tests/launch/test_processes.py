@@ -145,7 +145,7 @@ def test_sigterm_on_one_process_stops_both_at_the_same_step(tiny_file, tmp_path)
     read_until(processes[0], "step     2/")
     os.kill(processes[1].pid, signal.SIGTERM)
     texts = finish(processes)
-    assert [process.returncode for process in processes] == [0, 0], texts
+    assert [process.returncode for process in processes] == [143, 143], texts
     last = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
     assert f"saved step {last} in" in texts[0] and "SIGTERM" in texts[1]
 
