@@ -1,5 +1,6 @@
 """Autoencoders in diffusers folders and in bare weights files: configuration, reading, writing."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, Params
+from dit_jax.models.linear import resolve_param_dtype
 from dit_jax.untrusted import shown
 from interop.autoencoder_tables import diffusers_table, original_table
 from interop.claims import check_counts, check_types, read_object
@@ -178,6 +181,7 @@ def load_autoencoder(
     *,
     which: str = "",
     dtype: str = "auto",
+    param_dtype: str = "auto",
     sharding: Any = None,
 ) -> tuple[AutoencoderKL, Params, str]:
     """Reads an autoencoder.
@@ -188,10 +192,12 @@ def load_autoencoder(
         which: for a bare file: 'sd' or 'flux' (`KNOWN`); default: by its tensors, with a warning
             that names the scaling factor thereby assumed.
         dtype: of the computation, see `AutoencoderKLConfig`.
+        param_dtype: what parameters are stored in, see there; 'auto' is bfloat16 for a file that
+            holds nothing else, and float32 for any other.
         sharding: where the parameters are put; default: the first device.
 
     Returns:
-        The autoencoder, its float32 parameters, and the SHA-256 of the weights file.
+        The autoencoder, its parameters, and the SHA-256 of the weights file.
 
     Raises:
         InteropError: no autoencoder there, another architecture, or weights that differ from the
@@ -215,6 +221,10 @@ def load_autoencoder(
             "for instance hub:stabilityai/sd-vae-ft-mse"
         )
     _latent_channels(file)  # another architecture is told as such, not as a thousand differences
+    only_bfloat16 = all(spec.dtype == jnp.bfloat16 for spec in file.specs.values())
+    in_file = "bfloat16" if only_bfloat16 else "float32"
+    if resolve_param_dtype(param_dtype, in_file) == "bfloat16":
+        config = dataclasses.replace(config, param_dtype="bfloat16")
     autoencoder = AutoencoderKL(config)
     original = any("mid.block_1." in name for name in file.specs)
     table = (original_table if original else diffusers_table)(config)

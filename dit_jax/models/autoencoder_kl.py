@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from dit_jax.models.autoencoder_layers import Decoder, Encoder
-from dit_jax.models.linear import Linear, precision_of, resolve_dtype
+from dit_jax.models.linear import Linear, precision_of, resolve_dtype, resolve_param_dtype
 from dit_jax.models.spatial import LOCAL, Spatial
 
 Params = dict[str, Any]
@@ -45,6 +45,8 @@ class AutoencoderKLConfig:
         force_upcast: activations exceed float16's range.
         dtype: of convolutions and matrix products: 'float32', 'bfloat16', 'float16', or 'auto',
             bfloat16 on accelerators and float32 on CPUs.
+        param_dtype: what their parameters are stored in: 'float32', 'bfloat16', or 'auto', here
+            float32; those of normalisation are float32 always.
     """
 
     scaling_factor: float
@@ -61,6 +63,7 @@ class AutoencoderKLConfig:
     mid_block_add_attention: bool = True
     force_upcast: bool = True
     dtype: str = "auto"
+    param_dtype: str = "auto"
 
     def __post_init__(self):
         for name in ("in_channels", "out_channels", "latent_channels", "layers_per_block"):
@@ -76,6 +79,7 @@ class AutoencoderKLConfig:
             )
         if not self.scaling_factor > 0:
             raise ValueError(f"autoencoder scaling_factor={self.scaling_factor}: expected above 0")
+        resolve_param_dtype(self.param_dtype)
         # For any backend 'auto' is no float16: naming one here keeps JAX from starting its own.
         if resolve_dtype(self.dtype, backend="cpu") == jnp.float16 and self.force_upcast:
             raise ValueError(
@@ -93,7 +97,7 @@ class AutoencoderKLModule(nnx.Module):
     """The parameters and the two directions; `AutoencoderKL` is its functional face."""
 
     def __init__(self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs):
-        options = {"rngs": rngs, "precision": precision_of(config.dtype, "float32")}
+        options = {"rngs": rngs, "precision": precision_of(config.dtype, config.param_dtype)}
         shape = (
             config.block_out_channels,
             config.layers_per_block,

@@ -32,7 +32,7 @@ def resolve_dtype(dtype: str, backend: str | None = None) -> jnp.dtype:
 def resolve_param_dtype(param_dtype: str, stored: str = "float32") -> str:
     """'auto' is `stored`: float32 for fresh parameters, else what a checkpoint's file holds."""
     if param_dtype not in PARAM_DTYPES:
-        raise ValueError(f"model.param_dtype={param_dtype!r}: expected one of {PARAM_DTYPES}")
+        raise ValueError(f"param_dtype={param_dtype!r}: expected one of {PARAM_DTYPES}")
     return stored if param_dtype == "auto" else param_dtype
 
 

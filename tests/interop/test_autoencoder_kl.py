@@ -49,6 +49,12 @@ def assert_identical(found, expected):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), b), found, expected)
 
 
+def flat_leaves(tree):
+    """(names from the root, leaf) of nested dictionaries."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield tuple(entry.key for entry in path), leaf
+
+
 def saved_tensors(folder):
     return safetensors.numpy.load_file(folder / WEIGHTS)
 
@@ -130,13 +136,21 @@ def test_what_diffusers_saves_is_loaded_alone_and_in_a_pipeline(tmp_path):
     assert_identical(load_autoencoder(tmp_path / "pt")[1], expected)
 
 
-def test_half_precision_files_become_float32(tmp_path):
+def test_bfloat16_files_are_stored_as_bfloat16_to_the_same_bits(tmp_path):
     params = random_params(SMALL)
     save_autoencoder(tmp_path / "vae", AutoencoderKL(SMALL), params, dtype=ml_dtypes.bfloat16)
     assert diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae", torch_dtype=torch.bfloat16)
-    _, found, _ = load_autoencoder(tmp_path / "vae")
+    wide, found, _ = load_autoencoder(tmp_path / "vae", dtype="bfloat16", param_dtype="float32")
     rounded = jax.tree.map(lambda a: a.astype(ml_dtypes.bfloat16).astype(np.float32), params)
     assert_identical(found, rounded)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(found))
+    narrow, stored, _ = load_autoencoder(tmp_path / "vae", dtype="bfloat16")
+    assert_identical(stored, rounded)
+    dtypes = {path[-2:]: leaf.dtype.name for path, leaf in flat_leaves(stored)}
+    assert set(dtypes.values()) == {"float32", "bfloat16"}
+    assert dtypes["norm1", "scale"] == "float32" and dtypes["conv1", "kernel"] == "bfloat16"
+    z = jax.random.normal(jax.random.key(1), (1, 4, 4, SMALL.latent_channels))
+    np.testing.assert_array_equal(narrow.decode(stored, z), wide.decode(found, z))
 
 
 @pytest.mark.parametrize("convolutions", [False, True])
