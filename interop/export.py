@@ -22,8 +22,9 @@ from dit_jax.models import DiTConfig
 from interop import dit, edm
 from interop.autoencoder_kl import load_autoencoder, save_autoencoder
 from interop.finiteness import Finiteness
+from interop.found_model import FoundModel, no_guidance
 from interop.model_card import model_card
-from interop.models import CARD, FORMAT, KINDS, WEIGHTS, FoundModel, no_guidance
+from interop.models import CARD, FORMAT, KINDS, WEIGHTS
 from interop.pixel_autoencoder import TOLERANCE, pixel_autoencoder
 from interop.schedulers import scheduler_config
 from interop.table import (

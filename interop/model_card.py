@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dit_jax.models import DiTConfig
-from interop.models import FoundModel, no_guidance
+from interop.found_model import FoundModel, no_guidance
 
 
 def model_card(
