@@ -18,7 +18,7 @@ from parallel import accelerators, sampling
 from tests.launch.conftest import ROOT, environment, run, tiny_config
 
 COMMANDS = ("train", "sample", "evaluate", "convert", "compare", "extract_features", "plan")
-COMMANDS += ("write_pairs",)
+COMMANDS += ("write_pairs", "demo")
 
 
 def start(command):
