@@ -16,7 +16,7 @@ import numpy as np
 from dit_jax import data as data_lib
 from dit_jax.data.shards import HEADER, UNFINISHED
 from dit_jax.models.autoencoder_kl import AutoencoderKL
-from dit_jax.models.dit import resolve_dtype
+from dit_jax.models.linear import resolve_dtype
 from dit_jax.named_options import options_named
 from dit_jax.training.metrics import format_duration
 from interop import hub
