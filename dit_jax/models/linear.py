@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -137,7 +138,7 @@ ZEROS = Initialization("zeros")
 
 def product(
     x: Float[Array, "*batch i"],
-    kernel: Float[Array, "i o"],
+    kernel: Float[Array | np.ndarray, "i o"],
     precision: Precision = FLOAT32,
     role: str = "hidden",
 ) -> Float[Array, "*batch o"]:
