@@ -15,10 +15,10 @@ def get_config():
     """Pixel space, 32 x 32 x 3, logit-normal times, guidance 1.5 at sampling."""
     config = default_config()
     config.name = "cifar10_dit"
-    config.model.update(named_size("DiT-S/2"))
+    config.model.dit.update(named_size("DiT-S/2"))
     config.model.in_channels = 3
     config.model.num_classes = 10
-    config.model.learn_sigma = False
+    config.model.dit.learn_sigma = False
     config.process.name = "flow"
     config.timesteps.name = "logit_normal"
     config.data.name = "tfds"

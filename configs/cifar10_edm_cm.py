@@ -22,7 +22,6 @@ def get_config():
     config.model.in_channels = 3
     config.model.num_classes = 0
     config.model.augment_dim = 9  # the teacher's; the student's images are not augmented
-    config.model.learn_sigma = False
     config.model.song_unet.dropout = 0.2
     config.process.name = "edm"
     config.timesteps.name = "truncated_log_normal"

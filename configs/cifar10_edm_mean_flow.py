@@ -23,7 +23,6 @@ def get_config():
     config.model.in_channels = 3
     config.model.num_classes = 0
     config.model.augment_dim = 6
-    config.model.learn_sigma = False
     config.model.second_time = "r"
     config.model.custom_gradients = "off"
     config.model.dtype = "float32"

@@ -13,14 +13,14 @@ def get_config():
     config.data.name = "digits"
     config.model.image_size = 8
     config.model.in_channels = 1
-    config.model.patch_size = 2
-    config.model.hidden_size = 96
-    config.model.depth = 4
-    config.model.num_heads = 4
+    config.model.dit.patch_size = 2
+    config.model.dit.hidden_size = 96
+    config.model.dit.depth = 4
+    config.model.dit.num_heads = 4
     config.model.num_classes = 10
-    config.model.learn_sigma = False
+    config.model.dit.learn_sigma = False
     # The conventions of diffusers, so that what is trained can be exported to it exactly.
-    config.model.time_frequency_spacing = "diffusers"
+    config.model.dit.time_frequency_spacing = "diffusers"
     config.process.name = "flow"
     config.process.flow.network_convention = "flux"
     config.process.flow.time_scale = 1000.0

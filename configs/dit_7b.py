@@ -19,7 +19,7 @@ def get_config():
     """Width 4096, depth 23, states divided over all devices, blocks recomputed in the backward."""
     config = default_config()
     config.name = "dit_7b"
-    config.model.update(hidden_size=4096, depth=23, num_heads=32, patch_size=2)
+    config.model.dit.update(hidden_size=4096, depth=23, num_heads=32, patch_size=2)
     config.model.remat = "block"
     config.data.horizontal_flip = True
     config.training.batch_size = 1024

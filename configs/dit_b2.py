@@ -15,7 +15,7 @@ def get_config():
     """AdamW at a constant 1e-4 without weight decay, batch 256, EMA 0.9999, 400K steps."""
     config = default_config()
     config.name = "dit_b2"
-    config.model.update(named_size("DiT-B/2"))
+    config.model.dit.update(named_size("DiT-B/2"))
     config.data.horizontal_flip = True
     config.training.preview_every = 50_000
     return config

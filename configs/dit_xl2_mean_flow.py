@@ -18,8 +18,8 @@ def get_config():
     """A rectified flow whose network sees t and t - r, both unscaled."""
     config = default_config()
     config.name = "dit_xl2_mean_flow"
-    config.model.update(named_size("DiT-XL/2"))
-    config.model.learn_sigma = False
+    config.model.dit.update(named_size("DiT-XL/2"))
+    config.model.dit.learn_sigma = False
     config.model.second_time = "t-r"
     config.model.custom_gradients = "off"
     config.process.name = "flow"

@@ -29,7 +29,6 @@ def get_config():
     config.model.in_channels = 3
     config.model.num_classes = 10
     config.model.augment_dim = 9
-    config.model.learn_sigma = False
     config.model.song_unet.dropout = 0.13
     config.process.name = "edm"
     config.timesteps.name = "log_normal"

@@ -17,7 +17,8 @@ def get_config():
     config.name = "edm_dit_cifar10"
     config.model.song_unet.dropout = default_config().model.song_unet.dropout  # DiT has none
     config.model.name = "dit"
-    config.model.update(named_size("DiT-S/2"))
+    config.model.dit.update(named_size("DiT-S/2"))
+    config.model.dit.learn_sigma = False
     config.optimizer.learning_rate = 3e-4
     config.optimizer.warmup_steps = 5_000
     config.optimizer.gradient_clip_norm = 1.0

@@ -25,7 +25,6 @@ def get_config():
     config.model.image_size = 64
     config.model.in_channels = 3
     config.model.num_classes = 1000
-    config.model.learn_sigma = False
     config.process.name = "edm"
     config.timesteps.name = "log_normal"
     config.method.label_dropout = 0.0

@@ -15,7 +15,7 @@ def get_config():
     """The DiT recipe with velocity prediction and uniform times."""
     config = default_config()
     config.name = "sit_xl2"
-    config.model.update(named_size("DiT-XL/2"))
+    config.model.dit.update(named_size("DiT-XL/2"))
     config.process.name = "flow"
     config.data.horizontal_flip = True
     config.training.preview_every = 50_000

@@ -23,6 +23,8 @@ from dit_jax.diffusion.timesteps import TimeDistribution
 from dit_jax.training.method import Metrics
 
 FEATURES_OF = ("teacher", "fake_score")
+HEADS_OF = {"tokens": "transformer", "maps": "unet"}
+"""The discriminator's heads by what a network's feature maps are."""
 
 
 def generator_loss(fake_logits: Float[Array, "b heads"]) -> Float[Array, ""]:
@@ -190,7 +192,7 @@ def build_adversary(config: ml_collections.ConfigDict, features_of: str = "teach
     options, key = config.method[name], f"config.method.{name}"
     require_statistics(config)
     network = experiment.build_network(config)
-    head = "transformer" if config.model.name == "dit" else "unet"
+    head = HEADS_OF[network.config.feature_kind]
     indices = feature_indices(
         tuple(options.feature_indices), network.feature_shapes, head, f"{key}.feature_indices"
     )

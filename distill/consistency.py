@@ -24,11 +24,13 @@ from distill.student import (
     build_student,
     build_teacher,
     drift_metrics,
+    nulls_of,
 )
 from dit_jax import experiment
 from dit_jax.config import ConfigError, default_config
 from dit_jax.diffusion.conversions import expand
 from dit_jax.diffusion.timesteps import TimeDistribution
+from dit_jax.models.call import Request
 from dit_jax.training.method import Batch, Metrics, OnePhase, accumulated_gradients
 
 SOLVERS = ("euler", "heun")
@@ -91,7 +93,11 @@ class Consistency(OnePhase):
         return self.student.weights(state)
 
     def draw_examples(
-        self, batch: Batch, key: Key[Array, ""], decrement: Float[Array, ""]
+        self,
+        batch: Batch,
+        key: Key[Array, ""],
+        decrement: Float[Array, ""],
+        frozen: Any = None,
     ) -> dict[str, Any]:
         """Times, noise, dropout and dropped labels of a whole batch, before it is split."""
         time_key, noise_key, label_key, dropout_key = jax.random.split(key, 4)
@@ -101,7 +107,7 @@ class Consistency(OnePhase):
             "x0": x0,
             "pair": self.pairs(self.timesteps.sample(time_key, n), decrement),
             "eps": jax.random.normal(noise_key, x0.shape, jnp.float32),
-            "conditions": self.student.draw_conditions(batch, label_key),
+            "conditions": self.student.draw_conditions(batch, label_key, frozen),
             "dropout_keys": jax.random.split(dropout_key, n),
         }
 
@@ -113,7 +119,8 @@ class Consistency(OnePhase):
         params, conditions = frozen["teacher"], examples["conditions"]
 
         def slope(x, t):
-            return process.ode_derivative(self.teacher.predict(params, x, t, conditions))
+            request = Request(x, t, conditions)
+            return process.ode_derivative(self.teacher.predict(params, request, nulls_of(frozen)))
 
         (scale_t, clock_t), (scale_r, clock_r) = map(process.ode_coordinates, (pair.t, pair.r))
         elapsed = expand(clock_r - clock_t, x_t)
@@ -131,13 +138,8 @@ class Consistency(OnePhase):
         self, params: Any, frozen: Any, x_r: Float[Array, "b h w c"], examples: dict[str, Any]
     ) -> Float[Array, "b h w c"]:
         """The target's x0 at time r, under the dropout mask of the student at t."""
-        return self.student.denoiser.x0(
-            params,
-            x_r,
-            examples["pair"].r,
-            examples["conditions"],
-            dropout_keys=examples["dropout_keys"],
-        )
+        request = Request(x_r, examples["pair"].r, examples["conditions"], examples["dropout_keys"])
+        return self.student.denoiser.x0(params, request)
 
     def predictions(
         self, params: Any, target: Any, frozen: Any, examples: dict[str, Any]
@@ -148,8 +150,8 @@ class Consistency(OnePhase):
         x0 = examples["x0"]
         x_t = denoiser.process.add_noise(x0, examples["eps"], t)
         x_r = self.x_at_r(frozen, x_t, examples)
-        keys = examples["dropout_keys"]
-        x0_t = denoiser.x0(params, x_t, t, examples["conditions"], dropout_keys=keys)
+        request = Request(x_t, t, examples["conditions"], examples["dropout_keys"])
+        x0_t = denoiser.x0(params, request)
         x0_r = self.x0_at_r(jax.lax.stop_gradient(target), frozen, x_r, examples)
         clean = expand(r, x0) <= denoiser.process.clean_time
         return x0_t, jax.lax.stop_gradient(jnp.where(clean, x0, x0_r))
@@ -189,7 +191,7 @@ class Consistency(OnePhase):
     ) -> tuple[DistillState, Metrics]:
         """One optimizer step on the mean loss of `batch`, then the averages."""
         decrement = self.schedule.decrement(state.step, batch["image"].shape[0])
-        examples = self.draw_examples(batch, key, decrement)
+        examples = self.draw_examples(batch, key, decrement, frozen)
         target = None if self.target == "student" else state.ema[self.target]
         metrics, gradients = accumulated_gradients(
             lambda params, part: self.loss(params, part, target, frozen),

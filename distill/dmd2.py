@@ -27,11 +27,12 @@ from distill.adversarial import (
     refuse_changed,
 )
 from distill.few_step import FewStepMethod, build_few_steps, counted_config
-from distill.student import build_student, build_teacher, drift_metrics
+from distill.student import build_student, build_teacher, drift_metrics, nulls_of
 from dit_jax import experiment
 from dit_jax.config import ConfigError
 from dit_jax.diffusion import LOSS_WEIGHTS
 from dit_jax.diffusion.losses import LossWeight, NoWeight
+from dit_jax.models.call import Request
 from dit_jax.training.method import Batch, Metrics
 
 FAKE_SCORE_LOSSES = ("raw", "x0", "eps", "velocity")
@@ -166,20 +167,17 @@ class DMD2(FewStepMethod):
         fixed = jax.lax.stop_gradient(x_t)
         teacher, fake_score = frozen["teacher"], players["fake_score"]
         adversary = self.adversary
+        ask, nulls = Request(fixed, t, conditions), nulls_of(frozen)
         if adversary is None:
-            real = self.teacher.predict(teacher, fixed, t, conditions)
-            fake = denoiser.predict(fake_score, fixed, t, conditions)
-            return real.x0, fake.x0, None
+            real = self.teacher.predict(teacher, ask, nulls)
+            return real.x0, denoiser.predict(fake_score, ask).x0, None
+        ask_features = ask.replace(x=x_t, features=adversary.indices)
         if adversary.features_of == "teacher":
-            real, features = self.teacher.predict_with_features(
-                teacher, x_t, t, conditions, adversary.indices
-            )
-            fake = denoiser.predict(fake_score, fixed, t, conditions)
+            real, features = self.teacher.predict_with_features(teacher, ask_features, nulls)
+            fake = denoiser.predict(fake_score, ask)
         else:
-            real = self.teacher.predict(teacher, fixed, t, conditions)
-            fake, features = denoiser.predict_with_features(
-                fake_score, x_t, t, conditions, adversary.indices
-            )
+            real = self.teacher.predict(teacher, ask, nulls)
+            fake, features = denoiser.predict_with_features(fake_score, ask_features)
         logits = adversary.discriminator.apply(players["discriminator"], features)
         return real.x0, fake.x0, logits
 
@@ -190,26 +188,23 @@ class DMD2(FewStepMethod):
         denoiser, conditions, t = self.student.denoiser, examples["conditions"], examples["t"]
         x0 = jax.lax.stop_gradient(self.generate(student_params, examples))
         x_t = denoiser.process.add_noise(x0, examples["eps"], t)
-        adversary, features = self.adversary, None
-        options = {"dropout_keys": examples["critic_dropout_keys"]}
-        if adversary is not None and adversary.features_of == "fake_score":
-            raw, features = denoiser.raw(
-                params["fake_score"], x_t, t, conditions, features=adversary.indices, **options
-            )
-        else:
-            raw = denoiser.raw(params["fake_score"], x_t, t, conditions, **options)
-        loss = self.denoising_loss(raw, x0, examples["eps"], t, x_t)
+        adversary = self.adversary
+        own = adversary is not None and adversary.features_of == "fake_score"
+        indices = adversary.indices if own else ()
+        request = Request(x_t, t, conditions, examples["critic_dropout_keys"], indices)
+        result = denoiser.raw(params["fake_score"], request)
+        loss = self.denoising_loss(result.out, x0, examples["eps"], t, x_t)
         metrics = {"fake_score": loss, **drift_metrics(x0)}
         if adversary is not None:
-            if adversary.features_of == "teacher":
-                judge, judge_params = self.teacher.denoiser, frozen["teacher"]
-            else:
+            judge, judge_params = self.teacher.denoiser, (frozen or {}).get("teacher")
+            if own:
                 judge, judge_params = denoiser, params["fake_score"]
 
             def features_at(x: Array, t: Array) -> tuple[Array, ...]:
-                return judge.features(judge_params, x, t, conditions, adversary.indices)
+                ask = Request(x, t, conditions, features=adversary.indices)
+                return judge.features(judge_params, ask)
 
-            features = features_at(x_t, t) if features is None else features
+            features = result.features if own else features_at(x_t, t)
             gan, parts = adversary.loss(
                 params["discriminator"], features, examples, denoiser.process, features_at
             )

@@ -20,8 +20,9 @@ from distill.student import DistillState, Student, Teacher, create_player, updat
 from dit_jax import experiment
 from dit_jax.config import ConfigError
 from dit_jax.diffusion.process import Prediction, Process
-from dit_jax.diffusion.solvers import Solver, Step
+from dit_jax.diffusion.solvers import SOLVERS, Solver, Step
 from dit_jax.diffusion.timesteps import TimeDistribution
+from dit_jax.models.call import Request
 from dit_jax.training import ema as ema_lib
 from dit_jax.training.method import Batch, Metrics, accumulated_gradients
 
@@ -220,14 +221,16 @@ class FewStepMethod(abc.ABC):
         """'raw' and every average by its name, of the student."""
         return self.student.weights(state)
 
-    def draw_examples(self, batch: Batch, key: Key[Array, ""], phase: str) -> dict[str, Any]:
+    def draw_examples(
+        self, batch: Batch, key: Key[Array, ""], phase: str, frozen: Any = None
+    ) -> dict[str, Any]:
         """All that is random in a batch's update, before the batch is split in any way."""
         step_key, time_key, noise_key, label_key, dropout_key, more_key = jax.random.split(key, 6)
         x0 = batch["image"]
         n = x0.shape[0]
         return {
             "x0": x0,
-            "conditions": self.student.draw_conditions(batch, label_key),
+            "conditions": self.student.draw_conditions(batch, label_key, frozen),
             "t": self.timesteps.sample(time_key, n),
             "eps": jax.random.normal(noise_key, x0.shape, jnp.float32),
             "dropout_keys": jax.random.split(dropout_key, n),
@@ -241,10 +244,10 @@ class FewStepMethod(abc.ABC):
         fixed = jax.lax.stop_gradient(params)
 
         def predict(x: Array, t: Array) -> Prediction:
-            return denoiser.predict(fixed, x, t, conditions)
+            return denoiser.predict(fixed, Request(x, t, conditions))
 
         x, t = self.steps.start(predict, examples)
-        return denoiser.x0(params, x, t, conditions, dropout_keys=examples["dropout_keys"])
+        return denoiser.x0(params, Request(x, t, conditions, examples["dropout_keys"]))
 
     def update(
         self,
@@ -259,7 +262,7 @@ class FewStepMethod(abc.ABC):
         Averages are taken at every update, also those of the critics, as FastGen does: their decay
         counts updates of the run.
         """
-        examples = self.draw_examples(batch, key, phase)
+        examples = self.draw_examples(batch, key, phase, frozen)
         if phase == "student":
             return self._update_student(state, examples, frozen)
         if phase == "critic":
@@ -302,7 +305,7 @@ def build_few_steps(config: ml_collections.ConfigDict) -> FewSteps:
     """
     method = config.method.name
     inputs = config.method[method].student_input
-    if config.sampling.solver not in ("consistency", "euler"):
+    if not SOLVERS[config.sampling.solver].few_steps:
         raise ConfigError(
             f"config.sampling.solver={config.sampling.solver!r}: the student of {method} is "
             "trained for the steps it is sampled with, by 'consistency' (fresh noise) or 'euler'"

@@ -21,6 +21,8 @@ from jaxtyping import Array, Float, Key
 from distill.student import DistillState, Student, build_student, drift_metrics
 from dit_jax import experiment
 from dit_jax.config import ConfigError
+from dit_jax.diffusion.solvers import SOLVERS
+from dit_jax.models.call import Request
 from dit_jax.training.method import Batch, Metrics, OnePhase, accumulated_gradients
 
 LOSSES = ("mse", "pseudo_huber")
@@ -80,7 +82,9 @@ class KnowledgeDistillation(OnePhase):
         """'raw' and every average by its name."""
         return self.student.weights(state)
 
-    def draw_examples(self, batch: Batch, key: Key[Array, ""]) -> dict[str, Any]:
+    def draw_examples(
+        self, batch: Batch, key: Key[Array, ""], frozen: Any = None
+    ) -> dict[str, Any]:
         """Inputs, their times and targets of a whole batch, before it is split in any way."""
         step_key, label_key, dropout_key = jax.random.split(key, 3)
         x0 = batch["image"]
@@ -90,7 +94,7 @@ class KnowledgeDistillation(OnePhase):
             "x_t": jax.vmap(lambda path, i: path[i])(states, step),
             "t": jnp.asarray(self.times, jnp.float32)[step],
             "x0": x0,
-            "conditions": self.student.draw_conditions(batch, label_key),
+            "conditions": self.student.draw_conditions(batch, label_key, frozen),
             "dropout_keys": jax.random.split(dropout_key, n),
         }
 
@@ -115,13 +119,8 @@ class KnowledgeDistillation(OnePhase):
 
     def loss_and_metrics(self, params: Any, examples: dict[str, Any]) -> tuple[Array, Metrics]:
         """Mean loss over examples and what to watch."""
-        x0 = self.student.denoiser.x0(
-            params,
-            examples["x_t"],
-            examples["t"],
-            examples["conditions"],
-            dropout_keys=examples["dropout_keys"],
-        )
+        inputs = (examples[name] for name in ("x_t", "t", "conditions", "dropout_keys"))
+        x0 = self.student.denoiser.x0(params, Request(*inputs))
         loss = distance(x0, examples["x0"], self.loss, self.huber_c).mean()
         return loss, {"loss": loss, **drift_metrics(x0)}
 
@@ -134,7 +133,7 @@ class KnowledgeDistillation(OnePhase):
         phase: str = "train",
     ) -> tuple[DistillState, Metrics]:
         """One optimizer step on the mean loss of `batch`, then the averages."""
-        examples = self.draw_examples(batch, key)
+        examples = self.draw_examples(batch, key, frozen)
         metrics, gradients = accumulated_gradients(
             self.loss_and_metrics, state.params, examples, self.student.num_microbatches
         )
@@ -164,7 +163,7 @@ def build(config: ml_collections.ConfigDict) -> KnowledgeDistillation:
             f"config.method.name='kd' learns from pairs; config.data.name is {config.data.name!r}: "
             "write them with launch/write_pairs.py and set config.data.name='pairs'"
         )
-    if config.sampling.solver not in ("consistency", "euler"):
+    if not SOLVERS[config.sampling.solver].few_steps:
         raise ConfigError(
             f"config.sampling.solver={config.sampling.solver!r}: a student of few steps samples "
             "with 'consistency' or 'euler'"

@@ -17,6 +17,7 @@ from distill.few_step import FewStepMethod, build_few_steps, counted_config
 from distill.student import build_student, build_teacher, drift_metrics
 from dit_jax import experiment
 from dit_jax.config import ConfigError
+from dit_jax.models.call import Request
 from dit_jax.training.method import Batch, Metrics
 
 
@@ -57,9 +58,8 @@ class LADD(FewStepMethod):
 
     def _features(self, frozen, conditions):
         def features(x: Array, t: Array) -> tuple[Array, ...]:
-            return self.teacher.denoiser.features(
-                frozen["teacher"], x, t, conditions, self._adversary.indices
-            )
+            request = Request(x, t, conditions, features=self._adversary.indices)
+            return self.teacher.denoiser.features(frozen["teacher"], request)
 
         return features
 

@@ -29,16 +29,18 @@ from distill.student import (
     Teacher,
     build_student,
     build_teacher,
-    conditions_of,
     drift_metrics,
+    nulls_of,
 )
+from dit_jax import conditions as conditions_lib
 from dit_jax import experiment
 from dit_jax.data.augmentation import Augmentation
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion.process import RectifiedFlow, expand
 from dit_jax.diffusion.timesteps import LogitNormal, TimeDistribution, Uniform
+from dit_jax.models.call import Request
 from dit_jax.models.dit import resolve_dtype
-from dit_jax.training.denoising import drop_labels
+from dit_jax.training.denoising import require_augmentation
 from dit_jax.training.method import Batch, Metrics, OnePhase, accumulated_gradients
 
 Examples = dict[str, Any]
@@ -87,7 +89,7 @@ class MeanFlow(OnePhase):
                     "method 'mean_flow' learns average velocities of a rectified flow, not of "
                     f"{type(denoiser.denoiser.process).__name__}: set process.name='flow'"
                 )
-        if not self.student.denoiser.network.has_second_time:
+        if "r" not in self.student.denoiser.network.conditions:
             raise ValueError(
                 "method 'mean_flow' needs a network that sees a second time: set "
                 "model.second_time='t-r' or 'r'"
@@ -105,13 +107,7 @@ class MeanFlow(OnePhase):
                 f"method.mean_flow.tangent_warmup_steps={self.tangent_warmup_steps}: expected 0 or "
                 "more"
             )
-        known = self.student.denoiser.network.augment_dim
-        if self.augmentation is not None and self.augmentation.label_dim != known:
-            raise ValueError(
-                f"model.augment_dim={known}, but the augmentation has "
-                f"{self.augmentation.label_dim} labels: set model.augment_dim="
-                f"{self.augmentation.label_dim}, or augmentation.probability=0 for none"
-            )
+        require_augmentation(self.student.denoiser.network, self.augmentation)
         if self.mixing.guides:
             self._check_mixing()
 
@@ -158,7 +154,7 @@ class MeanFlow(OnePhase):
         part = batch_size // parts
         return parts * min(max(round(self.interval_share * part), 1), part)
 
-    def draw_examples(self, batch: Batch, key: Key[Array, ""]) -> Examples:
+    def draw_examples(self, batch: Batch, key: Key[Array, ""], frozen: Any = None) -> Examples:
         """Times, noise and dropped labels of a whole batch, before it is split in any way.
 
         Returns:
@@ -174,18 +170,20 @@ class MeanFlow(OnePhase):
             "eps": jax.random.normal(noise_key, x0.shape, jnp.float32),
             "t": jnp.maximum(first, second),
             "r": jnp.minimum(first, second),
-            **conditions_of(batch, network),
+            "conditions": conditions_lib.select(network.conditions, batch),
         }
         if network.has_dropout:
             examples["dropout_keys"] = jax.random.split(dropout_key, b)
         if self.augmentation is not None:
             keys = jax.random.split(augment_key, b)
-            examples["x0"], examples["augment"] = self.augmentation(keys, x0)
+            examples["x0"], augment = self.augmentation(keys, x0)
+            examples["conditions"] = {**examples["conditions"], "augment": augment}
         groups = _split(examples, intervals)
         if "instant" in groups:
             groups["instant"]["r"] = groups["instant"]["t"]
-        if "label" in examples:
-            rate = self.student.label_dropout
+        rate = self.student.label_dropout
+        if rate and conditions_lib.can_guide(network.conditions):
+            nulls = conditions_lib.null_values(network.conditions, nulls_of(frozen))
             num_dropped = jnp.sum(jax.random.bernoulli(label_key, rate, (b,)))
             place = {
                 "instant": jnp.arange(b - intervals),
@@ -193,7 +191,9 @@ class MeanFlow(OnePhase):
             }
             for name, group in groups.items():
                 group["dropped"] = place[name] < num_dropped
-                group["label"] = drop_labels(group["label"], network.num_classes, group["dropped"])
+                group["conditions"] = conditions_lib.drop(
+                    group["conditions"], nulls, group["dropped"]
+                )
         return groups
 
     def velocities(
@@ -208,7 +208,8 @@ class MeanFlow(OnePhase):
         x, t = examples["x"], examples["t"]
         velocity = examples["eps"] - examples["x0"]
         if self.teacher is not None:
-            velocity = self.teacher.velocity(frozen["teacher"], x, t, _conditions(examples))
+            request = Request(x, t, examples["conditions"])
+            velocity = self.teacher.velocity(frozen["teacher"], request, nulls_of(frozen))
         conditional = x.shape[0] if self.mixing.kappa else 0
         if self.direction == "network":
             conditional = max(conditional, num_intervals)
@@ -216,16 +217,17 @@ class MeanFlow(OnePhase):
         if not conditional + unconditional:
             return velocity, velocity[:num_intervals]
 
-        def ask(name):
-            return jnp.concatenate([examples[name][:conditional], examples[name][:unconditional]])
+        def ask(value):
+            return jnp.concatenate([value[:conditional], value[:unconditional]])
 
-        conditions = {"r": ask("t"), **{name: ask(name) for name in _conditions(examples)}}
-        if "label" in conditions:
+        conditions = jax.tree.map(ask, examples["conditions"])
+        if unconditional:
+            declared = denoiser.network.conditions
             null = jnp.arange(conditional + unconditional) >= conditional
-            conditions["label"] = drop_labels(
-                conditions["label"], denoiser.network.num_classes, null
-            )
-        answers = denoiser.velocity(params, ask("x"), ask("t"), conditions)
+            nulls = conditions_lib.null_values(declared, nulls_of(frozen))
+            conditions = conditions_lib.drop(conditions, nulls, null)
+        request = Request(ask(x), ask(t), {**conditions, "r": ask(t)})
+        answers = denoiser.velocity(params, request)
         own, without = answers[:conditional], answers[conditional:]
         if self.mixing.guides:
             guided = self.mixing(velocity, without, own if self.mixing.kappa else None, t)
@@ -309,7 +311,7 @@ class MeanFlow(OnePhase):
         metrics, gradients = accumulated_gradients(
             lambda params, examples: self.loss(params, examples, frozen, warmup),
             state.params,
-            self.draw_examples(batch, key),
+            self.draw_examples(batch, key, frozen),
             self.student.num_microbatches,
         )
         metrics["gradient_norm"] = optax.global_norm(gradients)
@@ -317,13 +319,9 @@ class MeanFlow(OnePhase):
 
 
 def _average_velocity(denoiser: Denoiser, params: Any, examples: Examples, t, r) -> Array:
-    conditions = {"r": r, **_conditions(examples)}
-    keys = examples.get("dropout_keys")
-    return denoiser.velocity(params, examples["x"], t, conditions, dropout_keys=keys)
-
-
-def _conditions(examples: Examples) -> dict[str, Array]:
-    return {name: examples[name] for name in ("label", "augment") if name in examples}
+    conditions = {**examples["conditions"], "r": r}
+    request = Request(examples["x"], t, conditions, examples.get("dropout_keys"))
+    return denoiser.velocity(params, request)
 
 
 def _split(examples: Examples, first: int) -> dict[str, Examples]:

@@ -37,6 +37,7 @@ from distill.student import (
     build_teacher,
     create_player,
     drift_metrics,
+    nulls_of,
     require_forward_mode,
     update_player,
 )
@@ -46,6 +47,7 @@ from dit_jax.config import ConfigError
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion.process import expand
 from dit_jax.diffusion.timesteps import TimeDistribution
+from dit_jax.models.call import Request
 from dit_jax.training.method import Batch, Metrics, OnePhase, accumulated_gradients
 
 VELOCITIES = ("data", "teacher")
@@ -188,7 +190,9 @@ class SCM(OnePhase):
         """'raw' and every average by its name."""
         return self.student.weights(state)
 
-    def draw_examples(self, batch: Batch, key: Key[Array, ""]) -> dict[str, Any]:
+    def draw_examples(
+        self, batch: Batch, key: Key[Array, ""], frozen: Any = None
+    ) -> dict[str, Any]:
         """Times, noise and conditions of a whole batch, before it is split in any way."""
         time_key, noise_key, label_key, dropout_key = jax.random.split(key, 4)
         x0 = batch["image"]
@@ -197,7 +201,7 @@ class SCM(OnePhase):
             "x0": x0,
             "t": self.timesteps.sample(time_key, n),
             "eps": jax.random.normal(noise_key, x0.shape, jnp.float32),
-            "conditions": self.student.draw_conditions(batch, label_key),
+            "conditions": self.student.draw_conditions(batch, label_key, frozen),
             "dropout_keys": jax.random.split(dropout_key, n),
         }
 
@@ -209,7 +213,8 @@ class SCM(OnePhase):
         if self.teacher is None:
             return trig.velocity(examples["x0"], examples["eps"], t)
         scaled = expand(trig.scale(t), x) * x
-        prediction = self.teacher.predict(frozen["teacher"], scaled, t, examples["conditions"])
+        request = Request(scaled, t, examples["conditions"])
+        prediction = self.teacher.predict(frozen["teacher"], request, nulls_of(frozen))
         return trig.velocity(prediction.x0, prediction.eps, t)
 
     def output_and_tangent(
@@ -226,14 +231,8 @@ class SCM(OnePhase):
         t, trig = examples["t"], self.trig
 
         def output(x, t, denoiser=self.student.denoiser):
-            return trig.output(
-                denoiser,
-                params,
-                x,
-                t,
-                examples["conditions"],
-                dropout_keys=examples["dropout_keys"],
-            )
+            request = Request(x, t, examples["conditions"], examples["dropout_keys"])
+            return trig.output(denoiser, params, request)
 
         cos, sin = trig.cos_sin(t)
         direction = expand(cos * sin, x) * velocity, trig.log_ratio_speed(t)
@@ -309,7 +308,7 @@ class SCM(OnePhase):
         phase: str = "train",
     ) -> tuple[DistillState, Metrics]:
         """One optimizer step of the student and of its learned weight."""
-        examples = self.draw_examples(batch, key)
+        examples = self.draw_examples(batch, key, frozen)
         steps = self.tangent_warmup_steps
         warmup = jnp.minimum(1.0, state.step / steps) if steps else jnp.ones(())
         players = {name: player.params for name, player in state.players.items()}

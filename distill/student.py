@@ -1,6 +1,7 @@
 """What the methods of distillation share: the student, the teacher, and players beside them."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,14 +10,16 @@ import ml_collections
 import optax
 from jaxtyping import Array, Float, Key
 
+from dit_jax import conditions as conditions_lib
 from dit_jax import experiment
 from dit_jax.config import ConfigError
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import guidance
 from dit_jax.diffusion.process import Prediction, expand
+from dit_jax.models.call import Request
 from dit_jax.models.dit import resolve_dtype
 from dit_jax.training import ema as ema_lib
-from dit_jax.training.denoising import drop_labels, require_null_class
+from dit_jax.training.denoising import drop_conditions, require_null_class
 from dit_jax.training.method import Batch, Metrics
 
 
@@ -67,7 +70,7 @@ def update_player(
     return Player(optax.apply_updates(player.params, updates), state)
 
 
-def lay_over(fresh: Any, given: Any, path: str = "") -> Any:
+def merge_params(fresh: Any, given: Any, path: str = "") -> Any:
     """`fresh` parameters with those of `given` in their places.
 
     What `given` lacks stays fresh: a second time or labels of augmentation, whose parameters make
@@ -84,7 +87,7 @@ def lay_over(fresh: Any, given: Any, path: str = "") -> Any:
     if unknown:
         raise ValueError(f"parameters that the student has not: {path}/{unknown[0]}")
     return {
-        name: lay_over(value, given[name], f"{path}/{name}") if name in given else value
+        name: merge_params(value, given[name], f"{path}/{name}") if name in given else value
         for name, value in fresh.items()
     }
 
@@ -97,7 +100,7 @@ class Student:
         denoiser: network and process.
         optimizer: an optax transformation.
         averages: EMAs to keep.
-        label_dropout: probability of replacing a label by the null class.
+        label_dropout: probability of dropping an example's conditions.
         num_microbatches: gradient accumulation, the batch in so many parts.
     """
 
@@ -118,8 +121,8 @@ class Student:
             return self.denoiser.network.init(key)
         fresh = jax.eval_shape(self.denoiser.network.init, key)
         if jax.tree.structure(fresh) == jax.tree.structure(params):
-            return lay_over(fresh, params)
-        return lay_over(self.denoiser.network.init(key), params)
+            return merge_params(fresh, params)
+        return merge_params(self.denoiser.network.init(key), params)
 
     def create_state(
         self, key: Key[Array, ""], params: Any = None, players: dict[str, Any] | None = None
@@ -146,14 +149,12 @@ class Student:
         """'raw' and every average by its name."""
         return {**state.ema, "raw": state.params}
 
-    def draw_conditions(self, batch: Batch, key: Key[Array, ""]) -> dict[str, Array]:
-        """{"label": ...} of a batch with some labels dropped, or {} if unconditional."""
-        conditions = conditions_of(batch, self.denoiser.network)
-        if "label" in conditions and self.label_dropout:
-            label = conditions["label"]
-            dropped = jax.random.bernoulli(key, self.label_dropout, label.shape)
-            conditions["label"] = drop_labels(label, self.denoiser.network.num_classes, dropped)
-        return conditions
+    def draw_conditions(
+        self, batch: Batch, key: Key[Array, ""], frozen: Any = None
+    ) -> dict[str, Array]:
+        """The conditions of a batch, some examples' dropped."""
+        declared = self.denoiser.network.conditions
+        return drop_conditions(declared, batch, self.label_dropout, key, frozen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,85 +172,81 @@ class Teacher:
     guidance_interval: tuple[float, float] | None = None
 
     def __post_init__(self):
-        network = self.denoiser.network
-        if self.guidance_scale != 1.0 and not network.num_classes:
-            raise ValueError(
-                f"teacher.guidance_scale={self.guidance_scale} needs a class-conditional network; "
-                "model.num_classes is 0"
-            )
-        if self.guidance_scale != 1.0 and not getattr(network, "null_class", True):
-            raise ValueError(
-                f"teacher.guidance_scale={self.guidance_scale} needs a null class; "
-                "model.null_class is False"
-            )
+        if self.guidance_scale != 1.0:
+            reason = f"teacher.guidance_scale={self.guidance_scale}"
+            conditions_lib.require_guidance(self.denoiser.network.conditions, reason)
         if self.guidance_interval is not None and self.guidance_scale == 1.0:
             raise ValueError("teacher.guidance_interval would do nothing with guidance_scale=1.0")
 
     def raw(
-        self, params: Any, x: Float[Array, "b h w c"], t: Float[Array, " b"], conditions: dict
+        self, params: Any, request: Request, nulls: Mapping[str, Any] | None = None
     ) -> Float[Array, "b h w _c"]:
-        """The raw output, guided."""
+        """The raw output, guided.
+
+        Args:
+            params: the teacher's.
+            request: in process time.
+            nulls: "no condition" where the network does not know it by itself (`nulls_of`).
+        """
 
         def evaluate(x, t, conditions, carry):
-            return self.denoiser.raw(params, x, t, conditions), carry
+            return self.denoiser.raw(params, Request(x, t, conditions)).out, carry
 
         if self.guidance_scale != 1.0:
+            nulls = conditions_lib.null_values(self.denoiser.network.conditions, nulls)
             evaluate = guidance.guided(
                 evaluate,
-                self.denoiser.network.null_conditions,
+                lambda conditions: conditions_lib.without(conditions, nulls),
                 self.guidance_scale,
                 interval=self.guidance_interval,
             )
-        return evaluate(x, t, conditions, None)[0]
+        return evaluate(request.x, request.t, request.conditions, None)[0]
 
     def predict(
-        self, params: Any, x: Float[Array, "b h w c"], t: Float[Array, " b"], conditions: dict
+        self, params: Any, request: Request, nulls: Mapping[str, Any] | None = None
     ) -> Prediction:
         """The guided prediction of x0 and eps."""
-        return self.denoiser.process.interpret(self.raw(params, x, t, conditions), x, t)
+        raw = self.raw(params, request, nulls)
+        return self.denoiser.process.interpret(raw, request.x, request.t)
 
     def velocity(
-        self, params: Any, x: Float[Array, "b h w c"], t: Float[Array, " b"], conditions: dict
+        self, params: Any, request: Request, nulls: Mapping[str, Any] | None = None
     ) -> Float[Array, "b h w c"]:
         """The guided velocity, in the process's convention."""
-        prediction = self.predict(params, x, t, conditions)
-        return self.denoiser.process.velocity(prediction.x0, prediction.eps, t)
+        prediction = self.predict(params, request, nulls)
+        return self.denoiser.process.velocity(prediction.x0, prediction.eps, request.t)
 
     def predict_with_features(
-        self,
-        params: Any,
-        x: Float[Array, "b h w c"],
-        t: Float[Array, " b"],
-        conditions: dict,
-        indices: tuple[int, ...],
+        self, params: Any, request: Request, nulls: Mapping[str, Any] | None = None
     ) -> tuple[Prediction, tuple[Float[Array, "b _h _w _c"], ...]]:
         """The guided prediction, and the feature maps of the conditional evaluation."""
         denoiser, process = self.denoiser, self.denoiser.process
         if self.guidance_scale == 1.0:
-            return denoiser.predict_with_features(params, x, t, conditions, indices)
-        raw, features = denoiser.raw(params, x, t, conditions, features=tuple(indices))
+            return denoiser.predict_with_features(params, request)
+        x, t = request.x, request.t
+        conditional = denoiser.raw(params, request)
         # Apart from the conditional half, not in one batch with it: gradients pass through the
         # features back to x, and would pass through both halves of a doubled batch.
+        nulls = conditions_lib.null_values(denoiser.network.conditions, nulls)
         null = denoiser.raw(
             params,
-            jax.lax.stop_gradient(x),
-            t,
-            denoiser.network.null_conditions(conditions),
+            Request(jax.lax.stop_gradient(x), t, conditions_lib.without(request.conditions, nulls)),
         )
         scale = jnp.full(t.shape, self.guidance_scale)
         if self.guidance_interval is not None:
             low, high = self.guidance_interval
             scale = jnp.where((t >= low) & (t <= high), scale, 1.0)
         # A learned variance is the conditional one.
-        own, other = (r[..., : x.shape[-1]].astype(jnp.float32) for r in (raw, null))
+        raw = conditional.out
+        own, other = (r[..., : x.shape[-1]].astype(jnp.float32) for r in (raw, null.out))
         mixed = other + expand(scale, x) * (own - other)
         raw = jnp.concatenate([mixed.astype(raw.dtype), raw[..., x.shape[-1] :]], axis=-1)
-        return process.interpret(raw, x, t), features
+        return process.interpret(raw, x, t), conditional.features
 
 
-def conditions_of(batch: Batch, network: Any) -> dict[str, Array]:
-    """{"label": ...} of a batch, or {} for an unconditional network."""
-    return {"label": batch["label"]} if network.num_classes else {}
+def nulls_of(frozen: Any) -> Mapping[str, Any] | None:
+    """What stands for "no condition" where a network does not know it by itself, if given."""
+    return (frozen or {}).get("nulls")
 
 
 def drift_metrics(x0: Float[Array, "b h w c"]) -> Metrics:
@@ -259,11 +256,13 @@ def drift_metrics(x0: Float[Array, "b h w c"]) -> Metrics:
 
 def build_student(config: ml_collections.ConfigDict) -> Student:
     """The student of `config`: its network, process, optimizer and averages."""
+    denoiser = experiment.build_denoiser(config)
+    drops = conditions_lib.can_guide(denoiser.network.conditions)
     return Student(
-        denoiser=experiment.build_denoiser(config),
+        denoiser=denoiser,
         optimizer=experiment.build_optimizer(config),
         averages=experiment.build_averages(config),
-        label_dropout=config.method.label_dropout if config.model.num_classes else 0.0,
+        label_dropout=config.method.label_dropout if drops else 0.0,
         num_microbatches=config.training.num_microbatches,
     )
 

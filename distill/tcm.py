@@ -19,6 +19,7 @@ from distill.consistency_loss import ECTSchedule, TimePair, TimePairs
 from distill.student import DistillState, build_student, drift_metrics
 from dit_jax import experiment
 from dit_jax.diffusion.conversions import expand
+from dit_jax.models.call import Request
 from dit_jax.training.method import Batch, Metrics
 
 # Parts into which the evaluations at r are split, counted over all microbatches: all but one need
@@ -93,14 +94,18 @@ class TCM(Consistency):
         return self.student.create_state(key, params)
 
     def draw_examples(
-        self, batch: Batch, key: Key[Array, ""], decrement: Float[Array, ""]
+        self,
+        batch: Batch,
+        key: Key[Array, ""],
+        decrement: Float[Array, ""],
+        frozen: Any = None,
     ) -> dict[str, Any]:
         """As consistency training, with the boundary's share of the times at the transition.
 
         Times are drawn independently of the images, so which image gets which is free: they are
         laid out such that those with r below the transition lie in the same parts of the batch.
         """
-        examples = super().draw_examples(batch, key, decrement)
+        examples = super().draw_examples(batch, key, decrement, frozen)
         t = examples["pair"].t
         n = t.shape[0]
         count = self._boundary_count(n)
@@ -143,12 +148,13 @@ class TCM(Consistency):
 
         def evaluate(part):
             x, r, conditions, keys = part
+            request = Request(x, r, conditions, keys)
             below = r < self.transition
 
             def by(network, needed):
                 return jax.lax.cond(
                     needed,
-                    lambda: x0(network, x, r, conditions, dropout_keys=keys),
+                    lambda: x0(network, request),
                     lambda: jnp.zeros_like(x),
                 )
 

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion.process import Prediction, Process, expand
+from dit_jax.models.call import Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +93,9 @@ class TrigFlow:
         self,
         denoiser: Denoiser,
         params: Any,
-        x: Float[Array, "b h w c"],
-        t: Float[Array, " b"],
-        conditions: dict[str, Array],
-        *,
-        dropout_keys: Array | None = None,
+        request: Request,
     ) -> Float[Array, "b h w c"]:
-        """F of a denoiser at TrigFlow's x and the process's time t."""
+        """F of a denoiser; in the request x is TrigFlow's and t the process's."""
+        x, t = request.x, request.t
         scaled = expand(self.scale(t), x) * x
-        return self.read(
-            denoiser.predict(params, scaled, t, conditions, dropout_keys=dropout_keys), t
-        )
+        return self.read(denoiser.predict(params, request.replace(x=scaled)), t)

@@ -30,19 +30,22 @@ _SELECTORS = {
     "sampling": "solver",
 }
 
-# Keys of config.model that only DiT has.
-DIT_KEYS = (
-    "patch_size",
-    "hidden_size",
-    "depth",
-    "num_heads",
-    "mlp_ratio",
-    "null_class",
-    "learn_sigma",
-    "time_frequency_spacing",
-    "mlp_norm_epsilon",
-    "layer_loop",
-)
+# Keys that had another name, and have it still in runs and checkpoints of before.
+RENAMED = {
+    f"model.{key}": f"model.dit.{key}"
+    for key in (
+        "patch_size",
+        "hidden_size",
+        "depth",
+        "num_heads",
+        "mlp_ratio",
+        "null_class",
+        "learn_sigma",
+        "time_frequency_spacing",
+        "mlp_norm_epsilon",
+        "layer_loop",
+    )
+}
 
 # Keys that came after the first runs, and what those did: what a config.json without them means.
 _LATER_KEYS = {"ema.warmup": False}
@@ -53,7 +56,7 @@ class ConfigError(ValueError):
 
 
 def flatten(config: AnyConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields ('model.depth', 28) pairs of every leaf."""
+    """Yields ('model.dit.depth', 28) pairs of every leaf."""
     for key, value in config.items():
         path = f"{prefix}{key}"
         if isinstance(value, AnyConfig):
@@ -96,7 +99,7 @@ def resolve(config: AnyConfig) -> ml_collections.ConfigDict:
     """
     resolved = default_config()
     defaults = dict(flatten(resolved))
-    for path, value in flatten(config):
+    for path, value in _renamed(config):
         if path not in defaults:
             raise ConfigError(f"unknown key config.{path}{nearest_key(path)}")
         value = _of_type(path, value, defaults[path])
@@ -105,14 +108,31 @@ def resolve(config: AnyConfig) -> ml_collections.ConfigDict:
         for part in section.split(".") if section else ():
             parent = parent[part]
         parent[leaf] = value
-    if resolved.model.name != "dit":
-        # Only DiT can; U-Nets of iDDPM's preconditioning have its channels, and leave them unused.
-        process = resolved.process
-        resolved.model.learn_sigma = (process.name, process.edm.preconditioning) == ("edm", "iddpm")
     _refuse_unused(resolved, defaults)
     if message := ranges.order_error(dict(flatten(resolved))):
         raise ConfigError(message)
     return resolved
+
+
+def _renamed(config: AnyConfig) -> Iterator[tuple[str, Any]]:
+    """`flatten`, with the names that keys have now.
+
+    A DiT's keys of before stood beside those of all networks, in a U-Net's configuration too: there
+    they meant nothing, and are left out.
+    """
+    given = dict(flatten(config))
+    is_dit = given.get("model.name", "dit") == "dit"
+    for path, value in given.items():
+        if path not in RENAMED:
+            yield path, value
+        elif is_dit:
+            new = RENAMED[path]
+            if new in given and given[new] != value:
+                raise ConfigError(
+                    f"config.{path}={value!r} is called config.{new} now, and is given as "
+                    f"{given[new]!r} too: leave the first out"
+                )
+            yield new, value
 
 
 def _of_type(path: str, value: Any, default: Any) -> Any:
@@ -154,13 +174,6 @@ def _refuse_unused(config: ml_collections.ConfigDict, defaults: dict[str, Any]) 
                     f"config.{full}={value!r} would do nothing: config.{section}.{selector} is "
                     f"{chosen!r}. Set config.{section}.{selector}={namespace!r} or leave it out"
                 )
-    if config.model.name != "dit":
-        for key in DIT_KEYS:
-            if config.model[key] != defaults[f"model.{key}"] and key != "learn_sigma":
-                raise ConfigError(
-                    f"config.model.{key}={config.model[key]!r} would do nothing: it is of "
-                    f"config.model.name='dit', not {config.model.name!r}"
-                )
     if config.method.name != "denoising":
         scores = config.method.name in ("dmd2", "f_distill")  # their fake score is a denoiser
         _refuse_changed(
@@ -188,17 +201,19 @@ def _refuse_unused(config: ml_collections.ConfigDict, defaults: dict[str, Any]) 
             "config.optimizer.final_learning_rate would do nothing with schedule='constant': "
             "set config.optimizer.schedule to 'cosine' or 'linear'"
         )
+    chosen = config.model.name
+    learn_sigma = config.model.get(chosen, {}).get("learn_sigma", False)
     is_iddpm = config.process.edm.preconditioning == "iddpm"
-    if config.model.learn_sigma and config.process.name == "edm" and not is_iddpm:
+    if learn_sigma and config.process.name == "edm" and not is_iddpm:
         raise ConfigError(
-            "config.model.learn_sigma=True would do nothing with config.process.name='edm', which "
-            "has no learned variance: set config.model.learn_sigma=False"
+            f"config.model.{chosen}.learn_sigma=True would do nothing with config.process.name="
+            f"'edm', which has no learned variance: set config.model.{chosen}.learn_sigma=False"
         )
-    learned_variance = config.model.learn_sigma and config.process.name == "ddpm"
+    learned_variance = learn_sigma and config.process.name == "ddpm"
     if not learned_variance and config.loss.vlb_weight != defaults["loss.vlb_weight"]:
         raise ConfigError(
             "config.loss.vlb_weight would do nothing: it needs config.process.name='ddpm' and "
-            "config.model.learn_sigma=True"
+            f"config.model.{chosen}.learn_sigma=True"
         )
 
 
@@ -211,7 +226,7 @@ def _refuse_changed(
 
 
 def differences(old: AnyConfig, new: AnyConfig) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ, as {'model.depth': (old, new)}; absent values are None."""
+    """Keys whose values differ, as {'model.dit.depth': (old, new)}; absent values are None."""
     old, new = dict(flatten(old)), dict(flatten(new))
     return {
         key: (old.get(key), new.get(key))

@@ -13,7 +13,7 @@ from dit_jax.config import flatten, nearest_key
 
 
 def meanings() -> dict[str, str]:
-    """{'model.depth': comment} of every key, '' where its name says it all.
+    """{'model.dit.depth': comment} of every key, '' where its name says it all.
 
     A key's comment stands at the end of its line or above it; a section's is of the keys in it that
     have none.
@@ -24,7 +24,7 @@ def meanings() -> dict[str, str]:
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             shared[node.targets[0].id] = node.value
-        elif isinstance(node, ast.FunctionDef) and node.name == "default_config":
+        elif isinstance(node, ast.FunctionDef) and node.name == "_library_config":
             whole = next(n for n in ast.walk(node) if isinstance(n, ast.Dict))  # the outermost
     return dict(_leaves(whole, "", shared, comments))
 

@@ -4,6 +4,9 @@ An experiment starts from `default_config()` and states only what differs. Where
 things is chosen by `name`, each has a namespace of its own (`process.ddpm`, `process.edm`, ...).
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import ml_collections
 
 # Keys of the methods with a discriminator.
@@ -27,8 +30,42 @@ _DMD2 = {
 }
 
 
+# Namespaces of what was registered beside what the library has: {section: {name: options}}.
+_REGISTERED: dict[str, dict[str, dict[str, Any]]] = {}
+
+
+def register_namespace(section: str, name: str, options: Mapping[str, Any]) -> None:
+    """Adds the options of a network, method, solver or source of data to the configuration.
+
+    They become config.<section>.<name>.<option>, with these defaults. Options that a section has
+    for all its choices already (config.model.image_size) stay there, and get no second place.
+
+    Args:
+        section: 'model', 'method', 'sampling' or 'data'.
+        name: of the choice.
+        options: defaults by name: numbers, texts, booleans or tuples of these.
+
+    Raises:
+        ValueError: the name is taken by another choice of the section.
+    """
+    taken = _library_config()[section].get(name)
+    if taken is not None or _REGISTERED.get(section, {}).get(name, options) != options:
+        raise ValueError(f"config.{section}.{name} is there already: choose another name")
+    _REGISTERED.setdefault(section, {})[name] = dict(options)
+
+
 def default_config() -> ml_collections.ConfigDict:
     """The default experiment: DiT-XL/2 on 256-pixel ImageNet latents, as in the paper."""
+    config = _library_config()
+    with config.unlocked():
+        for section, choices in _REGISTERED.items():
+            for name, options in choices.items():
+                own = {key: value for key, value in options.items() if key not in config[section]}
+                config[section][name] = ml_collections.ConfigDict(own)
+    return config
+
+
+def _library_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             "name": "",  # shown in logs and reports
@@ -46,17 +83,18 @@ def default_config() -> ml_collections.ConfigDict:
                 "dtype": "auto",  # of matrix products; auto: bfloat16 on accelerators
                 # Stored; auto: as the sampled checkpoint's file. Training: float32 (or auto) only.
                 "param_dtype": "auto",  # float32 | bfloat16 | auto
-                # Of dit only, as are the keys up to layer_loop.
-                "patch_size": 2,  # side of the square of the input that becomes a token
-                "hidden_size": 1152,  # width of the blocks
-                "depth": 28,  # blocks
-                "num_heads": 16,  # of attention
-                "mlp_ratio": 4.0,  # width of a block's MLP over hidden_size
-                "null_class": True,  # whether there is a class for "no class" (guidance needs it)
-                "learn_sigma": True,  # predict the variance, too (of process ddpm)
-                "time_frequency_spacing": "original",  # original | diffusers
-                "mlp_norm_epsilon": 1e-6,  # 1e-5 in diffusers' default DiT
-                "layer_loop": "auto",  # scan | unroll | auto: by backend
+                "dit": {  # DiT and SiT
+                    "patch_size": 2,  # side of the square of the input that becomes a token
+                    "hidden_size": 1152,  # width of the blocks
+                    "depth": 28,  # blocks
+                    "num_heads": 16,  # of attention
+                    "mlp_ratio": 4.0,  # width of a block's MLP over hidden_size
+                    "null_class": True,  # whether there is a "no class", which guidance needs
+                    "learn_sigma": True,  # predict the variance, too (of process ddpm)
+                    "time_frequency_spacing": "original",  # original | diffusers
+                    "mlp_norm_epsilon": 1e-6,  # 1e-5 in diffusers' default DiT
+                    "layer_loop": "auto",  # scan | unroll | auto: by backend
+                },
                 "song_unet": {  # EDM's DDPM++ (these defaults) and NCSN++
                     "model_channels": 128,
                     "channel_mult": (2, 2, 2),
@@ -147,7 +185,7 @@ def default_config() -> ml_collections.ConfigDict:
                 "weighting": "none",  # none | p2 | min_snr
                 "p2": {"k": 1.0, "gamma": 1.0},
                 "min_snr": {"gamma": 5.0},
-                "vlb_weight": 1.0,  # of the variance term, when model.learn_sigma
+                "vlb_weight": 1.0,  # of the variance term, when model.dit.learn_sigma
             },
             "teacher": {  # of the methods that distil
                 "path": "",  # [KIND:]SRC as for --init_from: workdir, .pt, folder, hub:...

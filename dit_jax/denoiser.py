@@ -3,15 +3,19 @@
 import dataclasses
 from typing import Any
 
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from dit_jax.diffusion.process import Prediction, Process
+from dit_jax.models.call import Request, Result
 from dit_jax.models.network import Params
 
 
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
-    """A network read through a process. Times are the process's own; `params` come with each call.
+    """A network read through a process.
+
+    Requests have the process's own times, `t` and those among the conditions alike; the process
+    translates all of them to the network's.
 
     Attributes:
         network: the architecture, a `models.Network` or what has its face.
@@ -21,116 +25,57 @@ class Denoiser:
     network: Any
     process: Process
 
-    def raw(
-        self,
-        params: Params,
-        x: Float[Array, "b h w c"],
-        t: Float[Array, " b"],
-        conditions: dict[str, Array],
-        *,
-        dropout_keys: Key[Array, " b"] | None = None,
-        features: tuple[int, ...] | None = None,
-        attention: Any = None,
-        attention_state: Any = None,
-    ):
-        """The network's output for noisy `x` at time `t`, before interpretation.
+    def raw(self, params: Params, request: Request) -> Result:
+        """The network's output for noisy `request.x`, before interpretation.
 
         Variance channels are kept where the process uses them (DDPM) and dropped elsewhere, as SiT
         does with its doubled output.
-
-        Args:
-            params: the network's.
-            x: noisy data.
-            t: the process's time.
-            conditions: as `Network.apply`, but a second time "r" is the process's here.
-            dropout_keys: one an example; None for no dropout.
-            features: numbers of feature maps wanted besides.
-            attention: a strategy for the attention seam.
-            attention_state: its state.
-
-        Returns:
-            The output; with `features` (output, feature maps); with `attention_state` (output, new
-            state).
         """
-        x_in, t_network = self.process.network_inputs(x, t)
-        out = self.network.apply(
-            params,
-            x_in,
-            t_network,
-            self._network_conditions(x, conditions),
-            dropout_keys=dropout_keys,
-            features=features,
-            attention=attention,
-            attention_state=attention_state,
+        x, process = request.x, self.process
+        x_in, t_network = process.network_inputs(x, request.t)
+        conditions = {
+            name: process.network_inputs(x, value)[1] if self._is_time(name) else value
+            for name, value in request.conditions.items()
+        }
+        result = self.network.apply(
+            params, request.replace(x=x_in, t=t_network, conditions=conditions)
         )
-        more = None
-        if attention_state is not None or features is not None:
-            out, more = out
-        if self.network.learn_sigma and not self.process.learned_variance:
-            out = out[..., : x.shape[-1]]
-        return out if more is None else (out, more)
+        if self.network.learn_sigma and not process.learned_variance:
+            return dataclasses.replace(result, out=result.out[..., : x.shape[-1]])
+        return result
 
-    def _network_conditions(self, x: Array, conditions: dict[str, Array]) -> dict[str, Array]:
-        if "r" not in conditions:
-            return conditions
-        return {**conditions, "r": self.process.network_inputs(x, conditions["r"])[1]}
+    def _is_time(self, name: str) -> bool:
+        declared = self.network.conditions.get(name)
+        return declared is not None and declared.is_time
 
-    def features(
-        self,
-        params: Params,
-        x: Float[Array, "b h w c"],
-        t: Float[Array, " b"],
-        conditions: dict[str, Array],
-        indices: tuple[int, ...],
-    ) -> tuple[Float[Array, "b _h _w _c"], ...]:
-        """Feature maps of noisy `x` alone, see `Network.feature_shapes`."""
-        x_in, t_network = self.process.network_inputs(x, t)
-        conditions = self._network_conditions(x, conditions)
-        return self.network.features(params, x_in, t_network, conditions, indices)
+    def features(self, params: Params, request: Request) -> tuple[Float[Array, "b _h _w _c"], ...]:
+        """The feature maps asked for alone. Under jit what follows the last is never computed."""
+        return self.raw(params, request).features
 
-    def predict(
-        self,
-        params: Params,
-        x: Float[Array, "b h w c"],
-        t: Float[Array, " b"],
-        conditions: dict[str, Array],
-        *,
-        dropout_keys: Key[Array, " b"] | None = None,
-    ) -> Prediction:
+    def predict(self, params: Params, request: Request) -> Prediction:
         """The network's prediction of x0 and eps (and of the variance, if learned)."""
-        raw = self.raw(params, x, t, conditions, dropout_keys=dropout_keys)
-        return self.process.interpret(raw, x, t)
+        return self.predict_with_features(params, request)[0]
 
     def predict_with_features(
-        self,
-        params: Params,
-        x: Float[Array, "b h w c"],
-        t: Float[Array, " b"],
-        conditions: dict[str, Array],
-        indices: tuple[int, ...],
-        *,
-        dropout_keys: Key[Array, " b"] | None = None,
+        self, params: Params, request: Request
     ) -> tuple[Prediction, tuple[Float[Array, "b _h _w _c"], ...]]:
         """Prediction and feature maps of one evaluation."""
-        raw, features = self.raw(
-            params, x, t, conditions, dropout_keys=dropout_keys, features=tuple(indices)
-        )
-        return self.process.interpret(raw, x, t), features
+        result = self.raw(params, request)
+        return self.process.interpret(result.out, request.x, request.t), result.features
 
-    def x0(self, params, x, t, conditions, *, dropout_keys=None) -> Float[Array, "b h w c"]:
+    def x0(self, params: Params, request: Request) -> Float[Array, "b h w c"]:
         """The predicted clean image."""
-        return self.predict(params, x, t, conditions, dropout_keys=dropout_keys).x0
+        return self.predict(params, request).x0
 
-    def eps(self, params, x, t, conditions, *, dropout_keys=None) -> Float[Array, "b h w c"]:
+    def eps(self, params: Params, request: Request) -> Float[Array, "b h w c"]:
         """The predicted noise."""
-        return self.predict(params, x, t, conditions, dropout_keys=dropout_keys).eps
+        return self.predict(params, request).eps
 
-    def velocity(self, params, x, t, conditions, *, dropout_keys=None) -> Float[Array, "b h w c"]:
+    def velocity(self, params: Params, request: Request) -> Float[Array, "b h w c"]:
         """The predicted velocity, in the process's convention."""
-        prediction = self.predict(params, x, t, conditions, dropout_keys=dropout_keys)
-        return self.process.velocity(prediction.x0, prediction.eps, t)
+        prediction = self.predict(params, request)
+        return self.process.velocity(prediction.x0, prediction.eps, request.t)
 
-    def score(self, params, x, t, conditions, *, dropout_keys=None) -> Float[Array, "b h w c"]:
+    def score(self, params: Params, request: Request) -> Float[Array, "b h w c"]:
         """The predicted score, grad log p_t(x) = -eps / sigma."""
-        prediction = self.predict(params, x, t, conditions, dropout_keys=dropout_keys)
-        return self.process.score(prediction.eps, t)
+        return self.process.score(self.predict(params, request).eps, request.t)

@@ -4,21 +4,23 @@ import dataclasses
 import functools
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 
+from dit_jax import conditions as conditions_lib
 from dit_jax import data as data_lib
-from dit_jax.config import DIT_KEYS, AnyConfig, ConfigError, default_config, flatten, resolve
+from dit_jax.config import AnyConfig, ConfigError, default_config, flatten, resolve
 from dit_jax.data.augmentation import Augmentation
 from dit_jax.data.latents import extraction_command
+from dit_jax.defaults import register_namespace
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import LOSS_WEIGHTS, PROCESSES, TIME_DISTRIBUTIONS, TimeDistribution
 from dit_jax.diffusion.process import DDPM, Process
-from dit_jax.diffusion.samplers import make_solver, schedule
+from dit_jax.diffusion.samplers import Solver, make_solver, schedule
 from dit_jax.models import NETWORK_CONFIGS, Network
 from dit_jax.named_options import options_named, renamed
 from dit_jax.ranges import INTERVALS
@@ -29,7 +31,7 @@ from dit_jax.training.method import Method
 
 
 def resolve_config(
-    config: AnyConfig, methods: dict[str, Any] | None = None
+    config: AnyConfig, methods: Mapping[str, Any] | None = None
 ) -> ml_collections.ConfigDict:
     """`config.resolve`, then builds everything that needs no data, so that mistakes stop here.
 
@@ -98,10 +100,15 @@ def _check_weights(config: ml_collections.ConfigDict) -> None:
         )
 
 
-def _choose(choices: dict[str, Any], name: str, key: str) -> Any:
+def _choose(choices: Mapping[str, Any], name: str, key: str) -> Any:
     if name not in choices:
         raise ConfigError(f"config.{key}={name!r}: expected one of {', '.join(choices)}")
     return choices[name]
+
+
+def network_of(section: Mapping[str, Any]) -> Network:
+    """The network of a model section alone, as records hold it."""
+    return build_network(resolve({"model": section}))
 
 
 def build_network(config: ml_collections.ConfigDict) -> Network:
@@ -109,8 +116,13 @@ def build_network(config: ml_collections.ConfigDict) -> Network:
     fields = config.model.to_dict()
     name = fields.pop("name")
     create = _choose(NETWORK_CONFIGS, name, "model.name")
-    fields.update(fields.get(name, {}))
+    own = fields.get(name, {})
+    fields.update(own)
     wanted = {field.name for field in dataclasses.fields(create)}
+    if "learn_sigma" in wanted and "learn_sigma" not in own:
+        # U-Nets of iDDPM's preconditioning have its channels, and leave them unused.
+        process = config.process
+        fields["learn_sigma"] = (process.name, process.edm.preconditioning) == ("edm", "iddpm")
     return Network(create(**{key: fields[key] for key in fields if key in wanted}))
 
 
@@ -123,7 +135,6 @@ _EXECUTION = (
     "custom_gradients",
     "dtype",
     "param_dtype",
-    "layer_loop",
 )
 # What a network may have beyond one whose parameters it starts from: its parameters start fresh,
 # and where they make no difference at first.
@@ -134,16 +145,16 @@ _NOTHING = object()
 def architecture(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The values of `config.model` that decide shapes and meaning of parameters, by flat key."""
     chosen = config.model.name
+    named_by_size = getattr(NETWORK_CONFIGS.get(chosen), "layers_are_named_by_size", False)
     values = {}
     for key, value in config.model.items():
         if isinstance(value, AnyConfig):
             if key == chosen:
                 values.update({f"{key}.{name}": v for name, v in value.items()})
-        elif key == "image_size" and chosen != "dit":
-            values[key] = value  # U-Nets name their layers by it
-        elif key not in _EXECUTION and (chosen == "dit" or key not in DIT_KEYS):
+        elif key not in _EXECUTION or (key == "image_size" and named_by_size):
             values[key] = tuple(value) if isinstance(value, list) else value
-    values.pop(f"{chosen}.dropout", None)  # of training alone
+    for key in ("dropout", "layer_loop"):  # of training, and of how a network is run
+        values.pop(f"{chosen}.{key}", None)
     return values
 
 
@@ -191,7 +202,7 @@ def build_process(config: ml_collections.ConfigDict) -> Process:
     process = _choose(PROCESSES, config.process.name, "process.name")
     options = config.process[config.process.name].to_dict()
     if config.process.name == "ddpm":
-        options["learned_variance"] = config.model.learn_sigma
+        options["learned_variance"] = build_network(config).learn_sigma
     return process(**options)
 
 
@@ -272,10 +283,29 @@ def build_denoising(config: ml_collections.ConfigDict) -> Denoising:
 
 
 METHODS = {"denoising": build_denoising}
+"""Builders of the library's own methods by name; see `register_method`."""
+
+
+def register_method(name: str, build: Callable[..., Method], options: Any) -> None:
+    """Makes a method known under `name`.
+
+    Args:
+        name: as config.method.name.
+        build: a resolved configuration -> the method.
+        options: a dataclass whose fields, with their defaults, become config.method.<name>.<field>.
+
+    Raises:
+        ValueError: the name is another method's.
+    """
+    if METHODS.get(name, build) is not build:
+        raise ValueError(f"there is a method {name!r} already")
+    METHODS[name] = build
+    fields = {field.name: field.default for field in dataclasses.fields(options)}
+    register_namespace("method", name, fields)
 
 
 def build_method(
-    config: ml_collections.ConfigDict, methods: dict[str, Any] | None = None
+    config: ml_collections.ConfigDict, methods: Mapping[str, Any] | None = None
 ) -> Method:
     """The Method of `config.method.name` among `methods` (name -> builder from a config)."""
     return _choose(methods or METHODS, config.method.name, "method.name")(config)
@@ -298,25 +328,30 @@ class SamplingPlan:
     guidance_interval: tuple[float, float] | None = None
 
     @property
+    def network(self) -> Any:
+        """The network that is sampled."""
+        return self.sampler.denoiser.network
+
+    @property
     def evaluations(self) -> int:
         """Network evaluations an image, the guidance's second one not counted."""
         return self.sampler.solver.evaluations(len(self.times) - 1)
 
-    def bind(self, params: Any):
-        """A function (keys, labels) -> images."""
-        return lambda keys, labels: self.sampler(
-            params, keys, labels, self.times, self.guidance_scale, self.guidance_interval
-        )
+    def bind(self, params: Any, nulls: Mapping[str, Any] | None = None):
+        """A function (keys, conditions) -> images; see `Sampler` for the arguments."""
+        how = (self.times, self.guidance_scale, self.guidance_interval, nulls)
+        return lambda keys, conditions: self.sampler(params, keys, conditions, *how)
 
 
 def unguidable(config: ml_collections.ConfigDict) -> str:
     """Why a model cannot be guided, after "guidance_scale=...", or "" if it can."""
-    if not config.model.num_classes:
+    network = build_network(config)
+    if not network.conditions:
         return "needs a class-conditional model; config.model.num_classes is 0"
-    if not build_network(config).null_class:
+    if not conditions_lib.can_guide(network.conditions):
         return (
-            "needs a null class, and this model has none (config.model.null_class is False): it "
-            "was trained without label dropout. Use guidance_scale=1"
+            "needs a null class, and this model has none (config.model.dit.null_class is False): "
+            "it was trained without label dropout. Use guidance_scale=1"
         )
     if not config.method.label_dropout:
         return (
@@ -337,7 +372,7 @@ def build_sampling(config: ml_collections.ConfigDict) -> SamplingPlan:
     options = c[c.solver].to_dict() if c.solver in c else {}
     try:
         solver = make_solver(c.solver, **options)
-        times = _sampling_times(c, denoiser.process)
+        times = _sampling_times(c, solver, denoiser.process)
         solver.init(denoiser.process, jax.numpy.zeros((1, *denoiser.network.sample_shape)))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"config.sampling: {error}") from error
@@ -353,13 +388,12 @@ def build_sampling(config: ml_collections.ConfigDict) -> SamplingPlan:
         )
     if c.guidance_scale != 1.0 and (reason := unguidable(config)):
         raise ConfigError(f"config.sampling.guidance_scale={c.guidance_scale} {reason}")
-    if c.solver == "mean_flow" and not denoiser.network.has_second_time:
+    if solver.second_time and "r" not in denoiser.network.conditions:
         raise ConfigError(
-            "config.sampling.solver='mean_flow' needs a network of average velocities, which sees "
-            "a second time: set config.model.second_time='r' or 't-r', or another solver"
+            f"config.sampling.solver={c.solver!r} needs a network of average velocities, which "
+            "sees a second time: set config.model.second_time='r' or 't-r', or another solver"
         )
-    # Heun's second evaluation is at the step's end.
-    evaluated = times if c.solver == "heun" else times[:-1]
+    evaluated = solver.evaluated_times(times)
     if interval and not ((evaluated >= interval[0]) & (evaluated <= interval[1])).any():
         raise ConfigError(
             f"config.sampling.guidance_interval={interval} holds none of the solver's times, which "
@@ -369,9 +403,9 @@ def build_sampling(config: ml_collections.ConfigDict) -> SamplingPlan:
     return SamplingPlan(sampler, times, c.guidance_scale, interval or None)
 
 
-def _sampling_times(c: ml_collections.ConfigDict, process: Process) -> np.ndarray:
+def _sampling_times(c: ml_collections.ConfigDict, solver: Solver, process: Process) -> np.ndarray:
     if not c.times:
-        spacing = c.spacing or _default_spacing(c.solver, process)
+        spacing = c.spacing or _default_spacing(solver, process)
         return schedule(process, c.steps, spacing, shift=c.shift, rho=c.rho)
     for key, default in (("spacing", ""), ("shift", 1.0), ("rho", 7.0)):
         if c[key] != default:
@@ -392,11 +426,10 @@ def _sampling_times(c: ml_collections.ConfigDict, process: Process) -> np.ndarra
     return times
 
 
-def _default_spacing(solver: str, process: Process) -> str | None:
+def _default_spacing(solver: Solver, process: Process) -> str | None:
     # Multistep extrapolation over the long last step of evenly spaced indices misses badly at 20
     # steps and fewer; ending on evenly spaced ones from T - 1 downwards does not.
-    few_steps = solver in ("dpmpp_2m", "consistency")
-    return "trailing" if few_steps and isinstance(process, DDPM) else None
+    return "trailing" if solver.extrapolates and isinstance(process, DDPM) else None
 
 
 def _data_names(name: str, options: Iterable[str]) -> dict[str, str]:
@@ -445,11 +478,10 @@ def open_data(config: ml_collections.ConfigDict, split: str):
         if options.get(key) == "":
             raise ConfigError(_missing_data(config, f"config.data.{name}.{key}"))
     options = {key: value for key, value in options.items() if value != ""}
-    if name in ("image_folder", "tfds"):
-        options.update(image_size=model.image_size, channels=model.in_channels)
-    elif name == "jpeg_npz":
-        options.update(channels=model.in_channels)
-    elif name == "pairs":
+    taken = data_lib.options_of(name)
+    of_model = {"image_size": model.image_size, "channels": model.in_channels}
+    options.update({key: value for key, value in of_model.items() if key in taken})
+    if name == "pairs":
         process = config.process[config.process.name].to_dict()
         options.update(process={"name": config.process.name, **process})
         if config.method.name == "kd":
@@ -457,12 +489,23 @@ def open_data(config: ml_collections.ConfigDict, split: str):
     with options_named(_data_names(name, options)):
         source = data_lib.open_source(name, split, **options)
     info = source.info
-    wanted = (model.image_size, model.image_size, model.in_channels)
+    network = build_network(config)
+    wanted = network.sample_shape
     if tuple(info.image_shape) != wanted:
         height, _, channels = info.image_shape
         raise ConfigError(
             f"{name} delivers images of {tuple(info.image_shape)}, the model takes {wanted}: set "
             f"config.model.image_size={height} and config.model.in_channels={channels}"
+        )
+    missing = [
+        key for key, c in network.conditions.items() if c.required and key not in info.conditions
+    ]
+    unused = [key for key in info.conditions if key not in (*network.conditions, "label")]
+    if missing or unused:
+        raise ConfigError(
+            f"{name} tells of an image {', '.join(info.conditions) or 'nothing'}; the network of "
+            f"config.model.name={model.name!r} takes "
+            f"{conditions_lib.describe(network.conditions)}: choose data and a network that fit"
         )
     if info.num_classes != model.num_classes and model.num_classes:
         raise ConfigError(

@@ -73,8 +73,8 @@ GUIDANCE = Range(0, 1000)  # 0: no condition, 1: no guidance
 _KEYS = {
     SEED: "seed",
     COUNT: """
-        model.image_size model.in_channels model.patch_size model.hidden_size model.depth
-        model.num_heads model.*_unet.model_channels model.*_unet.channel_mult
+        model.image_size model.in_channels model.dit.patch_size model.dit.hidden_size
+        model.dit.depth model.dit.num_heads model.*_unet.model_channels model.*_unet.channel_mult
         model.*_unet.channel_mult_emb model.*_unet.num_blocks model.song_unet.channel_mult_noise
         process.ddpm.num_timesteps process.edm.num_timesteps timesteps.polynomial.num_levels
         method.*.images_per_stage method.*.student_update_frequency method.f_distill.ratio_bins
@@ -95,8 +95,8 @@ _KEYS = {
         timesteps.*.mean method.mean_flow.r_mean
     """,
     POSITIVE: """
-        model.mlp_ratio model.mlp_norm_epsilon process.flow.time_scale process.edm.sigma_data
-        process.edm.sigma_min process.edm.sigma_max process.edm.vp_beta_d
+        model.dit.mlp_ratio model.dit.mlp_norm_epsilon process.flow.time_scale
+        process.edm.sigma_data process.edm.sigma_min process.edm.sigma_max process.edm.vp_beta_d
         process.edm.vp_beta_min process.edm.vp_epsilon_t process.edm.ve_sigma_min
         process.edm.ve_sigma_max process.edm.iddpm_c_1 process.edm.iddpm_c_2
         timesteps.*.std timesteps.log_student_t.df timesteps.polynomial.rho loss.p2.k
@@ -191,7 +191,7 @@ def _matches(pattern: str, path: str) -> bool:
 
 
 def range_of(path: str) -> Range | None:
-    """The range of a flat key, as 'model.depth'; None for what is no number."""
+    """The range of a flat key, as 'model.dit.depth'; None for what is no number."""
     for found, patterns in _KEYS.items():
         if any(_matches(pattern, path) for pattern in patterns.split()):
             return found

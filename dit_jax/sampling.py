@@ -1,13 +1,13 @@
 """Sampling: one compiled program from noise to images, and batches of it.
 
-Labels, times, guidance scale, guidance interval and keys are inputs of the program. What is
+Conditions, times, guidance scale, guidance interval and keys are inputs of the program. What is
 compiled in is the solver, the number of steps, and whether there is guidance at all.
 """
 
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,21 +15,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from dit_jax import conditions as conditions_lib
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import guidance as guidance_lib
 from dit_jax.diffusion import samplers
+from dit_jax.models.call import Request
 
 
 @dataclasses.dataclass(frozen=True)
 class Carried:
     """What sampling carries from one evaluation of a network to the next.
 
-    A network's method `carried(batch) -> Carried` is called while the sampler is traced, with the
-    number of examples of an evaluation: twice the images where there is guidance.
+    A network's method `carried(batch, size) -> Carried` is called while the sampler is traced, with
+    the number of examples of an evaluation, twice the images where there is guidance, and their
+    (height, width).
 
     Attributes:
-        state: before the first evaluation; given to and returned by `apply` as `attention_state`.
-            None for none.
+        state: before the first evaluation; the carry of its request. None for none.
         warmup: the network that evaluates the first steps, None for the same one.
         warmup_steps: how many steps of the solver these are.
     """
@@ -50,62 +52,79 @@ class Sampler:
         denoiser: network and process.
         solver: one of `diffusion.samplers`.
         guided_channels: 'all', or 'first3' as the original DiT samples.
+        size: (height, width) of the samples; None for the size the network was made for.
     """
 
     denoiser: Denoiser
     solver: samplers.Solver
     guided_channels: str = "all"
+    size: tuple[int, int] | None = None
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of one sample."""
+        height, width, channels = self.denoiser.network.sample_shape
+        return (*(self.size or (height, width)), channels)
 
     def __call__(
         self,
         params: Any,
         keys: Key[Array, " b"],
-        labels: Int[Array | np.ndarray, " b"] | None,
+        conditions: Mapping[str, Any] | Int[Array | np.ndarray, " b"] | None,
         times: Float[Array | np.ndarray, " n"],
         guidance_scale: float | Float[Array, ""] | Float[Array, " b"] = 1.0,
         guidance_interval: tuple[float, float] | None = None,
+        nulls: Mapping[str, Any] | None = None,
     ) -> Float[Array, "b h w c"]:
         """Samples one batch.
 
         Args:
             params: the network's parameters.
             keys: one key an image; an image depends on its own key alone, not on its batch.
-            labels: classes, or None for an unconditional network.
+            conditions: what the network declares, by name, an example each; an array is of labels;
+                None for an unconditional network.
             times: the solver's times, from noise to clean (`samplers.schedule`).
             guidance_scale: 1 for no guidance, which costs half as much. A number or one an image.
             guidance_interval: (low, high) in process time outside which there is no guidance.
+            nulls: "no condition" where the network does not know it by itself, as the embedding of
+                an empty prompt.
 
         Returns:
             float32 images or latents. Not clipped: images may lie outside [-1, 1].
 
         Raises:
-            ValueError: guidance asked of an unconditional network; a label out of range.
+            ConditionError: conditions that the network does not take, or lacks; a label out of
+                range; guidance of a network that knows no "no condition".
         """
         return _sample(
             self,
-            *self._inputs(params, keys, labels, times, guidance_scale, guidance_interval),
+            *self._inputs(
+                params, keys, conditions, times, guidance_scale, guidance_interval, nulls
+            ),
         )
 
     def path(
         self,
         params: Any,
         keys: Key[Array, " b"],
-        labels: Int[Array | np.ndarray, " b"] | None,
+        conditions: Mapping[str, Any] | Int[Array | np.ndarray, " b"] | None,
         times: Float[Array | np.ndarray, " n"],
         kept: tuple[int, ...] = (),
         guidance_scale: float | Float[Array, ""] | Float[Array, " b"] = 1.0,
         guidance_interval: tuple[float, float] | None = None,
+        nulls: Mapping[str, Any] | None = None,
     ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"], Float[Array, "b k h w c"]]:
         """Samples one batch, and tells the way.
 
         Args:
             params: as for a call, like all that is not named here.
-            keys: see there.
-            labels: see there.
-            times: see there.
+            keys: one an image.
+            conditions: what the network declares.
+            times: the solver's times.
             kept: numbers of the times of which the states are wanted, from 1.
-            guidance_scale: see there.
-            guidance_interval: see there.
+            guidance_scale: 1 for no guidance.
+            guidance_interval: (low, high), or None.
+            nulls: "no condition" where the network does not know it by itself.
 
         Returns:
             The standard normal noise it started from, the samples (those of a call), and the states
@@ -117,33 +136,29 @@ class Sampler:
         return _sample_path(
             self,
             tuple(kept),
-            *self._inputs(params, keys, labels, times, guidance_scale, guidance_interval),
+            *self._inputs(
+                params, keys, conditions, times, guidance_scale, guidance_interval, nulls
+            ),
         )
 
-    def _inputs(self, params, keys, labels, times, guidance_scale, guidance_interval):
+    def _inputs(self, params, keys, conditions, times, scale, interval, nulls):
         """The compiled functions' arguments, checked."""
-        num_classes = self.denoiser.network.num_classes
-        guided = not (np.isscalar(guidance_scale) and float(guidance_scale) == 1.0)
-        if guided and not num_classes:
-            raise ValueError("guidance_scale needs a class-conditional network; use 1.0")
-        if labels is not None:
-            labels = np.asarray(labels)
-            null_class = getattr(self.denoiser.network, "null_class", True)
-            outside = labels[(labels < 0) | (labels >= num_classes + null_class)]
-            if outside.size:
-                none = f", and {num_classes} for no class" if null_class else " and no null class"
-                raise ValueError(
-                    f"label {outside.flat[0]} is out of range: the network knows 0 to "
-                    f"{num_classes - 1}{none}"
-                )
+        declared = self.denoiser.network.conditions
+        guided = not (np.isscalar(scale) and float(scale) == 1.0)
+        if guided:
+            conditions_lib.require_guidance(declared, f"guidance_scale={scale}")
+        conditions = conditions_lib.as_conditions(declared, conditions)
+        conditions_lib.check(declared, conditions)
+        conditions_lib.check_values(declared, conditions)
         return (
             guided,
             params,
             keys,
-            {} if labels is None or not num_classes else {"label": jnp.asarray(labels)},
+            {name: jnp.asarray(value) for name, value in conditions.items()},
+            conditions_lib.null_values(declared, nulls) if guided else {},
             jnp.asarray(times, jnp.float32),
-            jnp.asarray(guidance_scale, jnp.float32),
-            guidance_interval and jnp.asarray(guidance_interval, jnp.float32),
+            jnp.asarray(scale, jnp.float32),
+            interval and jnp.asarray(interval, jnp.float32),
         )
 
 
@@ -161,7 +176,7 @@ def _sample_path(sampler, kept, guided, *inputs):
     return noise, x, path
 
 
-def _prepare(sampler, guided, params, keys, conditions, times, scale, interval):
+def _prepare(sampler, guided, params, keys, conditions, nulls, times, scale, interval):
     """The noise, (denoise, x, times, keys) of the solver, and its carry and warm-up if any."""
     denoiser, process = sampler.denoiser, sampler.denoiser.process
     network = denoiser.network
@@ -169,15 +184,14 @@ def _prepare(sampler, guided, params, keys, conditions, times, scale, interval):
     def denoise_with(denoiser):
         def raw(x, t, conditions, carry):
             t = jnp.broadcast_to(t, x.shape[:1])
-            if carry is None:
-                return denoiser.raw(params, x, t, conditions), None
-            return denoiser.raw(params, x, t, conditions, attention_state=carry)
+            result = denoiser.raw(params, Request(x, t, conditions, carry=carry))
+            return result.out, result.carry
 
         evaluate = raw
         if guided:
             evaluate = guidance_lib.guided(
                 raw,
-                network.null_conditions,
+                lambda conditions: conditions_lib.without(conditions, nulls),
                 scale,
                 interval=None if interval is None else (interval[0], interval[1]),
                 channels=sampler.guided_channels,
@@ -190,14 +204,13 @@ def _prepare(sampler, guided, params, keys, conditions, times, scale, interval):
 
         return denoise
 
-    more = {}
+    more, shape = {}, sampler.sample_shape
     if hasattr(network, "carried"):
-        carried = network.carried(keys.shape[0] * (2 if guided else 1))
+        carried = network.carried(keys.shape[0] * (2 if guided else 1), shape[:2])
         more["carry"] = carried.state
         if carried.warmup is not None:
             warmup = dataclasses.replace(denoiser, network=carried.warmup)
             more["warmup"] = (denoise_with(warmup), carried.warmup_steps)
-    shape = network.sample_shape
     prior_keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
     solver_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
     noise = jax.vmap(lambda key: jax.random.normal(key, shape))(prior_keys)
@@ -212,8 +225,8 @@ def image_keys(seed: int, indices: Int[np.ndarray, " b"]) -> Key[Array, " b"]:
 
 
 def generate(
-    sample: Callable[[Key[Array, " b"], np.ndarray], Array],
-    labels: Int[np.ndarray, " n"],
+    sample: Callable[[Key[Array, " b"], Any], Array],
+    conditions: Mapping[str, np.ndarray] | Int[np.ndarray, " n"],
     *,
     seed: int,
     batch_size: int,
@@ -226,18 +239,21 @@ def generate(
     serves them all.
 
     Args:
-        sample: (keys, labels) -> images, for instance a `Sampler` with its other arguments bound.
-        labels: class of every image, n in all.
+        sample: (keys, conditions) -> images, for instance a `Sampler` with its other arguments
+            bound.
+        conditions: of every image, n in all: arrays by name, or one of labels.
         seed: together with an image's number it determines the image.
         batch_size: images a call.
         start: number of the first image wanted (resuming).
         progress: called with (images done, seconds) after every batch.
     """
     began = time.perf_counter()
-    for first in range(start, len(labels), batch_size):
+    count = len(jax.tree.leaves(conditions)[0])
+    for first in range(start, count, batch_size):
         indices = np.arange(first, first + batch_size)
-        kept = min(batch_size, len(labels) - first)
-        chosen = labels[np.minimum(indices, len(labels) - 1)]
+        kept = min(batch_size, count - first)
+        places = np.minimum(indices, count - 1)
+        chosen = jax.tree.map(lambda values: values[places], conditions)  # noqa: B023
         images = np.asarray(sample(image_keys(seed, indices), chosen))[:kept]
         if progress:
             progress(first + kept, time.perf_counter() - began)

@@ -18,7 +18,7 @@ from dit_jax import __version__, experiment
 from dit_jax import config as config_lib
 from dit_jax.diffusion.process import DDPM, EDM, RectifiedFlow
 from dit_jax.evaluation.files import atomic_file, atomic_folder, check_destination
-from dit_jax.models import DiTConfig
+from dit_jax.models import DhariwalUNetConfig, DiTConfig, SongUNetConfig
 from interop import dit, edm
 from interop.autoencoder_kl import load_autoencoder, save_autoencoder
 from interop.finiteness import Finiteness
@@ -39,6 +39,12 @@ from interop.tensors import InteropError, TensorSpec, write_pt, write_safetensor
 DESTINATIONS = tuple(kind for kind in KINDS if kind != "edm_pkl")
 _STATE_DICTS = ("dit_pt", "sit_pt", "edm_pt")
 DTYPES = ("float32", "bfloat16", "float16")
+KINDS_OF = {
+    DiTConfig: ("dit_pt", "sit_pt", "diffusers"),
+    SongUNetConfig: ("edm_pt",),
+    DhariwalUNetConfig: ("edm_pt",),
+}
+"""The formats of others that can hold a network, by its configuration's type."""
 TRANSFORMER_WEIGHTS = "diffusion_pytorch_model.safetensors"
 PIPELINE_VERSION = "0.42.1"  # of diffusers, with which exports were tested
 
@@ -186,12 +192,11 @@ def _plan(model: FoundModel, kind: str, allow_inexact: bool) -> _Plan:
     process = experiment.build_process(model.config)
     if kind == "dit_jax":
         return _Plan(native_table(parameter_shapes(model.network)), ())
-    name = type(network).__name__.removesuffix("Config")
-    if isinstance(network, DiTConfig) == (kind == "edm_pt"):
-        wanted = "an EDM U-Net" if kind == "edm_pt" else "a DiT"
-        others = "dit_pt, sit_pt, diffusers" if name == "DiT" else "edm_pt"
+    kinds = KINDS_OF.get(type(network), ())
+    if kind not in kinds:
         raise InteropError(
-            f"--to={kind} holds {wanted}; this model is a {name}: choose dit_jax, {others}"
+            f"--to={kind}: this model is a {type(network).__name__.removesuffix('Config')}, which "
+            f"can be written as {', '.join(('dit_jax', *kinds))}"
         )
     if kind == "edm_pt":
         return _plan_edm(model, process, allow_inexact)
@@ -243,10 +248,12 @@ def _differences_from_original(network: Any, process: Any, kind: str) -> list[st
     if network.time_frequency_spacing != "original":
         lines.append(
             f"its time frequencies are spaced as diffusers', "
-            f"model.time_frequency_spacing={network.time_frequency_spacing!r}"
+            f"model.dit.time_frequency_spacing={network.time_frequency_spacing!r}"
         )
     if network.mlp_norm_epsilon != 1e-6:
-        lines.append(f"model.mlp_norm_epsilon={network.mlp_norm_epsilon:g}, the original's is 1e-6")
+        lines.append(
+            f"model.dit.mlp_norm_epsilon={network.mlp_norm_epsilon:g}, the original's is 1e-6"
+        )
     if height != width:
         lines.append(f"the input is {height}x{width}, the original's square")
     if not network.num_classes:
@@ -366,8 +373,8 @@ def _card(model: FoundModel, class_names: Sequence[str], dtype: str) -> dict[str
 
 def _time_frequency_spacing(network: Any) -> dict[str, str]:
     """For `pipelines.load_pipeline`, which knows DiT alone."""
-    is_dit = isinstance(network, DiTConfig)
-    return {"time_frequency_spacing": network.time_frequency_spacing} if is_dit else {}
+    spacing = getattr(network, "time_frequency_spacing", None)
+    return {} if spacing is None else {"time_frequency_spacing": spacing}
 
 
 def _write_json(path: Path, values: Any) -> None:

@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dit_jax.models import DiTConfig
 from interop.found_model import FoundModel, no_guidance
 
 
@@ -26,8 +25,8 @@ def model_card(
         "",
         f"# {config.name or 'A diffusion model'}",
         "",
-        f"{_architecture(network)}, on inputs of {height}x{width}x{network.in_channels}; "
-        f"{network.num_classes or 'no'} classes. Converted by dit-jax from {model.kind}.",
+        f"{network.title}, on inputs of {height}x{width}x{network.in_channels}; "
+        f"{model.network.num_classes or 'no'} classes. Converted by dit-jax from {model.kind}.",
         "",
         "| | |",
         "|---|---|",
@@ -54,23 +53,9 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
-def _architecture(network: Any) -> str:
-    if isinstance(network, DiTConfig):
-        return (
-            f"DiT of depth {network.depth}, width {network.hidden_size}, {network.num_heads} "
-            f"heads, patches of {network.patch_size}"
-        )
-    widths = ", ".join(str(network.model_channels * m) for m in network.channel_mult)
-    return (
-        f"{type(network).__name__.removesuffix('Config')} of EDM, widths {widths}, "
-        f"{network.num_blocks} blocks a resolution"
-    )
-
-
 def _time_frequency_spacing(network: Any) -> list[str]:
-    if not isinstance(network, DiTConfig):
-        return []
-    return [f"| time-frequency spacing | {network.time_frequency_spacing} |"]
+    spacing = getattr(network, "time_frequency_spacing", None)
+    return [] if spacing is None else [f"| time-frequency spacing | {spacing} |"]
 
 
 def _data(config: Any) -> str:

@@ -20,6 +20,8 @@ import numpy as np
 
 from dit_jax import class_names, experiment
 from dit_jax.config import default_config, from_json
+from dit_jax.config import flatten as config_flatten
+from dit_jax.models import network_name
 from dit_jax.training import workdir
 from dit_jax.training.saved_weights import RunWeights
 from interop import dit, edm, hub
@@ -175,12 +177,21 @@ def _configured(model: Mapping[str, Any], **sections: Mapping[str, Any]) -> Any:
     return experiment.resolve_config(config)
 
 
+# What of a network's configuration says how it is run, not what it is.
+_EXECUTION = ("layer_loop", "remat", "attention", "custom_gradients", "dtype", "param_dtype")
+
+
 def model_section(network_config: Any) -> dict[str, Any]:
-    """The part of a DiTConfig that the architecture decides, as values of `config.model`."""
-    values = dataclasses.asdict(network_config)
-    for name in ("layer_loop", "remat", "attention", "custom_gradients", "dtype", "param_dtype"):
-        values.pop(name, None)
-    return values
+    """The part of a network's configuration that the architecture decides, for `config.model`."""
+    name = network_name(network_config)
+    own = default_config().model[name]
+    values = {
+        key: value
+        for key, value in dataclasses.asdict(network_config).items()
+        if key not in _EXECUTION
+    }
+    shared = {key: value for key, value in values.items() if key not in own}
+    return {"name": name, **shared, name: {key: values[key] for key in own if key in values}}
 
 
 def _found(
@@ -255,8 +266,11 @@ def _card_config(folder: Path, card: Mapping[str, Any], methods: Any, file: Tens
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         raise InteropError(f"{where}: its configuration is missing, or no object")
     model = values["model"]
-    for section in [model, *(v for v in model.values() if isinstance(v, dict))]:
-        check_counts(where, section, file)
+    name = model.get("name")
+    chosen = model.get(name) if isinstance(name, str) else None  # no other is ever built
+    for section in (model, chosen):
+        if isinstance(section, dict):
+            check_counts(where, section, file)
     try:
         return experiment.resolve_config(from_json(json.dumps(card["config"])), methods)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -430,12 +444,12 @@ def _agree(path: Path, config: Any, network: Any, spacing: str) -> Any:
     """The card's configuration, whose model must be the transformer's."""
     config = config.copy_and_resolve_references()
     if spacing:
-        config.model.time_frequency_spacing = spacing
-    wanted = model_section(network)
-    for name, value in wanted.items():
-        if config.model[name] != value:
+        config.model.dit.time_frequency_spacing = spacing
+    found = dict(config_flatten(config.model))
+    for name, value in config_flatten(model_section(network)):
+        if found[name] != value:
             raise InteropError(
-                f"{path}: {CARD} says model.{name}={config.model[name]!r}, transformer/config.json "
+                f"{path}: {CARD} says model.{name}={found[name]!r}, transformer/config.json "
                 f"{value!r}: which one is right? Correct it, or remove {CARD}"
             )
     return config

@@ -35,9 +35,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax import conditions as conditions_lib
 from dit_jax import evaluation, experiment
 from dit_jax.config import default_config
 from dit_jax.diffusion import guided
+from dit_jax.models import Request
 from dit_jax.models.dit import named_size
 from dit_jax.training.metrics import peak_flops
 from launch import argument_types, benchmark_distillation, benchmark_fastgen, wiring
@@ -84,11 +86,11 @@ PUBLISHED = (
 def method_of(case: Case):
     """The training Method of a case."""
     config = default_config()
-    config.model.update(named_size(case.model))
+    config.model.dit.update(named_size(case.model))
     config.model.image_size = case.image_size
     config.model.dtype = case.dtype
     config.model.remat = case.remat
-    config.model.layer_loop = case.layer_loop
+    config.model.dit.layer_loop = case.layer_loop
     return experiment.build_method(experiment.resolve_config(config))
 
 
@@ -97,7 +99,8 @@ def random_batch(case: Case) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     shape = (case.batch_size, case.image_size, case.image_size, 4)
     label = rng.integers(0, 1000, case.batch_size).astype(np.int32)
-    return {"image": rng.standard_normal(shape, np.float32), "label": label}
+    image = rng.standard_normal(shape, np.float32)
+    return {"image": image, "conditions": {"label": label}}
 
 
 def jax_train(case: Case) -> tuple[Callable[[], None], dict[str, Any]]:
@@ -124,14 +127,16 @@ def jax_guided(case: Case) -> tuple[Callable[[], None], dict[str, Any]]:
     """A function that runs one guided forward pass to its end, and facts about it."""
     denoiser, batch = method_of(case).denoiser, random_batch(case)
     params = jax.jit(denoiser.network.init)(jax.random.key(0))
-    conditions = {"label": jnp.asarray(batch["label"])}
+    conditions = jax.tree.map(jnp.asarray, batch["conditions"])
+    nulls = conditions_lib.null_values(denoiser.network.conditions)
     x, t, scale = jnp.asarray(batch["image"]), jnp.float32(500), jnp.float32(1.5)
 
     def forward(params, x, t, conditions, scale):
         def raw(x, t, conditions, carry):
-            return denoiser.raw(params, x, jnp.broadcast_to(t, x.shape[:1]), conditions), carry
+            request = Request(x, jnp.broadcast_to(t, x.shape[:1]), conditions)
+            return denoiser.raw(params, request).out, carry
 
-        null = denoiser.network.null_conditions(conditions)
+        null = conditions_lib.without(conditions, nulls)
         return guided(raw, null, scale, channels="first3")(x, t, conditions, None)[0]
 
     started = time.perf_counter()
@@ -164,7 +169,7 @@ def torch_side(case: Case) -> tuple[Callable[[], None], dict[str, Any]]:
     ).to(device)
     batch = random_batch(case)
     x = torch.tensor(batch["image"]).permute(0, 3, 1, 2).contiguous().to(device)
-    y = torch.tensor(batch["label"]).long().to(device)
+    y = torch.tensor(batch["conditions"]["label"]).long().to(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=case.dtype == "bfloat16")
     training = torch_dit.DDPMTraining(model) if case.name == "train" else None
     if case.torch_compile:

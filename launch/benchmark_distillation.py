@@ -80,8 +80,8 @@ def digits_network() -> ml_collections.ConfigDict:
 def dit_s2_network() -> ml_collections.ConfigDict:
     """DiT-S/2 on latents of 256 pixels."""
     config = default_config()
-    config.model.update(named_size("DiT-S/2"))
-    config.model.learn_sigma = False
+    config.model.dit.update(named_size("DiT-S/2"))
+    config.model.dit.learn_sigma = False
     config.process.name = "flow"
     config.sampling.solver = "heun"
     return config
@@ -142,7 +142,8 @@ def random_batch(config: ml_collections.ConfigDict, batch_size: int) -> dict[str
     batch = {"image": rng.standard_normal(shape, np.float32)}
     if config.method.name == "kd":
         batch["noise"] = rng.standard_normal(shape, np.float32)
-    batch["label"] = rng.integers(0, max(model.num_classes, 1), batch_size).astype(np.int32)
+    label = rng.integers(0, max(model.num_classes, 1), batch_size).astype(np.int32)
+    batch["conditions"] = {"label": label}
     return jax.device_put(batch)
 
 

@@ -1,5 +1,6 @@
 """The flags of commands that take an experiment: --config=FILE, --config.key=value, by absl."""
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,7 @@ def parse(argv: list[str]) -> list[str]:
     """absl's parsing, with mistakes reported as all others are."""
     show_help_config(argv[1:])
     known = {path for path, _ in config_lib.flatten(config_lib.default_config())}
+    argv = [argv[0], *map(_with_todays_key, argv[1:])]
     with command.readable_errors():
         for argument in argv[1:]:
             key = argument.lstrip("-").partition("=")[0].removeprefix("no")
@@ -84,3 +86,11 @@ def show_help_config(arguments: list[str]) -> None:
         with command.readable_errors():
             print(config_help.explain(word))
         sys.exit(0)
+
+
+def _with_todays_key(argument: str) -> str:
+    """The argument, with the name that a renamed key has now."""
+    flag, equals, value = argument.partition("=")
+    dashes, no, key = re.match(r"(-*)((?:no)?)(?:config\.)?(.*)", flag).groups()
+    new = config_lib.RENAMED.get(key)
+    return f"{dashes}{no}config.{new}{equals}{value}" if new and "config." in flag else argument

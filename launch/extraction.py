@@ -254,7 +254,7 @@ def extract(
         writer.add(np.asarray(latents)[: len(labels)], labels)
 
     for batch in batches:
-        images, labels = batch["image"], batch["label"]
+        images, labels = batch["image"], batch["conditions"]["label"]
         missing = batch_size - len(images)  # the last batch is filled up: one compiled shape
         images = np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)], mode="edge")
         encoded = encode(images, np.arange(number, number + batch_size, dtype=np.int32))

@@ -6,7 +6,6 @@ from typing import Any
 
 from dit_jax import evaluation, experiment
 from dit_jax.evaluation.sample_store import record_path
-from dit_jax.models.dit import SIZES
 from dit_jax.training.metrics import format_duration
 from dit_jax.untrusted import read_json
 from interop.inception import default_cache_dir, load_extractor
@@ -79,12 +78,8 @@ def _provenance(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_name(section: dict[str, Any]) -> str:
-    """The paper's name of a model section, 'DiT-XL/2', or its shape."""
-    shape = (section["depth"], section["hidden_size"], section["num_heads"])
-    for size, named in SIZES.items():
-        if shape == named:
-            return f"DiT-{size}/{section['patch_size']}"
-    return f"depth {shape[0]}, width {shape[1]}, patch {section['patch_size']}"
+    """The field's name of a model section, 'DiT-XL/2', or what it is."""
+    return experiment.network_of(section).config.title
 
 
 def score(args: argparse.Namespace) -> tuple[dict[str, Any], str]:

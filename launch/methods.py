@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shlex
+from collections import ChainMap
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from dit_jax.training.checkpoints import fingerprint
 from dit_jax.training.method import Method
 from interop.models import FoundModel, open_model
 
-METHODS = {**experiment.METHODS, **distill.METHODS}
+METHODS = ChainMap(experiment.METHODS, distill.METHODS)
 FROZEN_FILE = "frozen.json"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from dit_jax import data as data_lib
 from dit_jax import experiment
 from dit_jax.data import pairs_writer
-from dit_jax.diffusion.samplers import insert_times, is_deterministic
+from dit_jax.diffusion.samplers import insert_times
 from dit_jax.sampling import image_keys
 from dit_jax.training.metrics import format_duration
 from launch import arguments, loading, wiring
@@ -51,7 +51,7 @@ def plan_path(
         ValueError: the solver draws noise on its way, so that its end does not follow from its
             beginning; a time outside the schedule.
     """
-    if not is_deterministic(plan.sampler.solver):
+    if plan.sampler.solver.is_stochastic:
         name = type(plan.sampler.solver).__name__
         raise ValueError(
             f"pairs need a solver that adds no noise on its way, which {name} as configured does: "

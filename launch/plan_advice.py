@@ -4,6 +4,8 @@ from typing import Any
 
 import ml_collections
 
+from dit_jax import experiment
+
 GIB = 2**30
 
 
@@ -27,9 +29,11 @@ def suggestions(config: ml_collections.ConfigDict, plan: dict[str, Any]) -> list
     else:
         of_programs += _of_activations(config, plan)
     tensor = mesh["tensor"] * 2
-    if config.model.name == "dit" and tensor <= 8 and config.model.num_heads % tensor == 0:
+    heads = getattr(experiment.build_network(config).config, "num_heads", 0)
+    if heads and tensor <= 8 and heads % tensor == 0:
         axis = next((name for name in ("fsdp", "data") if mesh[name] % 2 == 0), None)
-        if axis:
+        left = {**mesh, axis: mesh[axis] // 2} if axis else mesh
+        if axis and min(left["data"], left["fsdp"]) == 1:
             of_programs.append(
                 f"--config.mesh.tensor={tensor} --config.mesh.{axis}={mesh[axis] // 2} (matrices "
                 "and their activations divided within a node)"

@@ -79,16 +79,18 @@ def accelerator_config(
     Attention stays one that CPUs can compile, which keeps its scores for the backward pass.
     """
     config = config.copy_and_resolve_references()
+    model, own = config.model, config.model.get(config.model.name, {})
     wanted = {"custom_gradients": "off", "dtype": "bfloat16", "attention": "xla"}
-    if config.model.name == "dit":
-        wanted["layer_loop"] = "scan"
+    choices = [("config.model", model, key, value) for key, value in wanted.items()]
+    if "layer_loop" in own:
+        choices.append((f"config.model.{model.name}", own, "layer_loop", "scan"))
     chosen = {}
     with config.unlocked():
-        for key, value in wanted.items():
-            is_kernel = key == "attention" and config.model[key] == "cudnn"
-            if config.model[key] == "auto" or is_kernel:
-                config.model[key] = value
-                chosen[f"config.model.{key}"] = value
+        for path, section, key, value in choices:
+            is_kernel = key == "attention" and section[key] == "cudnn"
+            if section[key] == "auto" or is_kernel:
+                section[key] = value
+                chosen[f"{path}.{key}"] = value
     return config, chosen
 
 
@@ -279,17 +281,24 @@ def _batch(config: ml_collections.ConfigDict, placement: DataParallel) -> dict[s
     """The shapes of a batch, as the data sources of `dit_jax.data` make them."""
     size = config.training.batch_size
     shape = experiment.build_network(config).sample_shape
-    arrays = {"image": ((size, *shape), np.float32), "label": ((size,), np.int32)}
+    arrays = {"image": ((size, *shape), np.float32)}
     if config.method.name == "kd":
         steps = config.sampling.steps
         name, states = ("noise", ()) if steps == 1 else ("path", (steps,))
         arrays[name] = ((size, *states, *shape), np.float32)
-    return {
+    batch = {
         name: jax.ShapeDtypeStruct(
             shape, dtype, sharding=placement.batch_sharding(name, len(shape))
         )
         for name, (shape, dtype) in arrays.items()
     }
+    declared = experiment.build_network(config).conditions
+    batch["conditions"] = {
+        name: jax.ShapeDtypeStruct((size, *c.shape), np.dtype(c.dtype), sharding=placement.split)
+        for name, c in declared.items()
+        if c.required
+    }
+    return batch
 
 
 def _lowering(placement: DataParallel, jitted: Any, *inputs: Any) -> Callable[[], Any]:
@@ -439,14 +448,14 @@ def _describe(compiled: Compiled, device: Accelerator) -> dict[str, Any]:
 
 
 def attention_score_bytes(config: ml_collections.ConfigDict, needs: Needs) -> int:
-    """Bytes of attention probabilities that a DiT keeps for the backward pass, on one device.
+    """Bytes of attention probabilities that a transformer keeps for backward, on one device.
 
     In the compute dtype, batch x heads x length^2 a block; a fused kernel keeps none of them. 0 for
     other networks, and where blocks or scores are recomputed.
     """
-    if config.model.name != "dit" or config.model.remat != "none":
-        return 0
     network = experiment.build_network(config).config
+    if not hasattr(network, "num_heads") or config.model.remat != "none":
+        return 0
     shape = needs.placement.mesh.shape
     examples = needs.batch_size / needs.placement.batch_parts / config.training.num_microbatches
     heads = network.num_heads / shape.get("tensor", 1)

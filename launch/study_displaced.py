@@ -315,7 +315,7 @@ def check_devices(args: argparse.Namespace) -> None:
             f"XLA_FLAGS=--xla_force_host_platform_device_count={max(args.devices)}"
         )
     config = workdir.load_config(args.workdir)
-    rows = config.model.image_size // config.model.patch_size
+    rows = config.model.image_size // config.model.dit.patch_size
     for devices in args.devices:
         split_rows(rows, devices)
 

@@ -29,7 +29,7 @@ def configure(distribution: str, seed: int, steps: int):
     config.seed = seed
     defaults = default_config()
     config.process.update(defaults.process)
-    config.model.time_frequency_spacing = defaults.model.time_frequency_spacing
+    config.model.dit.time_frequency_spacing = defaults.model.dit.time_frequency_spacing
     config.timesteps.name = distribution
     config.optimizer.schedule = "constant"
     config.ema.decays = (0.99,)

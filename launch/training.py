@@ -16,6 +16,7 @@ from dit_jax import class_names, experiment
 from dit_jax import config as config_lib
 from dit_jax import data as data_lib
 from dit_jax.evaluation import Panel, labelled_panel, render_panels, save_picture
+from dit_jax.models import Network
 from dit_jax.training import lock, loop, memory, optimizer, workdir
 from dit_jax.training.checkpoints import Checkpoints
 from dit_jax.training.saved_weights import choose_weights
@@ -23,7 +24,7 @@ from interop.models import FoundModel
 from launch import loading, methods, wiring
 from launch.run_home import RunHome
 from parallel import distributed
-from parallel.mesh import DataParallel
+from parallel.mesh import DataParallel, put_whole
 from parallel.partitioning import ShardedPlacement, format_table
 
 
@@ -103,9 +104,14 @@ def train_in(
         class_names.FILE: class_names_text(source, models),
         "placement.txt": describe_placement(placement, abstract),
     }
+    nulls = put_nulls(source, placement)
+    if nulls:
+        frozen["nulls"] = nulls
     teacher = models.models.get("teacher")
     beside = teacher and TeacherPictures(teacher.config, frozen["teacher"])
-    preview = make_preview(config, plan, placement, directory, home.writers, decoder, beside)
+    shown = preview_conditions(source, plan.network, training.preview_images)
+    shown = {"conditions": shown, "nulls": nulls, "decoder": decoder, "beside": beside}
+    preview = make_preview(config, plan, placement, directory, home.writers, **shown)
     with Checkpoints(
         directory / workdir.CHECKPOINTS,
         keep_last=training.keep_last,
@@ -162,6 +168,12 @@ def require_room(directory: Path, config, abstract, source) -> None:
     every = training.keep_every
     for_good = training.num_steps // every if every else 0
     workdir.require_space(directory, abstract, training.keep_last, for_good)
+
+
+def put_nulls(source: data_lib.Source, placement: DataParallel) -> dict[str, jax.Array]:
+    """What stands for the absence of conditions, where it comes with the data; on all devices."""
+    nulls = source.info.null_conditions or {}
+    return {name: put_whole(value, placement.replicated) for name, value in nulls.items()}
 
 
 def announce(text: str) -> None:
@@ -242,21 +254,42 @@ class TeacherPictures:
         return experiment.build_sampling(self.config)
 
 
+def preview_conditions(source: data_lib.Source, network: Network, count: int) -> Any:
+    """What previews show: classes in turn, or what the first examples of the data are told by.
+
+    Returns:
+        labels [count], or for a network that takes more than those arrays by name, [count, ...].
+    """
+    needed = {name for name, condition in network.conditions.items() if condition.required}
+    if needed <= {"label"}:
+        return wiring.balanced_labels(count, network.num_classes)
+    first = source.batch(np.arange(count) % len(source))
+    return {name: value for name, value in first.items() if name in needed}
+
+
 def make_preview(
-    config, plan, placement, directory: Path, writers: list, decoder, beside: TeacherPictures | None
+    config,
+    plan,
+    placement,
+    directory: Path,
+    writers: list,
+    *,
+    conditions: Any,
+    nulls: dict[str, jax.Array],
+    decoder: loading.Decoder | None,
+    beside: TeacherPictures | None,
 ):
     """A function that saves a grid of samples of the configured weights as PNG.
 
-    With a teacher the grid has its samples of the same noise and labels on the left.
+    With a teacher the grid has its samples of the same noise and conditions on the left.
     """
-    count = config.training.preview_images
-    labels = wiring.balanced_labels(count, config.model.num_classes)
 
     def draw(plan, params) -> np.ndarray:
         images = wiring.sample_images(
             plan,
             params,
-            labels,
+            conditions,
+            nulls=nulls,
             seed=config.seed,
             placement=placement,
             batch_size=config.sampling.batch_size,
@@ -267,8 +300,9 @@ def make_preview(
         return images if images.shape[-1] in (1, 3) else images[..., :3]
 
     def panel(images: np.ndarray, title: str | None = None) -> Panel:
-        if not config.model.num_classes:
+        if "label" not in plan.network.conditions:
             return Panel(images, title)
+        labels = conditions["label"] if isinstance(conditions, dict) else conditions
         return labelled_panel(images, labels, title)
 
     of_teacher = functools.cache(lambda: draw(beside.plan(), beside.params))

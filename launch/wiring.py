@@ -58,7 +58,7 @@ def override(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
 def stream_images(
     plan: experiment.SamplingPlan,
     params: Any,
-    labels: np.ndarray,
+    conditions: Any,
     *,
     seed: int,
     placement: DataParallel | ImagePlacement,
@@ -66,39 +66,42 @@ def stream_images(
     decode: Callable[[np.ndarray], np.ndarray] | None = None,
     start: int = 0,
     announce: bool = True,
+    nulls: Mapping[str, Any] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Samples one image a label, in batches over all devices; every process gets all images.
+    """Samples images, in batches over all devices; every process gets all images.
 
     Args:
         plan: how.
         params: the network's.
-        labels: classes, one an image.
+        conditions: of every image: labels, or arrays by name.
         seed: image i depends on it and i only.
         placement: the devices.
         batch_size: images at once, rounded up to a multiple of the devices.
         decode: from samples to pictures (`loading.Decoder`).
         start: number of the first image wanted.
         announce: print progress.
+        nulls: "no condition" where the network does not know it by itself.
 
     Yields:
         float32 [b, h, w, c], images `start` to the last.
     """
-    batch_size = -(-min(batch_size, len(labels)) // placement.num_devices) * placement.num_devices
-    draw = plan.bind(params)
+    count = len(jax.tree.leaves(conditions)[0])
+    batch_size = -(-min(batch_size, count) // placement.num_devices) * placement.num_devices
+    draw = plan.bind(params, nulls)
 
-    def sample(keys, labels):
+    def sample(keys, conditions):
         with placement.tracing():
-            samples = gathered(draw(placement.put_keys(keys), labels))
+            samples = gathered(draw(placement.put_keys(keys), conditions))
         return decode(samples) if decode else samples
 
     def progress(done: int, seconds: float) -> None:
         rate = (done - start) / seconds
-        left = metrics.format_duration((len(labels) - done) / rate)
-        print(f"sampled {done}/{len(labels)}  {rate:.4g} images/s  ETA {left}", flush=True)
+        left = metrics.format_duration((count - done) / rate)
+        print(f"sampled {done}/{count}  {rate:.4g} images/s  ETA {left}", flush=True)
 
     yield from generate(
         sample,
-        labels,
+        conditions,
         seed=seed,
         batch_size=batch_size,
         start=start,
@@ -106,9 +109,9 @@ def stream_images(
     )
 
 
-def sample_images(plan, params, labels: np.ndarray, **options: Any) -> np.ndarray:
+def sample_images(plan, params, conditions: Any, **options: Any) -> np.ndarray:
     """All of `stream_images` as one array, float32 [n, h, w, c]."""
-    return np.concatenate(list(stream_images(plan, params, labels, **options)))
+    return np.concatenate(list(stream_images(plan, params, conditions, **options)))
 
 
 def sampling_rate(config: ml_collections.ConfigDict, plan, params: Any) -> float:

@@ -27,11 +27,12 @@ def create_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int
 
     Raises:
         ValueError: the axes do not multiply to the number of devices, with values that do; a
-            process would hold parts of images only.
+            process would hold parts of images only; a mesh that XLA divides wrongly.
     """
     sizes = resolve_axes(
         {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence}, jax.device_count()
     )
+    _refuse_wrong_results(sizes)
     inner, local = sizes["tensor"] * sizes["sequence"], jax.local_device_count()
     if jax.process_count() > 1 and local % inner:
         raise ValueError(
@@ -41,6 +42,25 @@ def create_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int
     return jax.make_mesh(
         tuple(sizes.values()), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
     )
+
+
+def _refuse_wrong_results(sizes: dict[str, int]) -> None:
+    """Refuses the one kind of mesh on which XLA's partitioner computes something else.
+
+    With data, fsdp and tensor all above 1, jax 0.10's partitioner swaps the examples of devices
+    where a bias stored over 'tensor' is added to a product of rows (two products, their biases and
+    a constraint of the batch suffice to see it): half of the outputs are other examples'.
+
+    Raises:
+        ValueError: with meshes that are right.
+    """
+    data, fsdp, tensor = (sizes[name] for name in ("data", "fsdp", "tensor"))
+    if min(data, fsdp, tensor) > 1:
+        raise ValueError(
+            f"mesh.data={data}, mesh.fsdp={fsdp} and mesh.tensor={tensor}: with all three above 1 "
+            "the partitioner of this jax mixes up the examples of a batch. Set mesh.data=1 and "
+            f"mesh.fsdp={data * fsdp}, or mesh.fsdp=1 and mesh.data={data * fsdp}"
+        )
 
 
 def resolve_axes(axes: dict[str, int], count: int) -> dict[str, int]:

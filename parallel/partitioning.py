@@ -121,7 +121,12 @@ PLAYERS = (
     Rule(r"ratio/.*means", (None,), optional=True),
 )
 
-TABLES = {"dit": DIT, "song_unet": UNET, "dhariwal_unet": UNET, "autoencoder_kl": VAE}
+TABLES: dict[str, tuple[Rule, ...]] = {
+    "dit": DIT,
+    "song_unet": UNET,
+    "dhariwal_unet": UNET,
+    "autoencoder_kl": VAE,
+}
 
 
 class RuleError(ValueError):
@@ -284,6 +289,17 @@ class ShardedPlacement(DataParallel):
         leaf = jax.ShapeDtypeStruct(array.shape, array.dtype)
         (placed,) = place_tree({path: leaf}, self.rules, self._sizes, complete=False)
         return put_whole(array, NamedSharding(self.mesh, placed.spec))
+
+
+def register_rules(model_name: str, rules: tuple[Rule, ...]) -> None:
+    """Makes the table of an architecture known, under its name in configs.
+
+    Raises:
+        RuleError: there is another one.
+    """
+    if TABLES.get(model_name, rules) != rules:
+        raise RuleError(f"there are partition rules for {model_name!r} already")
+    TABLES[model_name] = rules
 
 
 def rules_for(model_name: str) -> tuple[Rule, ...]:

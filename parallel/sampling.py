@@ -13,7 +13,7 @@ strategy (`parallel.patch`, `parallel.sequence`).
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,14 +22,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from dit_jax.experiment import SamplingPlan
-from dit_jax.models.dit import DiTConfig
+from dit_jax.models import network_name
 from parallel.mesh import put_whole
+from parallel.network import BATCH_AXES, PATCH_AXES, image_network
+from parallel.partitioning import rules_for
 from parallel.transformer import (
-    BATCH_AXES,
     DIT_MODES,
-    PATCH_AXES,
-    ParallelNetwork,
-    check_network,
+    ParallelTransformer,
     exchange_note,
     place_split,
 )
@@ -37,9 +36,6 @@ from parallel.unet import (
     ALIASES,
     DISPLACED_MODES,
     UNET_MODES,
-    ParallelUNet,
-    resolve_mode,
-    row_notes,
 )
 
 MODES = (*DIT_MODES, *UNET_MODES)
@@ -146,19 +142,17 @@ class ImageParallel:
         if self.is_displaced:
             warmup_steps = self._check_warmup(len(plan.times) - 1)
         mesh, unused = self._create_mesh(batch_size)
-        notes = self._check_network(network.config)
+        parallel = image_network(network.config)
+        split = (self.mode, self.patch_devices, self.ulysses_degree)
+        notes = parallel.notes(network.config, *split)
         if unused:
             notes.append(unused)
-        is_dit = isinstance(network.config, DiTConfig)
-        if is_dit and self.patch_devices > 1:
+        if issubclass(parallel, ParallelTransformer) and self.patch_devices > 1:
             branches = 2 if guided and not self.split_guidance else 1
             examples = branches * max(1, batch_size // mesh.shape["data"])
-            split = (self.mode, self.patch_devices, self.ulysses_degree)
             notes.append(exchange_note(network.config, *split, examples))
-        parallel = (ParallelNetwork if is_dit else ParallelUNet)(
-            network, mesh, self.mode, warmup_steps
-        )
-        denoiser = dataclasses.replace(plan.sampler.denoiser, network=parallel)
+        placed = parallel(network, mesh, self.mode, warmup_steps)
+        denoiser = dataclasses.replace(plan.sampler.denoiser, network=placed)
         sampler = dataclasses.replace(plan.sampler, denoiser=denoiser)
         return ImagePlacement(dataclasses.replace(plan, sampler=sampler), mesh, tuple(notes))
 
@@ -173,13 +167,6 @@ class ImageParallel:
             )
         _warn_of_few_steps(warmup_steps, steps)
         return warmup_steps
-
-    def _check_network(self, config: Any) -> list[str]:
-        """Notes on how a network's image is split."""
-        if not isinstance(config, DiTConfig):
-            resolve_mode(self.mode)
-            return row_notes(config, self.patch_devices)
-        return check_network(config, self.mode, self.patch_devices, self.ulysses_degree)
 
     def _create_mesh(self, batch_size: int) -> tuple[Mesh, str]:
         """The mesh, and a note if it leaves devices out."""
@@ -271,9 +258,10 @@ class ImagePlacement:
         """Parameters where they are used: on every device, in mode 'tensor' split."""
         if "tensor" not in self.mesh.axis_names:
             return jax.device_put(params, self.replicated)
-        return place_split(params, self.mesh)
+        name = network_name(self.plan.sampler.denoiser.network.config)
+        return place_split(params, self.mesh, rules_for(name))
 
-    def bind(self, params: Any) -> Callable[..., Array]:
-        """A function (keys, labels) -> images, with `params` placed."""
-        draw = self.plan.bind(self.place(params))
-        return lambda keys, labels: draw(jax.device_put(keys, self.split), labels)
+    def bind(self, params: Any, nulls: Mapping[str, Any] | None = None) -> Callable[..., Array]:
+        """A function (keys, conditions) -> images, with `params` placed; see `SamplingPlan`."""
+        draw = self.plan.bind(self.place(params), nulls)
+        return lambda keys, conditions: draw(jax.device_put(keys, self.split), conditions)

@@ -14,17 +14,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
 
-from dit_jax.models import Network, cpu_kernels
+from dit_jax.models import (
+    DhariwalUNetConfig,
+    Network,
+    Request,
+    Result,
+    SongUNetConfig,
+    cpu_kernels,
+)
 from dit_jax.models.attention import Attention, LocalAttention
 from dit_jax.models.attention_options import PLAIN, AttentionOptions
 from dit_jax.sampling import Carried
+from parallel.network import PATCH_AXES, ImageNetwork, register_image_network
 from parallel.patch import Displaced, Naive, all_replicated
 from parallel.rows import RowExchange, Rows
-from parallel.transformer import BATCH_AXES, PATCH_AXES
 
 UNET_MODES = (
     "full_sync",
@@ -184,54 +190,42 @@ class UNetExchange(RowExchange):
 
 
 @dataclasses.dataclass(frozen=True)
-class ParallelUNet:
-    """A U-Net evaluated by many devices, with the face of `dit_jax.models.Network`.
-
-    Arrays are global: x [b, h, w, c] goes in and the output comes out whole, however they lie. The
-    image need not be square.
+class ParallelUNet(ImageNetwork):
+    """A U-Net evaluated by many devices; see `ImageNetwork`. The image need not be square.
 
     Attributes:
-        network: on one device.
-        mesh: with axes guidance, data, ulysses (1) and ring.
-        mode: see `UNetExchange`; 'displaced', 'synchronous' and 'naive' too.
-        warmup_steps: of the displaced modes.
         is_warmup: everything fresh, for what the mode takes of the evaluation before.
 
     Raises:
         ValueError: an unknown mode; more devices than rows.
     """
 
-    network: Network
-    mesh: Mesh
-    mode: str
-    warmup_steps: int = 0
     is_warmup: bool = False
 
     def __post_init__(self):
         resolve_mode(self.mode)
         self.rows(self.network.config.input_size[0])
 
-    def __getattr__(self, name: str) -> Any:
-        # Shapes, classes and conditions are the network's own.
-        if name.startswith("_") or name == "network":
-            raise AttributeError(name)
-        return getattr(self.network, name)
+    @classmethod
+    def notes(cls, config: Any, mode: str, patch_devices: int, ulysses: int) -> list[str]:
+        """Notes on how an image is split; see `ImageNetwork.notes`."""
+        resolve_mode(mode)
+        return row_notes(config, patch_devices)
 
     def rows(self, height: int) -> Rows:
         """How an image of `height` rows is split, see `split_units`."""
-        devices = self.mesh.shape["ulysses"] * self.mesh.shape["ring"]
-        return split_units(self.network.config, height, devices)
+        return split_units(self.network.config, height, self.patch_devices)
 
     @property
     def is_displaced(self) -> bool:
         """Whether evaluations take something of the one before."""
         return resolve_mode(self.mode) in DISPLACED_MODES
 
-    def carried(self, batch: int) -> Carried:
-        """The state sampling begins with: none, or zeros and the warm-up."""
+    def carried(self, batch: int, size: tuple[int, int]) -> Carried:
+        """None, or zeros and the warm-up."""
         if not self.is_displaced:
             return Carried()
-        shape = (batch, *self.network.sample_shape)
+        shape = (batch, *size, self.network.config.in_channels)
         sharding = NamedSharding(self.mesh, self._state_spec(batch))
         zeros = [
             jax.tree.map(
@@ -247,86 +241,47 @@ class ParallelUNet:
 
     def state_shapes(self, shape: tuple[int, int, int, int]) -> tuple[Any, ...]:
         """The states of an evaluation of x of `shape`, as shapes."""
-        warmup = dataclasses.replace(self, is_warmup=True)
-        params = jax.eval_shape(self.network.init, jax.random.key(0))
+        # Conditions do not change them.
+        unconditional = dataclasses.replace(self.network.config, num_classes=0)
+        warmup = dataclasses.replace(self, network=Network(unconditional), is_warmup=True)
+        params = jax.eval_shape(warmup.network.init, jax.random.key(0))
         x = jax.ShapeDtypeStruct(shape, jnp.float32)
         t = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
         return jax.eval_shape(
-            lambda *inputs: warmup.apply(*inputs, {}, attention_state=())[1], params, x, t
+            lambda params, x, t: warmup.apply(params, Request(x, t, carry=())).carry, params, x, t
         )
 
-    def apply(
-        self,
-        params: Any,
-        x: Float[Array, "b h w c"],
-        t: Float[Array, " b"],
-        conditions: dict[str, Array],
-        *,
-        dropout_keys: Any = None,
-        features: tuple[int, ...] | None = None,
-        attention: Any = None,
-        attention_state: Any = None,
-    ):
-        """As `Network.apply`, on the mesh.
-
-        Args:
-            params: on every device.
-            x: the (preconditioned) noisy input.
-            t: network time.
-            conditions: see there.
-            dropout_keys: refused: this is for sampling.
-            features: refused.
-            attention: refused: the mode decides it.
-            attention_state: of `carried`, then of the evaluation before. A warm-up reads nothing of
-                it and may be given ().
-
-        Returns:
-            float32 output [b, h, w, c]; with `attention_state` (output, new state).
+    def evaluate(self, params: Any, request: Request) -> Result:
+        """As `Network.apply`, in slabs of rows. A warm-up reads nothing of the carry; it may be ().
 
         Raises:
-            ValueError: for what is refused; a displaced mode without a state.
+            ValueError: a displaced mode without a carry.
         """
-        refused = {"dropout_keys": dropout_keys, "features": features, "attention": attention}
-        for name, value in refused.items():
-            if value is not None:
-                raise ValueError(f"a network on many devices takes no {name}")
-        records, is_stale = attention_state is not None, self.is_displaced and not self.is_warmup
+        records, is_stale = request.carry is not None, self.is_displaced and not self.is_warmup
         if is_stale and not records:
             raise ValueError(f"{self.mode} needs the states that a warm-up leaves")
         config = dataclasses.replace(self.network.config, remat="none")
-        network, rows = Network(config), self.rows(x.shape[1])
-        height, batch_axes = x.shape[1], self._batch_axes(x.shape[0])
-        padding = rows.padding * (height // rows.units)
-        x = jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0)))
+        height = request.x.shape[1]
+        network, rows = Network(config), self.rows(height)
         custom_gradients = cpu_kernels.resolve_custom_gradients(config.custom_gradients)
         kernel = LocalAttention(config.attention, custom_gradients)
 
-        def evaluate(params, x, t, conditions, states):
-            exchange = UNetExchange(rows, self.mode, states=states, records=records, kernel=kernel)
-            out = network.apply(params, x, t, conditions, spatial=exchange)
+        def evaluate(params, request):
+            options = {"states": request.carry, "records": records, "kernel": kernel}
+            exchange = UNetExchange(rows, self.mode, **options)
+            out = network.apply(params, request.replace(spatial=exchange, carry=None)).out
             return out, tuple(exchange.recorded)
 
-        examples, slabs = PartitionSpec(batch_axes), PartitionSpec(batch_axes, PATCH_AXES)
-        state_spec = self._state_spec(x.shape[0])
-        out, state = jax.shard_map(
-            evaluate,
-            mesh=self.mesh,
-            in_specs=(PartitionSpec(), slabs, examples, examples, state_spec),
-            out_specs=(slabs, state_spec),
-            # Whether a value differs between devices cannot be followed through the hand-written
-            # gradients; the outputs all do.
-            check_vma=False,
-        )(params, x, t, conditions, attention_state if is_stale else None)
-        out = out[:, :height]
-        return (out, state) if records else out
+        padding = rows.padding * (height // rows.units)
+        spec = self._state_spec(request.x.shape[0])
+        request = request if is_stale else request.replace(carry=None)
+        result = self.in_slabs(evaluate, params, request, padding, spec)
+        return result if records else Result(result.out)
 
     def _state_spec(self, batch: int) -> PartitionSpec:
         """Of every leaf of the states: examples, then what the devices of a slab have each."""
-        return PartitionSpec(self._batch_axes(batch), PATCH_AXES)
+        return PartitionSpec(self.batch_axes(batch), PATCH_AXES)
 
-    def _batch_axes(self, batch: int) -> tuple[str, ...]:
-        """Axes an evaluation's examples are split over: all that divide them."""
-        for axes in (BATCH_AXES, BATCH_AXES[1:]):
-            if batch % int(np.prod([self.mesh.shape[axis] for axis in axes])) == 0:
-                return axes
-        return ()
+
+for _config in (SongUNetConfig, DhariwalUNetConfig):
+    register_image_network(_config, ParallelUNet)

@@ -27,7 +27,7 @@ def tree(path, value):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("model.dept", 3, "unknown key config.model.dept; did you mean config.model.depth?"),
+        ("model.dept", 3, "unknown key config.model.dept; did you mean config.model.dit.depth?"),
         ("learning_rate", 1.0, "did you mean config.optimizer.learning_rate?"),
         ("optimiser.learning_rate", 1.0, "did you mean config.optimizer.learning_rate?"),
         ("training.lr", 1.0, "unknown key config.training.lr"),
@@ -60,9 +60,13 @@ def tree(path, value):
             "config.optimizer.learning_rate=inf: expected above",
         ),
         ("seed", 10**20, "expected at least 0 and at most 4294967295, a whole number"),
-        ("model.depth", 3.0, "config.model.depth=3.0 is of type float, expected int (default 28)"),
-        ("model.depth", True, "is of type bool, expected int"),
-        ("model.learn_sigma", 1, "is of type int, expected bool"),
+        (
+            "model.dit.depth",
+            3.0,
+            "config.model.dit.depth=3.0 is of type float, expected int (default 28)",
+        ),
+        ("model.dit.depth", True, "is of type bool, expected int"),
+        ("model.dit.learn_sigma", 1, "is of type int, expected bool"),
         ("model.dtype", None, "is of type NoneType, expected str (default 'auto')"),
         (
             "process.edm.sigma_data",
@@ -76,7 +80,7 @@ def tree(path, value):
         ("optimizer.lion.beta1", 0.8, "config.optimizer.name is 'adamw'"),
         ("data.image_folder.path", "x", "config.data.name is 'latents'"),
         ("optimizer.final_learning_rate", 1e-5, "would do nothing with schedule='constant'"),
-        ("process.name", "edm", "config.model.learn_sigma=True would do nothing"),
+        ("process.name", "edm", "config.model.dit.learn_sigma=True would do nothing"),
     ],
 )
 def test_errors_of_single_keys(path, value, message):
@@ -102,7 +106,10 @@ def test_errors_of_single_keys(path, value, message):
         ({"sampling.guidance_interval": (0.1,)}, "expected (low, high) or ()"),
         ({"sampling.guidance_channels": "first3"}, "would do nothing with"),
         ({"model.num_classes": 0, "sampling.guidance_scale": 2.0}, "config.model.num_classes is 0"),
-        ({"model.image_size": 33}, "image_size=33 is not divisible by config.model.patch_size=2"),
+        (
+            {"model.image_size": 33},
+            "image_size=33 is not divisible by config.model.dit.patch_size=2",
+        ),
         ({"ema.decays": (1.5,)}, "config.ema.decays=(1.5,): expected every element at least 0 and"),
         (
             {"sampling.guidance_scale": 2.0, "sampling.guidance_interval": (0.8, 0.9)},
@@ -131,7 +138,7 @@ def test_partial_configurations_are_filled_in_and_converted():
     config = resolve({"optimizer": {"learning_rate": 1}, "ema": {"decays": [0.9, 0.99]}})
     assert config.optimizer.learning_rate == 1.0
     assert isinstance(config.optimizer.learning_rate, float)
-    assert config.ema.decays == (0.9, 0.99) and config.model.depth == 28
+    assert config.ema.decays == (0.9, 0.99) and config.model.dit.depth == 28
     assert resolve({"ema": {"decays": 0.9}}).ema.decays == (0.9,)
     assert resolve({}) == default_config() and config.is_locked
 
@@ -147,7 +154,7 @@ def test_json_round_trip():
 
 def test_differences_name_the_keys():
     old, new = resolve({"seed": 1}), resolve({"model": {"depth": 3}})
-    assert differences(old, new) == {"model.depth": (28, 3), "seed": (1, 0)}
+    assert differences(old, new) == {"model.dit.depth": (28, 3), "seed": (1, 0)}
     assert differences({"a": 1}, {}) == {"a": (1, None)}
 
 
@@ -159,7 +166,7 @@ def test_every_experiment_resolves_and_initialises(name):
     assert resolved.name == name
     # Traced faster; scanned layers are accelerators' choice besides.
     if resolved.model.name == "dit":
-        resolved.model.layer_loop = "scan"
+        resolved.model.dit.layer_loop = "scan"
     else:
         resolved.model[resolved.model.name].num_blocks = 1
     method = methods.build_method(resolved)
@@ -169,7 +176,8 @@ def test_every_experiment_resolves_and_initialises(name):
     state = jax.eval_shape(method.init, key, None, frozen)
     assert jax.tree.leaves(jax.eval_shape(method.init, key)) == jax.tree.leaves(state)
     image = jax.ShapeDtypeStruct((8, *network.sample_shape), "float32")
-    batch = {"image": image, "noise": image, "label": jax.ShapeDtypeStruct((8,), "int32")}
+    label = {"label": jax.ShapeDtypeStruct((8,), "int32")}
+    batch = {"image": image, "noise": image, "conditions": label}
     for phase in method.phases:
         update = functools.partial(method.update, phase=phase)
         after, metrics = jax.eval_shape(update, state, batch, key, frozen)
@@ -197,8 +205,8 @@ def test_default_experiment_is_the_papers():
         ("sampling.num_steps", "sampling.steps"),
         ("training.ema", "ema.decays"),
         ("ema.decay", "ema.decays"),
-        ("training.depth", "model.depth"),
-        ("model.num-layers", "model.depth"),
+        ("training.depth", "model.dit.depth"),
+        ("model.num-layers", "model.dit.depth"),
     ],
 )
 def test_a_word_of_the_field_is_understood(word, key):

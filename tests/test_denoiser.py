@@ -7,7 +7,7 @@ import pytest
 
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import DDPM, EDM, RectifiedFlow
-from dit_jax.models import DiTConfig, Network
+from dit_jax.models import DiTConfig, Network, Request
 from tests.models.conftest import random_params
 
 CONDITIONS = {"label": jnp.array([0, 2, 3])}
@@ -41,7 +41,7 @@ def case(request):
 
 def test_all_conversions_are_of_one_prediction(case):
     denoiser, params, x, t = case
-    process, arguments = denoiser.process, (params, x, t, CONDITIONS)
+    process, arguments = denoiser.process, (params, Request(x, t, CONDITIONS))
     x0, eps = denoiser.x0(*arguments), denoiser.eps(*arguments)
     at = lambda f: f(t)[:, None, None, None]  # noqa: E731
     alpha, sigma = at(process.alpha), at(process.sigma)
@@ -56,15 +56,15 @@ def test_all_conversions_are_of_one_prediction(case):
     scale = np.abs(velocity).max()
     np.testing.assert_allclose(denoiser.velocity(*arguments), velocity, atol=1e-4 * scale)
     # And the network's raw output is the process's target for just this x0 and eps.
-    raw = denoiser.raw(*arguments)[..., :2]
+    raw = denoiser.raw(*arguments).out[..., :2]
     scale = max(1.0, float(np.abs(x0).max()))
     np.testing.assert_allclose(process.target(x0, eps, t), raw, atol=1e-3 * scale)
 
 
 def test_variance_is_kept_where_it_is_used_and_dropped_elsewhere(case):
     denoiser, params, x, t = case
-    raw = denoiser.raw(params, x, t, CONDITIONS)
-    prediction = denoiser.predict(params, x, t, CONDITIONS)
+    raw = denoiser.raw(params, Request(x, t, CONDITIONS)).out
+    prediction = denoiser.predict(params, Request(x, t, CONDITIONS))
     if denoiser.process.learned_variance:
         assert raw.shape == (3, 4, 4, 4) and prediction.variance_fraction.shape == x.shape
     else:
@@ -74,8 +74,11 @@ def test_variance_is_kept_where_it_is_used_and_dropped_elsewhere(case):
 def test_a_condition_matters_and_a_denoiser_is_static(case):
     denoiser, params, x, t = case
     other = {"label": jnp.array([1, 2, 3])}
-    x0, changed = denoiser.x0(params, x, t, CONDITIONS), denoiser.x0(params, x, t, other)
+    x0, changed = (
+        denoiser.x0(params, Request(x, t, CONDITIONS)),
+        denoiser.x0(params, Request(x, t, other)),
+    )
     assert not np.allclose(x0[0], changed[0])
     np.testing.assert_allclose(x0[1:], changed[1:], atol=1e-5)
     jitted = jax.jit(Denoiser.x0, static_argnums=0)
-    np.testing.assert_allclose(jitted(denoiser, params, x, t, CONDITIONS), x0, atol=1e-4)
+    np.testing.assert_allclose(jitted(denoiser, params, Request(x, t, CONDITIONS)), x0, atol=1e-4)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dit_jax.config import default_config, flatten
-from dit_jax.models import DiTConfig
+from dit_jax.models import DiTConfig, Request
 from interop.export import write_model
 from interop.models import open_model
 from tests.interop.test_edm import write_pickle
@@ -67,7 +67,8 @@ def test_a_unet_opened_in_python_is_applied(tmp_path):
     params = model.load()
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
     x = jnp.zeros((1, *model.network.sample_shape))
-    out = model.network.apply(params, x, jnp.zeros(1), {})
+    label = {"label": jnp.zeros(1, jnp.int32)} if "label" in model.network.conditions else {}
+    out = model.network.apply(params, Request(x, jnp.zeros(1), label)).out
     assert out.shape == x.shape
 
 

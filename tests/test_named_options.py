@@ -50,10 +50,10 @@ def test_a_data_sets_errors_name_keys(tmp_path, write_image):  # noqa: F811
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("model.layer_loop", "while", "config.model.layer_loop='while': expected one of"),
+        ("model.dit.layer_loop", "while", "config.model.dit.layer_loop='while': expected one of"),
         ("model.remat", "all", "config.model.remat='all': expected one of"),
         (
-            "model.patch_size",
+            "model.dit.patch_size",
             3,
             "config.model.image_size=32 is not divisible by config.model.patch_",
         ),

@@ -53,7 +53,7 @@ def test_every_pair_that_has_an_order_is_known():
 @pytest.mark.parametrize("pair", ranges.PAIRS, ids=lambda pair: pair.low)
 def test_a_pair_the_wrong_way_round_is_refused(pair):
     config = default_config()
-    config.model.learn_sigma = "edm" not in pair.low
+    config.model.dit.learn_sigma = "edm" not in pair.low
     for path, value in ((pair.low, 0.5), (pair.high, 0.3)):
         *sections, name, key = path.split(".")
         section = config

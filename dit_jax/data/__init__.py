@@ -5,7 +5,7 @@ from dit_jax.data.latents_writer import LatentsWriter
 from dit_jax.data.pairs import Pairs, PairsHeader, open_pairs
 from dit_jax.data.pairs_writer import PairsWriter
 from dit_jax.data.pipeline import BatchIterator, Loader, make_loader
-from dit_jax.data.registry import open_source
+from dit_jax.data.registry import open_source, options_of, register_source
 from dit_jax.data.source import (
     ArraySource,
     Batch,
@@ -35,6 +35,8 @@ __all__ = [
     "open_latents",
     "open_pairs",
     "open_source",
+    "options_of",
+    "register_source",
     "to_arrays",
     "to_float",
     "validate_labels",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int, Int32, Integer, UInt8
+from jaxtyping import Int, Integer, UInt8
 
 from dit_jax.data.images import DECODE_ERRORS, decode_image, validate_resize
 from dit_jax.data.shards import MAX_CLASSES
-from dit_jax.data.source import DatasetInfo, Example, Source, fingerprint, validate_labels
+from dit_jax.data.source import Batch, DatasetInfo, Example, Source, fingerprint, validate_labels
 from dit_jax.untrusted import npz_names, read_npz, shown
 
 _KEYS = ("jpeg", "offsets", "labels")
@@ -101,9 +101,7 @@ class JpegNpz(Source):
         """Name an example by file and position."""
         return f"image {index} of {self._file}"
 
-    def _gather(
-        self, indices: Int[np.ndarray, " b"]
-    ) -> tuple[UInt8[np.ndarray, "b h w c"], Int32[np.ndarray, " b"]]:
+    def _gather(self, indices: Int[np.ndarray, " b"]) -> Batch:
         if not self._keep:
             return super()._gather(indices)
         if self._decoded is None:
@@ -114,7 +112,7 @@ class JpegNpz(Source):
         for index in indices[~known[indices]]:
             images[index] = self._decode(int(index))
             known[index] = True  # last: other threads read images only where this is set
-        return images[indices], self._labels[indices]
+        return {"image": images[indices], "label": self._labels[indices]}
 
     def _decode(self, index: int) -> UInt8[np.ndarray, "h w c"]:
         data = self._jpeg[self._offsets[index] : self._offsets[index + 1]].tobytes()

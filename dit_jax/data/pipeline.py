@@ -65,8 +65,9 @@ def make_loader(
             processes make the same number of steps).
 
     Returns:
-        An iterable of {"image": float32 [b, h, w, c] in [-1, 1] (or scaled latents), "label":
-        int32 [b]}. Its iterators have `get_state` and `set_state`.
+        An iterable of {"image": float32 [b, h, w, c] in [-1, 1] (or scaled latents),
+        "conditions": {"label": int32 [b], ...}}, the latter as `DatasetInfo.conditions` names them.
+        Its iterators have `get_state` and `set_state`.
 
     Raises:
         ValueError: batch_size does not divide among the processes or exceeds the data; the
@@ -261,10 +262,13 @@ class _BatchReader:
             draws=random_words(self.seed, start, count),
             horizontal_flip=self.horizontal_flip,
         )
-        validate_labels(batch["label"], self.source.info.num_classes, self.source.describe, indices)
+        info, describe = self.source.info, self.source.describe
+        if "label" in info.conditions:
+            validate_labels(batch["label"], info.num_classes, describe, indices)
         if batch["image"].dtype == np.uint8:
             batch["image"] = to_float(batch["image"])
-        return batch
+        rest = {name: value for name, value in batch.items() if name not in info.conditions}
+        return {**rest, "conditions": {name: batch[name] for name in info.conditions}}
 
     def _indices(self, start: int, count: int) -> Int64[np.ndarray, " {count}"]:
         """Return which examples stand at positions start..start+count-1 of the stream."""

@@ -14,6 +14,7 @@ from dit_jax.data.latents import open_latents
 from dit_jax.data.pairs import open_pairs
 from dit_jax.data.source import Source
 from dit_jax.data.tfds import open_tfds
+from dit_jax.defaults import register_namespace
 
 SOURCES: dict[str, Callable[..., Source]] = {
     "digits": open_digits,
@@ -25,11 +26,38 @@ SOURCES: dict[str, Callable[..., Source]] = {
 }
 
 
+def register_source(name: str, opener: Callable[..., Source]) -> None:
+    """Makes a source known under `name`.
+
+    Args:
+        name: As config.data.name.
+        opener: Takes the split and options; those with defaults become config.data.<name>.<option>.
+            Options called image_size and channels are given the model's.
+
+    Raises:
+        ValueError: The name is another source's.
+    """
+    if SOURCES.get(name, opener) is not opener:
+        raise ValueError(f"there is a data source {name!r} already")
+    SOURCES[name] = opener
+    parameters = inspect.signature(opener).parameters.values()
+    options = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    register_namespace("data", name, options)
+
+
+def options_of(name: str) -> tuple[str, ...]:
+    """The options that a source's opener takes; () for an unknown one."""
+    if name not in SOURCES:
+        return ()
+    return tuple(o for o in inspect.signature(SOURCES[name]).parameters if o != "split")
+
+
 def open_source(name: str, split: str, **options: Any) -> Source:
     """Open a source of training or evaluation data by name.
 
     Args:
-        name: "digits", "image_folder", "jpeg_npz", "latents", "pairs" or "tfds".
+        name: "digits", "image_folder", "jpeg_npz", "latents", "pairs", "tfds" or what was
+            registered.
         split: "train" or "test" (held out); tfds also takes its own split names.
         **options: What that source's opener takes: see `open_digits`, `open_image_folder`,
             `open_jpeg_npz`, `open_latents`, `open_pairs` and `open_tfds`.

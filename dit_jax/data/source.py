@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,9 @@ class DatasetInfo:
         fingerprint: A hash of what the source delivers, cheap to compute (file names and sizes,
             headers), so that a resumed run notices that its data changed.
         latents: The header of a set of pre-extracted latents, None for images.
+        conditions: Which of an example's arrays tell the network what it shows, by name.
+        null_conditions: What stands for their absence, for those whose network does not know it by
+            itself (the embedding of an empty prompt).
     """
 
     name: str
@@ -46,6 +49,8 @@ class DatasetInfo:
     class_names: tuple[str, ...]
     fingerprint: str
     latents: LatentsHeader | None = None
+    conditions: tuple[str, ...] = ("label",)
+    null_conditions: Mapping[str, np.ndarray] | None = None
 
 
 class Source(ABC):
@@ -93,24 +98,26 @@ class Source(ABC):
             horizontal_flip: Mirror each example with probability 1/2 (needs `draws`).
 
         Returns:
-            {"image": uint8 or float32 [b, h, w, c], "label": int32 [b]}.
+            {"image": uint8 or float32 [b, h, w, c], "label": int32 [b]}, or instead of the label
+            what `info.conditions` names.
         """
-        image, label = self._gather(indices)
+        batch = self._gather(indices)
         if horizontal_flip and draws is not None:
-            image = flip_where(random_bit(draws), image)
-        return {"image": image, "label": label}
+            batch["image"] = flip_where(random_bit(draws), batch["image"])
+        return batch
 
-    def _gather(
-        self, indices: Int[np.ndarray, " b"]
-    ) -> tuple[Shaped[np.ndarray, "b h w c"], Int32[np.ndarray, " b"]]:
+    def _gather(self, indices: Int[np.ndarray, " b"]) -> Batch:
         """Read the plain examples one by one; sources that know a faster way override this."""
         examples = [self[int(index)] for index in indices]
         dtype = np.uint8 if self.info.latents is None else np.float32
         image = np.empty((len(examples), *self.info.image_shape), dtype)
         for row, example in enumerate(examples):
             image[row] = example["image"]
-        label = np.array([example["label"] for example in examples], np.int32)
-        return image, label
+        batch = {"image": image}
+        for name in self.info.conditions:
+            values = np.asarray([example[name] for example in examples])
+            batch[name] = values.astype(np.int32) if name == "label" else values
+        return batch
 
 
 class ArraySource(Source):
@@ -149,7 +156,7 @@ class ArraySource(Source):
         return {"image": self._images[index], "label": int(self._labels[index])}
 
     def _gather(self, indices):
-        return self._images[indices], self._labels[indices]
+        return {"image": self._images[indices], "label": self._labels[indices]}
 
 
 def to_arrays(

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Key
 
 from dit_jax.diffusion.process import Process
 from dit_jax.diffusion.schedules import SPACINGS, insert_times, schedule
-from dit_jax.diffusion.solvers import SOLVERS, Ancestral, Consistency, Denoise, Solver, Step
+from dit_jax.diffusion.solvers import SOLVERS, Denoise, Solver, Step
 
 __all__ = [
     "SOLVERS",
@@ -24,7 +24,6 @@ __all__ = [
     "Denoise",
     "Solver",
     "insert_times",
-    "is_deterministic",
     "make_solver",
     "sample",
     "sample_path",
@@ -33,7 +32,7 @@ __all__ = [
 
 
 def make_solver(name: str, **options: Any) -> Solver:
-    """Builds a solver from its name ('ddpm', 'ddim', 'euler', 'heun', 'dpmpp_2m') and its options.
+    """Builds a solver from its name in `SOLVERS` and its options.
 
     Raises:
         ValueError: If there is no such solver, or it has no such option.
@@ -103,14 +102,14 @@ def sample_path(
 
     Args:
         solver: As for ``sample``, like all that is not named here.
-        process: See there.
-        denoise: See there.
-        x: See there.
-        times: See there.
-        key: See there.
+        process: The process that x belongs to.
+        denoise: The network's prediction.
+        x: The state at times[0].
+        times: Decreasing in noise.
+        key: Randomness of stochastic solvers.
         kept: Which states: i is that at times[i], from 1 to the number of steps.
-        carry: See there.
-        warmup: See there.
+        carry: Anything that denoise passes on.
+        warmup: Another denoise, and how many of the first steps it takes.
 
     Returns:
         x at the last time, the same bits as ``sample``'s, and the states in the order of ``kept``.
@@ -123,12 +122,6 @@ def sample_path(
         raise ValueError(f"kept={kept}: expected different numbers from 1 to {steps}.")
     x, _, states = _follow(solver, process, denoise, x, times, key, carry, kept, warmup)
     return x, jnp.moveaxis(states, 0, 1)
-
-
-def is_deterministic(solver: Solver) -> bool:
-    """Whether the noise alone decides where the solver ends."""
-    random = getattr(solver, "eta", 0.0) > 0 or getattr(solver, "s_churn", 0.0) > 0
-    return not random and not isinstance(solver, Ancestral | Consistency)
 
 
 def _follow(solver, process, denoise, x, times, key, carry, kept, warmup):

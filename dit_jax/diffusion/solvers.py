@@ -19,8 +19,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
+from dit_jax.defaults import register_namespace
 from dit_jax.diffusion.process import DDPM, Prediction, Process, RectifiedFlow
 
 Denoise = Callable[..., tuple[Prediction, Any]]
@@ -61,15 +63,30 @@ class Solver(abc.ABC):
         clip_denoised: Whether predictions of x0 are clamped to [-1, 1] (for pixels; latents have no
             such range) and eps made to match.
         evaluations_per_step: Network evaluations of one step.
+        second_time: Whether it asks the network for average velocities, between two times.
+        few_steps: Whether students of few steps are trained for being sampled with it.
+        extrapolates: Whether long last steps, as of indices evenly spaced from 0, mislead it.
     """
 
     clip_denoised: bool = False
 
     evaluations_per_step: ClassVar[int] = 1
+    second_time: ClassVar[bool] = False
+    few_steps: ClassVar[bool] = False
+    extrapolates: ClassVar[bool] = False
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether it draws noise on its way, so that its end does not follow from its beginning."""
+        return False
 
     def evaluations(self, steps: int) -> int:
         """Network evaluations of a whole schedule that ends with clean data."""
         return steps * self.evaluations_per_step
+
+    def evaluated_times(self, times: np.ndarray) -> np.ndarray:
+        """At which times of a schedule the network is evaluated."""
+        return times[:-1]
 
     def init(self, process: Process, x: Float[Array, "b *shape"]) -> Any:
         """What the solver itself carries from step to step."""
@@ -132,6 +149,11 @@ class Ancestral(Solver):
     """
 
     variance: str = "auto"
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Every step but the last is a draw."""
+        return True
 
     def __post_init__(self):
         if self.variance not in ("auto", "learned", "fixed_small", "fixed_large"):
@@ -197,6 +219,11 @@ class DDIM(Solver):
 
     eta: float = 0.0
 
+    @property
+    def is_stochastic(self) -> bool:
+        """With eta."""
+        return self.eta > 0
+
     def __post_init__(self):
         if not 0 <= self.eta <= 1:
             raise ValueError(f"DDIM needs eta in [0, 1], got {self.eta}.")
@@ -225,6 +252,8 @@ class DDIM(Solver):
 class Euler(Solver):
     """x' = alpha' x0 + sigma' eps: Euler's method in any coordinates in which the process is linear
     (for flow, x + (s - t) v)."""
+
+    few_steps: ClassVar[bool] = True
 
     def step(
         self,
@@ -264,6 +293,15 @@ class Heun(Solver):
     s_noise: float = 1.0
 
     evaluations_per_step: ClassVar[int] = 2
+
+    @property
+    def is_stochastic(self) -> bool:
+        """With churn."""
+        return self.s_churn > 0
+
+    def evaluated_times(self, times: np.ndarray) -> np.ndarray:
+        """The second evaluation is at the step's end."""
+        return times
 
     def __post_init__(self):
         if self.s_churn < 0 or self.s_noise < 0 or not 0 <= self.s_min <= self.s_max:
@@ -343,6 +381,8 @@ class DPMSolverPP2M(Solver):
     'trailing').
     """
 
+    extrapolates: ClassVar[bool] = True
+
     def init(self, process: Process, x: Float[Array, "b *shape"]) -> _History:
         """No history."""
         return _History(jnp.zeros_like(x), jnp.zeros((), jnp.float32))
@@ -376,6 +416,14 @@ class Consistency(Solver):
     step, to clean data, adds none. With one step this is Euler's.
     """
 
+    few_steps: ClassVar[bool] = True
+    extrapolates: ClassVar[bool] = True
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Every step but the last adds fresh noise."""
+        return True
+
     def step(
         self,
         process: Process,
@@ -397,6 +445,8 @@ class MeanFlow(Solver):
     The network is told both ends of the step, and its answer, read as a velocity, is the average
     one between them.
     """
+
+    second_time: ClassVar[bool] = True
 
     def init(self, process: Process, x: Float[Array, "b *shape"]) -> None:
         """Nothing; refuses other processes, and clipping."""
@@ -431,3 +481,17 @@ SOLVERS: dict[str, type[Solver]] = {
     "consistency": Consistency,
     "mean_flow": MeanFlow,
 }
+"""Solvers by their name in configs; see `register_solver`."""
+
+
+def register_solver(name: str, solver: type[Solver]) -> None:
+    """Makes a solver known under `name`; its fields are its options.
+
+    Raises:
+        ValueError: the name is another solver's.
+    """
+    if SOLVERS.get(name, solver) is not solver:
+        raise ValueError(f"there is a solver {name!r} already")
+    SOLVERS[name] = solver
+    options = {field.name: field.default for field in dataclasses.fields(solver)}
+    register_namespace("sampling", name, options)

@@ -1,16 +1,10 @@
-"""Networks: f(x, t, conditions) -> raw output. They know nothing of noise, files or meshes."""
+"""Networks: (params, request) -> out, features, carry. They know no noise, files or meshes."""
 
 from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from dit_jax.models.call import Request, Result
 from dit_jax.models.dit import DiT, DiTConfig
 from dit_jax.models.edm import DhariwalUNet, DhariwalUNetConfig, SongUNet, SongUNetConfig
-from dit_jax.models.network import Network
-
-NETWORK_CONFIGS = {
-    "dit": DiTConfig,
-    "song_unet": SongUNetConfig,
-    "dhariwal_unet": DhariwalUNetConfig,
-}
-"""Architectures by their name in configs."""
+from dit_jax.models.network import NETWORK_CONFIGS, Network, network_name, register_network
 
 __all__ = [
     "NETWORK_CONFIGS",
@@ -21,6 +15,10 @@ __all__ = [
     "DiT",
     "DiTConfig",
     "Network",
+    "Request",
+    "Result",
     "SongUNet",
     "SongUNetConfig",
+    "network_name",
+    "register_network",
 ]

@@ -47,6 +47,15 @@ class Attention(Protocol):
         ...
 
 
+def whole_grid(attention: Attention, own: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of all of an image's tokens, of which `attention` is given `own` rows.
+
+    A strategy that splits an image says by its attribute `length` how many tokens there are in all.
+    """
+    rows, columns = own
+    return getattr(attention, "length", rows * columns) // columns, columns
+
+
 def own_tokens(attention: Attention, values: Array | np.ndarray, count: int) -> Array | np.ndarray:
     """Of `values` [L, ...] for all tokens, those of the `count` that `attention` is given."""
     select = getattr(attention, "own_tokens", None)

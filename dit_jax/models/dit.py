@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
+from dit_jax import conditions as conditions_lib
 from dit_jax.models import attention as attention_lib
 from dit_jax.models import cpu_kernels, layers, stack
 from dit_jax.models.batch_axes import divided_by_rows
+from dit_jax.models.call import Request, Result
 from dit_jax.models.linear import ZEROS, Linear, Precision, precision_of, resolve_dtype
 
 # The paper's table 1: (depth, hidden size, heads).
@@ -78,26 +80,29 @@ class DiTConfig:
     def __post_init__(self):
         for name in ("in_channels", "patch_size", "hidden_size", "depth", "num_heads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)}: expected at least 1")
+                key = name if name == "in_channels" else f"dit.{name}"
+                raise ValueError(f"model.{key}={getattr(self, name)}: expected at least 1")
         if self.num_classes < 0:
             raise ValueError(f"model.num_classes={self.num_classes}: expected 0 or more")
         if any(side < 1 or side % self.patch_size for side in self.input_size):
             raise ValueError(
-                f"model.image_size={self.image_size} is not divisible by model.patch_size="
+                f"model.image_size={self.image_size} is not divisible by model.dit.patch_size="
                 f"{self.patch_size}: choose a patch size that divides both sides"
             )
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise ValueError(
-                f"model.hidden_size={self.hidden_size} must be a multiple of model.num_heads="
-                f"{self.num_heads} and of 4 (sine-cosine positions)"
+                f"model.dit.hidden_size={self.hidden_size} must be a multiple of "
+                f"model.dit.num_heads={self.num_heads} and of 4 (sine-cosine positions)"
             )
         if self.time_frequency_spacing not in layers.TIME_FREQUENCY_SPACINGS:
             raise ValueError(
-                f"model.time_frequency_spacing={self.time_frequency_spacing!r}: expected one of "
-                f"{layers.TIME_FREQUENCY_SPACINGS}"
+                f"model.dit.time_frequency_spacing={self.time_frequency_spacing!r}: expected "
+                f"one of {layers.TIME_FREQUENCY_SPACINGS}"
             )
         if not self.mlp_norm_epsilon > 0:
-            raise ValueError(f"model.mlp_norm_epsilon={self.mlp_norm_epsilon}: expected above 0")
+            raise ValueError(
+                f"model.dit.mlp_norm_epsilon={self.mlp_norm_epsilon}: expected above 0"
+            )
         if self.second_time not in layers.SECOND_TIMES:
             raise ValueError(
                 f"model.second_time={self.second_time!r}: expected one of {layers.SECOND_TIMES}"
@@ -109,6 +114,18 @@ class DiTConfig:
         cpu_kernels.resolve_custom_gradients(self.custom_gradients)
         dtype = self.precision.dtype("hidden")
         attention_lib.resolve_implementation(self.attention, dtype, self.head_dim)
+
+    @property
+    def title(self) -> str:
+        """The paper's name, 'DiT-XL/2', or the shape."""
+        shape = (self.depth, self.hidden_size, self.num_heads)
+        for size, named in SIZES.items():
+            if shape == named:
+                return f"DiT-{size}/{self.patch_size}"
+        return (
+            f"DiT of depth {self.depth}, width {self.hidden_size}, {self.num_heads} heads, patches "
+            f"of {self.patch_size}"
+        )
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -135,6 +152,20 @@ class DiTConfig:
     def out_channels(self) -> int:
         """Channels of the output: twice the input's when the variance is learned."""
         return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def conditions(self) -> dict[str, conditions_lib.Condition]:
+        """What it takes: a label, a second time and augmentation, as configured."""
+        return {
+            **conditions_lib.class_label(self.num_classes, null=self.null_class),
+            **(conditions_lib.second_time() if self.second_time != "none" else {}),
+            **conditions_lib.augmentation(self.augment_dim),
+        }
+
+    @property
+    def feature_kind(self) -> str:
+        """'tokens': the feature maps are grids of tokens."""
+        return "tokens"
 
     @property
     def feature_shapes(self) -> tuple[tuple[int, int, int], ...]:
@@ -269,65 +300,48 @@ class DiT(nnx.Module):
         )
         self.final_layer = FinalLayer(config, rngs=rngs)
 
-    def __call__(
-        self,
-        x: Float[Array, "b h w c"],
-        t: Float[Array, " b"],
-        conditions: dict[str, Array],
-        *,
-        dropout_keys: Key[Array, " b"] | None = None,
-        features: tuple[int, ...] | None = None,
-        attention: attention_lib.Attention | None = None,
-        attention_state: Any = None,
-    ):
-        """Predicts from the noisy input.
+    def __call__(self, request: Request) -> Result:
+        """Predicts from the noisy input, of whose rows a strategy may give a part.
 
-        Args:
-            x: the (preconditioned) noisy input; where `attention` is of a strategy that splits an
-                image, the rows at hand.
-            t: network time, as the process defines it (DDPM's index, SiT's [0, 1], EDM's c_noise).
-            conditions: {'label': int32 [b]}, `num_classes` standing for none where there is a null
-                class; {} if unconditional.
-                With a second time also 'r' (else r = t), with augmentation labels 'augment'.
-            dropout_keys: taken for the sake of networks with dropout; DiT has none.
-            features: numbers of blocks whose tokens are wanted besides.
-            attention: a strategy for the attention seam; by default local attention.
-            attention_state: the strategy's state, leaves with a leading layer axis.
+        Any height and width go that are multiples of the patch size: positions are those of the
+        input's grid.
 
-        Returns:
-            float32 [b, h, w, out_channels]; with `features`, also the tokens after those blocks as
-            [b, rows, columns, width]; with `attention_state`, also the new state.
+        Feature maps are the tokens after the blocks of these numbers, [b, rows, columns, width].
+        Dropout keys are taken for the sake of networks with dropout; DiT has none. A carry has
+        leaves with a leading layer axis.
         """
-        config = self.config
-        attention = attention or attention_lib.LocalAttention(
+        config, x = self.config, request.x
+        attention = request.attention or attention_lib.LocalAttention(
             config.attention, cpu_kernels.resolve_custom_gradients(config.custom_gradients)
         )
         dtype = resolve_dtype(config.dtype)
         tokens = self.x_embedder(layers.patchify(x, config.patch_size))
-        positions = layers.sincos_position_embedding(config.hidden_size, config.grid)
+        own = tuple(side // config.patch_size for side in x.shape[1:3])
+        grid = attention_lib.whole_grid(attention, own)
+        positions = layers.sincos_position_embedding(config.hidden_size, grid)
         positions = attention_lib.own_tokens(attention, positions, tokens.shape[1])
         tokens = tokens + positions[None].astype(dtype)
-        condition = self._condition(t, conditions).astype(dtype)
+        condition = self._condition(request.t, request.conditions).astype(dtype)
 
-        tokens, new_state, captured = stack.run_stack(
+        tokens, carry, captured = stack.run_stack(
             self.blocks,
             lambda block, tokens, state, condition: block(tokens, condition, attention, state),
             tokens,
             condition,
-            state=attention_state,
+            state=request.carry,
             depth=config.depth,
             layer_loop=config.layer_loop,
             remat=config.remat,
-            capture=features or (),
+            capture=request.features,
             prefetch=getattr(attention, "prefetch", None),
         )
         patches = self.final_layer(tokens, condition)
-        grid = tuple(side // config.patch_size for side in x.shape[1:3])
-        out = layers.unpatchify(patches, config.patch_size, grid)
-        if features is not None:
-            maps = (x.shape[0], *grid, config.hidden_size)
-            return out, tuple(tokens.reshape(maps) for tokens in captured)
-        return out if attention_state is None else (out, new_state)
+        maps = (x.shape[0], *own, config.hidden_size)
+        return Result(
+            layers.unpatchify(patches, config.patch_size, own),
+            tuple(tokens.reshape(maps) for tokens in captured),
+            carry,
+        )
 
     def _condition(self, t: Array, conditions: dict[str, Array]) -> Float[Array, "b d"]:
         """What modulates every block: times, class and augmentation, through SiLU."""

@@ -13,14 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from dit_jax.models import attention as attention_lib
 from dit_jax.models import cpu_kernels, edm_layers, edm_plan, layers
+from dit_jax.models.call import Request, Result
 from dit_jax.models.convolution import Conv
 from dit_jax.models.edm_config import DhariwalUNetConfig, SongUNetConfig, UNetConfig
 from dit_jax.models.linear import Initialization, Linear, resolve_dtype
-from dit_jax.models.spatial import LOCAL, Spatial
+from dit_jax.models.spatial import LOCAL
 
 __all__ = ["DhariwalUNet", "DhariwalUNetConfig", "SongUNet", "SongUNetConfig"]
 
@@ -68,70 +69,33 @@ class _UNet(nnx.Module):
         modules = {layer.name: edm_plan.create(layer, self.config, rngs) for layer in plan}
         return nnx.Dict({name: module for name, module in modules.items() if module is not None})
 
-    def __call__(
-        self,
-        x: Float[Array, "b h w c"],
-        t: Float[Array, " b"],
-        conditions: dict[str, Array],
-        *,
-        dropout_keys: Key[Array, " b"] | None = None,
-        features: tuple[int, ...] | None = None,
-        attention: attention_lib.Attention | None = None,
-        attention_state: Any = None,
-        spatial: Spatial = LOCAL,
-    ):
-        """Predicts from the noisy input.
+    def __call__(self, request: Request) -> Result:
+        """Predicts from the noisy input, of whose rows `request.spatial` may give a part.
 
-        Args:
-            x: the preconditioned noisy input, or the rows of it at hand.
-            t: network time, EDM's c_noise.
-            conditions: any of 'label' (int32 [b], `num_classes` standing for none), 'r' (a second
-                network time [b]; without it r = t) and 'augment' ([b, augment_dim]; without it
-                zeros).
-            dropout_keys: one an example; None for no dropout.
-            features: numbers of resolutions whose encoder output is wanted besides, ascending.
-            attention: a strategy for the attention seam; by default that of `spatial`, else local
-                attention.
-            attention_state: the strategy's states, a tuple with one for each attention layer.
-            spatial: how layers see the rows around them; by default the whole image is at hand.
-
-        Returns:
-            float32 [b, h, w, out_channels]; with `features` also the feature maps [b, h', w', c'];
-            with `attention_state` also the new states.
+        Feature maps are the encoder's output at the resolutions of these numbers, [b, h', w', c'].
+        The carry is a tuple of a state for each attention layer.
 
         Raises:
-            ValueError: conditions or features this network does not have.
+            ValueError: features this network does not have.
         """
-        config = self.config
-        self._require_known(conditions, features)
+        config, spatial = self.config, request.spatial or LOCAL
+        count, wanted = len(config.channel_mult), list(request.features)
+        if wanted != sorted(set(wanted)) or not all(0 <= i < count for i in wanted):
+            raise ValueError(f"features {wanted}: expected ascending numbers of 0 to {count - 1}")
         attention = (
-            attention
+            request.attention
             or spatial.attention
             or attention_lib.LocalAttention(
                 config.attention, cpu_kernels.resolve_custom_gradients(config.custom_gradients)
             )
         )
-        walk = _Walk(config, self._embedding(t, conditions), dropout_keys, attention, spatial)
-        walk.states = None if attention_state is None else list(attention_state)
-        maps, skips = self._encode(x.astype(resolve_dtype(config.dtype)), walk)
+        emb = self._embedding(request.t, request.conditions)
+        walk = _Walk(config, emb, request.dropout_keys, attention, spatial)
+        walk.states = None if request.carry is None else list(request.carry)
+        maps, skips = self._encode(request.x.astype(resolve_dtype(config.dtype)), walk)
         out = self._decode(skips, walk).astype(jnp.float32)
-        if features is not None:
-            return out, tuple(maps[i] for i in features)
-        return out if attention_state is None else (out, tuple(walk.new_states))
-
-    def _require_known(self, conditions: dict[str, Array], features: tuple[int, ...] | None):
-        config = self.config
-        known = {"label": True, "r": config.second_time != "none", "augment": config.augment_dim}
-        unknown = sorted(name for name in conditions if not known.get(name))
-        if unknown:
-            raise ValueError(
-                f"conditions {unknown}: this network has num_classes={config.num_classes}, "
-                f"second_time={config.second_time!r} and augment_dim={config.augment_dim}"
-            )
-        count = len(config.channel_mult)
-        wanted = list(features or ())
-        if wanted != sorted(set(wanted)) or not all(0 <= i < count for i in wanted):
-            raise ValueError(f"features {features}: expected ascending numbers of 0 to {count - 1}")
+        carry = None if request.carry is None else tuple(walk.new_states)
+        return Result(out, tuple(maps[i] for i in wanted), carry)
 
     def _embedding(self, t: Array, conditions: dict[str, Array]) -> Float[Array, "b e"]:
         raise NotImplementedError
@@ -257,8 +221,7 @@ class SongUNet(_UNet):
 def _conditioned(features, label_map, augment_map, conditions: dict[str, Array]) -> Array:
     """Features of time plus those of class and augmentation, where the network knows them."""
     if label_map is not None:
-        null = jnp.full(features.shape[:1], label_map.kernel.shape[0], jnp.int32)
-        features = features + label_map(conditions.get("label", null))
+        features = features + label_map(conditions["label"])
     if augment_map is not None and "augment" in conditions:
         features = features + augment_map(conditions["augment"])
     return features

@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
+from dit_jax import conditions as conditions_lib
 from dit_jax.models import attention as attention_lib
 from dit_jax.models import cpu_kernels, edm_plan, layers, stack
 from dit_jax.models.edm_layers import BlockStyle
@@ -30,6 +32,8 @@ class UNetConfig:
     custom_gradients: str = "auto"
     dtype: str = "auto"
     param_dtype: str = "auto"
+
+    layers_are_named_by_size: ClassVar[bool] = True
 
     def __post_init__(self):
         for name in ("image_size", "in_channels", "model_channels", "num_blocks"):
@@ -76,6 +80,15 @@ class UNetConfig:
         return precision_of(self.dtype, self.param_dtype)
 
     @property
+    def conditions(self) -> dict[str, conditions_lib.Condition]:
+        """What it takes: a label, a second time and augmentation, as configured."""
+        return {
+            **conditions_lib.class_label(self.num_classes),
+            **(conditions_lib.second_time() if self.second_time != "none" else {}),
+            **conditions_lib.augmentation(self.augment_dim),
+        }
+
+    @property
     def out_channels(self) -> int:
         """Channels of the output: twice the input's when the variance is learned."""
         return self.in_channels * (2 if self.learn_sigma else 1)
@@ -99,6 +112,11 @@ class UNetConfig:
     def decoder(self) -> tuple[edm_plan.Layer, ...]:
         """Its layers, to the output."""
         return edm_plan.decoder(self)
+
+    @property
+    def feature_kind(self) -> str:
+        """'maps': the feature maps are those of convolutions."""
+        return "maps"
 
     @property
     def feature_shapes(self) -> tuple[tuple[int, int, int], ...]:
@@ -174,6 +192,12 @@ class SongUNetConfig(UNetConfig):
         super().__post_init__()
 
     @property
+    def title(self) -> str:
+        """What EDM calls it, and its width."""
+        kind = "NCSN++" if self.embedding_type == "fourier" else "DDPM++"
+        return f"{kind} of {self.model_channels} channels, {self.image_size} pixels"
+
+    @property
     def noise_channels(self) -> int:
         """Width of the features of time."""
         return self.model_channels * self.channel_mult_noise
@@ -212,6 +236,11 @@ class DhariwalUNetConfig(UNetConfig):
     def __post_init__(self):
         _require_even("model.dhariwal_unet.model_channels", self.model_channels, 2)
         super().__post_init__()
+
+    @property
+    def title(self) -> str:
+        """What it is called, and its width."""
+        return f"ADM of {self.model_channels} channels, {self.image_size} pixels"
 
     @property
     def style(self) -> BlockStyle:

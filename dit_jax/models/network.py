@@ -10,25 +10,61 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
+from dit_jax import conditions as conditions_lib
+from dit_jax.defaults import register_namespace
 from dit_jax.models import dit, edm
+from dit_jax.models.call import Request, Result
 
 Params = dict[str, Any]
-NetworkConfig = dit.DiTConfig | edm.SongUNetConfig | edm.DhariwalUNetConfig
 
-_MODULES = {
-    dit.DiTConfig: dit.DiT,
-    edm.SongUNetConfig: edm.SongUNet,
-    edm.DhariwalUNetConfig: edm.DhariwalUNet,
-}
+NETWORK_CONFIGS: dict[str, type] = {}
+"""Architectures by their name in configs."""
+_MODULES: dict[type, type[nnx.Module]] = {}
+
+
+def register_network(name: str, config: type, module: type[nnx.Module]) -> None:
+    """Makes an architecture known under `name`, in configs and to `Network`.
+
+    Args:
+        name: as config.model.name.
+        config: a frozen dataclass of its shape and execution, with the properties `title`,
+            `input_size`, `in_channels`, `conditions`, `feature_shapes`, `feature_kind` ('tokens' or
+            'maps'), `learn_sigma` and `flops_per_example`.
+        module: created as `module(config, rngs=...)`, called with a `Request`, gives a `Result`.
+
+    Raises:
+        ValueError: the name or the configuration is another architecture's.
+    """
+    known = NETWORK_CONFIGS.get(name, config), _MODULES.get(config, module)
+    if known != (config, module):
+        raise ValueError(f"a network {name!r} or a {config.__name__} is registered already")
+    NETWORK_CONFIGS[name], _MODULES[config] = config, module
+    fields = dataclasses.fields(config)
+    register_namespace("model", name, {field.name: field.default for field in fields})
+
+
+for _name, _config, _module in (
+    ("dit", dit.DiTConfig, dit.DiT),
+    ("song_unet", edm.SongUNetConfig, edm.SongUNet),
+    ("dhariwal_unet", edm.DhariwalUNetConfig, edm.DhariwalUNet),
+):
+    NETWORK_CONFIGS[_name], _MODULES[_config] = _config, _module
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network's architecture as pure functions; hashable, holds no arrays."""
+    """A network's architecture as pure functions; hashable, holds no arrays.
 
-    config: NetworkConfig
+    Attributes:
+        config: a registered configuration, see `register_network`.
+    """
+
+    config: Any
+
+    def __post_init__(self):
+        network_name(self.config)  # refuses what is no network's
 
     @functools.cached_property
     def _graph(self):
@@ -42,76 +78,27 @@ class Network:
         """Fresh float32 parameters as a nested dict. Jit it to create them where they will live."""
         return nnx.to_pure_dict(nnx.state(self._create(key), nnx.Param))
 
-    def apply(
-        self,
-        params: Params,
-        x: Float[Array, "b h w c"],
-        t: Float[Array, " b"],
-        conditions: dict[str, Array],
-        *,
-        dropout_keys: Key[Array, " b"] | None = None,
-        features: tuple[int, ...] | None = None,
-        attention: Any = None,
-        attention_state: Any = None,
-        spatial: Any = None,
-    ):
-        """Calls the network with `params`.
+    def apply(self, params: Params, request: Request) -> Result:
+        """Evaluates the network with `params`.
 
-        Args:
-            params: of `init`.
-            x: the (preconditioned) noisy input.
-            t: network time, as the process defines it.
-            conditions: "label" (int32 [b], `num_classes` for none), "r" (a second network time
-                [b], where the network has one; without it, t), "augment" (labels of the
-                augmentation [b, augment_dim]); absent ones stand for none.
-            dropout_keys: one key an example, so that masks do not depend on the batch; None for no
-                dropout.
-            features: numbers of feature maps wanted besides, see `feature_shapes`.
-            attention: a strategy for the attention seam; by default local attention.
-            attention_state: the strategy's state.
-            spatial: of U-Nets, how layers see the rows around them (`models.spatial`); by default
-                the whole image is at hand.
-
-        Returns:
-            float32 output [b, h, w, c]; with `features` (output, maps [b, h', w', c']); with
-            `attention_state` (output, new state).
-        """
-        options = {} if features is None else {"features": features}
-        if dropout_keys is not None:
-            options["dropout_keys"] = dropout_keys
-        if spatial is not None:
-            options["spatial"] = spatial
-        module = nnx.merge(self._graph, params)
-        return module(
-            x, t, conditions, attention=attention, attention_state=attention_state, **options
-        )
-
-    def features(
-        self,
-        params: Params,
-        x: Float[Array, "b h w c"],
-        t: Float[Array, " b"],
-        conditions: dict[str, Array],
-        indices: tuple[int, ...],
-    ) -> tuple[Float[Array, "b _h _w _c"], ...]:
-        """Feature maps alone. Under jit whatever follows the last one is never computed."""
-        return self.apply(params, x, t, conditions, features=tuple(indices))[1]
-
-    def null_conditions(self, conditions: dict[str, Array]) -> dict[str, Array]:
-        """The conditions with "no class" for the label; times and augmentation stay.
+        Under jit, what follows the last feature map is computed only if `out` is used.
 
         Raises:
-            ValueError: the network has no null class.
+            ConditionError: conditions that the network does not take, or lacks.
+            ValueError: a network without feature maps of these numbers.
         """
-        if "label" in conditions and not self.null_class:
-            raise ValueError(
-                "guidance needs a null class, and this network has none (model.null_class=False): "
-                "it was trained without label dropout. Use guidance_scale=1"
-            )
-        return {
-            name: jax.numpy.full_like(value, self.config.num_classes) if name == "label" else value
-            for name, value in conditions.items()
-        }
+        conditions_lib.check(self.conditions, request.conditions)
+        return nnx.merge(self._graph, params)(request)
+
+    @property
+    def conditions(self) -> dict[str, conditions_lib.Condition]:
+        """The conditions it takes, by name."""
+        return self.config.conditions
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of its label, 0 if it takes none."""
+        return getattr(self.config, "num_classes", 0)
 
     @property
     def feature_shapes(self) -> tuple[tuple[int, int, int], ...]:
@@ -119,19 +106,9 @@ class Network:
         return self.config.feature_shapes
 
     @property
-    def has_second_time(self) -> bool:
-        """Whether it takes a second time r, as average velocities need."""
-        return self.config.second_time != "none"
-
-    @property
     def has_dropout(self) -> bool:
         """Whether dropout keys make a difference."""
         return getattr(self.config, "dropout", 0.0) > 0
-
-    @property
-    def augment_dim(self) -> int:
-        """Number of augmentation labels it takes, 0 for none."""
-        return self.config.augment_dim
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -139,14 +116,10 @@ class Network:
         return (*self.config.input_size, self.config.in_channels)
 
     @property
-    def num_classes(self) -> int:
-        """Number of classes, 0 if unconditional."""
-        return self.config.num_classes
-
-    @property
     def null_class(self) -> bool:
         """Whether label `num_classes` stands for "no class"."""
-        return self.num_classes > 0 and getattr(self.config, "null_class", True)
+        label = self.conditions.get("label")
+        return label is not None and label.can_be_dropped
 
     @property
     def learn_sigma(self) -> bool:
@@ -157,3 +130,18 @@ class Network:
     def flops_per_example(self) -> float:
         """Floating-point operations of one example's forward pass."""
         return self.config.flops_per_example
+
+
+def network_name(config: Any) -> str:
+    """The name under which a configuration's architecture is registered.
+
+    Raises:
+        ValueError: it is no network's configuration.
+    """
+    for name, known in NETWORK_CONFIGS.items():
+        if type(config) is known:
+            return name
+    raise ValueError(
+        f"{type(config).__name__} is no network's configuration: expected one of "
+        f"{', '.join(known.__name__ for known in NETWORK_CONFIGS.values())}"
+    )

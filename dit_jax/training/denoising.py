@@ -6,12 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Key
 
+from dit_jax import conditions as conditions_lib
 from dit_jax.data.augmentation import Augmentation
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import losses
 from dit_jax.diffusion.timesteps import TimeDistribution
+from dit_jax.models.call import Request
 from dit_jax.training import ema as ema_lib
 from dit_jax.training.method import (
     Batch,
@@ -22,11 +24,47 @@ from dit_jax.training.method import (
 )
 
 
-def drop_labels(
-    label: Int[Array, " b"], num_classes: int, dropped: Bool[Array, " b"]
-) -> Int[Array, " b"]:
-    """Labels with the null class, index `num_classes`, where `dropped`."""
-    return jnp.where(dropped, num_classes, label)
+def drop_conditions(
+    declared: conditions_lib.Declared,
+    batch: Batch,
+    rate: float,
+    key: Key[Array, ""],
+    frozen: Any = None,
+) -> dict[str, Array]:
+    """The conditions of a batch, all of an example's together dropped at `rate`.
+
+    Args:
+        declared: the network's.
+        batch: of data.
+        rate: probability; 0 draws nothing.
+        key: of the draw.
+        frozen: what a method reads and never trains; its "nulls", if any, stand for "no condition"
+            where the network does not know it by itself.
+    """
+    conditions = conditions_lib.select(declared, batch)
+    if not rate or not conditions_lib.can_guide(declared):
+        return conditions
+    nulls = conditions_lib.null_values(declared, (frozen or {}).get("nulls"))
+    dropped = jax.random.bernoulli(key, rate, batch["image"].shape[:1])
+    return conditions_lib.drop(conditions, nulls, dropped)
+
+
+def require_augmentation(network: Any, augmentation: Augmentation | None) -> None:
+    """Refuses an augmentation whose labels the network does not take.
+
+    Raises:
+        ValueError: with what to set.
+    """
+    if augmentation is None:
+        return
+    taken = network.conditions.get("augment")
+    known = taken.shape[0] if taken else 0
+    if augmentation.label_dim != known:
+        raise ValueError(
+            f"model.augment_dim={known}, but the augmentation has {augmentation.label_dim} labels: "
+            f"set model.augment_dim={augmentation.label_dim}, or augmentation.probability=0 for "
+            "none"
+        )
 
 
 def require_null_class(network: Any, label_dropout: float) -> None:
@@ -35,10 +73,12 @@ def require_null_class(network: Any, label_dropout: float) -> None:
     Raises:
         ValueError: with the values to set.
     """
-    if label_dropout and network.num_classes and not getattr(network, "null_class", True):
+    label = network.conditions.get("label")
+    if label_dropout and label is not None and not label.can_be_dropped:
         raise ValueError(
-            f"method.label_dropout={label_dropout}, but model.null_class=False: the network has no "
-            "class that stands for none. Set method.label_dropout=0, or model.null_class=True"
+            f"method.label_dropout={label_dropout}, but model.dit.null_class=False: the network "
+            "has no class that stands for none. Set method.label_dropout=0, or "
+            "model.dit.null_class=True"
         )
 
 
@@ -52,7 +92,7 @@ class Denoising(OnePhase):
         weighting: further loss weights (`diffusion.losses`).
         optimizer: an optax transformation.
         averages: EMAs to keep.
-        label_dropout: probability of replacing a label by the null class (guidance).
+        label_dropout: probability of dropping an example's conditions (guidance).
         num_microbatches: gradient accumulation, the batch in so many parts.
         vlb_weight: of the variational term where the variance is learned.
         augmentation: of the images, told to the network by its labels; None for none.
@@ -72,13 +112,7 @@ class Denoising(OnePhase):
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"method.label_dropout={self.label_dropout}: expected 0 to 1")
         require_null_class(self.denoiser.network, self.label_dropout)
-        known = self.denoiser.network.augment_dim
-        if self.augmentation is not None and self.augmentation.label_dim != known:
-            raise ValueError(
-                f"model.augment_dim={known}, but the augmentation has "
-                f"{self.augmentation.label_dim} labels: set model.augment_dim="
-                f"{self.augmentation.label_dim}, or augmentation.probability=0 for none"
-            )
+        require_augmentation(self.denoiser.network, self.augmentation)
 
     @property
     def flops_per_example(self) -> float:
@@ -99,8 +133,10 @@ class Denoising(OnePhase):
         """'raw' and every average by its name."""
         return {**state.ema, "raw": state.params}
 
-    def draw_examples(self, batch: Batch, key: Key[Array, ""]) -> dict[str, Array]:
-        """Times, noise and dropped labels of a whole batch, before it is split in any way."""
+    def draw_examples(
+        self, batch: Batch, key: Key[Array, ""], frozen: Any = None
+    ) -> dict[str, Any]:
+        """Times, noise and dropped conditions of a whole batch, before it is split in any way."""
         time_key, noise_key, label_key = jax.random.split(key, 3)
         x0 = batch["image"]
         n = x0.shape[0]
@@ -111,24 +147,21 @@ class Denoising(OnePhase):
         }
         if self.denoiser.network.has_dropout:
             examples["dropout_keys"] = jax.random.split(jax.random.fold_in(key, 3), n)
+        declared = self.denoiser.network.conditions
+        conditions = drop_conditions(declared, batch, self.label_dropout, label_key, frozen)
         if self.augmentation is not None:
             keys = jax.random.split(jax.random.fold_in(key, 4), n)
-            examples["x0"], examples["augment"] = self.augmentation(keys, x0)
-        num_classes = self.denoiser.network.num_classes
-        if num_classes:
-            dropped = jax.random.bernoulli(label_key, self.label_dropout, (n,))
-            examples["label"] = drop_labels(batch["label"], num_classes, dropped)
+            examples["x0"], conditions["augment"] = self.augmentation(keys, x0)
+        examples["conditions"] = conditions
         return examples
 
-    def loss(self, params: Any, examples: dict[str, Array]) -> tuple[Array, Metrics]:
+    def loss(self, params: Any, examples: dict[str, Any]) -> tuple[Array, Metrics]:
         """Mean loss over examples and its parts."""
         process = self.denoiser.process
         x0, eps, t = examples["x0"], examples["eps"], examples["t"]
-        conditions = {name: examples[name] for name in ("label", "augment") if name in examples}
         x_t = process.add_noise(x0, eps, t)
-        raw = self.denoiser.raw(
-            params, x_t, t, conditions, dropout_keys=examples.get("dropout_keys")
-        )
+        request = Request(x_t, t, examples["conditions"], examples.get("dropout_keys"))
+        raw = self.denoiser.raw(params, request).out
         loss, parts = losses.denoising_loss(
             process,
             raw,
@@ -151,7 +184,7 @@ class Denoising(OnePhase):
         phase: str = "train",
     ) -> tuple[TrainState, Metrics]:
         """One optimizer step on the mean loss of `batch`, then the averages."""
-        examples = self.draw_examples(batch, key)
+        examples = self.draw_examples(batch, key, frozen)
         metrics, gradients = accumulated_gradients(
             self.loss, state.params, examples, self.num_microbatches
         )

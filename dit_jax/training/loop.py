@@ -34,7 +34,7 @@ class Placement(Protocol):
     def state_shardings(self, abstract_state: Any) -> Any:
         """A sharding for every leaf of the state."""
 
-    def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    def put_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """This process's part of a batch, onto its devices."""
 
     def put_flag(self, flag: bool) -> jax.Array:
@@ -405,7 +405,7 @@ class _Run:
         self._window.append(metrics)
 
     def _non_finite_message(self, step, bad, metrics, host_batch) -> str:
-        image, label = host_batch["image"], host_batch.get("label")
+        image, label = host_batch["image"], host_batch.get("conditions", {}).get("label")
         steps = self.checkpoints.steps()
         lines = [
             f"{bad[0]} is {metrics[bad[0]]} at step {step}; training stopped.",

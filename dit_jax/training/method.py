@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-Batch = dict[str, Array]
+Batch = dict[str, Any]
 Metrics = dict[str, Array]
 
 

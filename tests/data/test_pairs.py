@@ -195,8 +195,10 @@ def config_for(folder, **model):
     config.data.name = "pairs"
     config.data.pairs.path = str(folder)
     config.process.name = "edm"
-    config.model.update(image_size=4, in_channels=3, hidden_size=32, depth=1, num_heads=2)
-    config.model.update(num_classes=5, learn_sigma=False, **model)
+    config.model.update(image_size=4, in_channels=3)
+    config.model.dit.update(hidden_size=32, depth=1, num_heads=2)
+    config.model.update(num_classes=5, **model)
+    config.model.dit.update(learn_sigma=False)
     config.sampling.solver = "heun"
     return resolve_config(config)
 

@@ -1,5 +1,6 @@
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -22,22 +23,21 @@ def take(iterator, count):
 def assert_equal(first, second):
     assert len(first) == len(second)
     for a, b in zip(first, second, strict=True):
-        assert a.keys() == b.keys() == {"image", "label"}
-        for key in a:
-            np.testing.assert_array_equal(a[key], b[key])
+        assert a.keys() == b.keys() == {"image", "conditions"}
+        jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def labels_of(batches):
-    return np.concatenate([batch["label"] for batch in batches])
+    return np.concatenate([batch["conditions"]["label"] for batch in batches])
 
 
 def test_batches_are_normalised():
     source = numbered(20)
     batch = next(iter(make_loader(source, batch_size=8, seed=0, shuffle=False)))
-    assert batch["image"].dtype == np.float32 and batch["label"].dtype == np.int32
+    assert batch["image"].dtype == np.float32 and batch["conditions"]["label"].dtype == np.int32
     expected = np.stack([source[i]["image"] for i in range(8)]) / 127.5 - 1
     np.testing.assert_allclose(batch["image"], expected, atol=1e-6)
-    np.testing.assert_array_equal(batch["label"], np.arange(8))
+    np.testing.assert_array_equal(batch["conditions"]["label"], np.arange(8))
 
 
 def test_every_epoch_visits_every_example_once_in_a_new_order():
@@ -107,11 +107,11 @@ def test_processes_share_the_stream_of_one():
     ]
     pieces = [take(part, 6) for part in parts]
     joined = [
-        {key: np.concatenate([piece[key] for piece in row]) for key in ("image", "label")}
+        jax.tree.map(lambda *parts: np.concatenate(parts), *row)
         for row in zip(*pieces, strict=True)
     ]
     assert_equal(joined, whole)
-    assert all(len(piece[0]["label"]) == 2 for piece in pieces)
+    assert all(len(piece[0]["conditions"]["label"]) == 2 for piece in pieces)
     # The position is the same everywhere, and fits another number of processes.
     states = [part.get_state() for part in parts]
     assert all(state == states[0] for state in states)
@@ -139,9 +139,9 @@ def test_evaluation_sees_everything_once(process_count):
         assert {len(part) for part in batches} == {3} == {len(loader) for loader in loaders}
         labels = [labels_of(part) for part in batches]
         np.testing.assert_array_equal(np.sort(np.concatenate(labels)), np.arange(21))
-    assert sum(len(part[-1]["label"]) for part in batches) == 5
+    assert sum(len(part[-1]["conditions"]["label"]) for part in batches) == 5
     loader = make_loader(numbered(21), **options)
-    assert [len(batch["label"]) for batch in loader] == [8, 8] and len(loader) == 2
+    assert [len(batch["conditions"]["label"]) for batch in loader] == [8, 8] and len(loader) == 2
     assert loader.steps_per_epoch == 21 / 8
 
 

@@ -15,9 +15,11 @@ import numpy as np
 import optax
 
 from distill.student import Student, Teacher
+from dit_jax import conditions as conditions_lib
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion.process import DDPM, Process
 from dit_jax.diffusion.samplers import make_solver, schedule
+from dit_jax.models import Result
 from dit_jax.sampling import Sampler, image_keys
 from dit_jax.training.ema import Average
 from tests.compilations import OPTIMIZED
@@ -39,13 +41,13 @@ class GaussianMixture:
     def num_components(self) -> int:
         return len(self.means)
 
-    def batch(self, key, n: int) -> dict[str, jax.Array]:
+    def batch(self, key, n: int) -> dict[str, Any]:
         """Points as a batch of images, and their components as labels."""
         label_key, noise_key = jax.random.split(key)
         label = jax.random.randint(label_key, (n,), 0, self.num_components)
         noise = jax.random.normal(noise_key, (n, 2))
         points = jnp.asarray(self.means)[label] + self.std * noise
-        return {"image": points[:, None, None], "label": label}
+        return {"image": points[:, None, None], "conditions": {"label": label}}
 
     def x0(self, process: Process, x, t, label=None):
         """E[x0 | x] at time t, exactly; with labels of the components alone, else of the mixture.
@@ -75,9 +77,7 @@ class MixtureNetwork:
     mixture: GaussianMixture
     process: Process
     conditional: bool = False
-    has_second_time = False
     has_dropout = False
-    augment_dim = 0
     learn_sigma = False
     sample_shape = (1, 1, 2)
     feature_shapes = ()
@@ -90,13 +90,11 @@ class MixtureNetwork:
     def init(self, key):
         return {}
 
-    def null_conditions(self, conditions):
-        return {
-            name: jnp.full_like(value, self.num_classes) if name == "label" else value
-            for name, value in conditions.items()
-        }
+    @property
+    def conditions(self):
+        return conditions_lib.class_label(self.num_classes)
 
-    def apply(self, params, x_in, t_network, conditions, *, times=None, **options):
+    def apply(self, params, request):
         raise NotImplementedError("see ExactDenoiser, which knows the noisy x itself")
 
 
@@ -104,11 +102,12 @@ class MixtureNetwork:
 class ExactDenoiser(Denoiser):
     """A `Denoiser` whose raw output is exact: computed from x and t, not from network inputs."""
 
-    def raw(self, params, x, t, conditions, *, dropout_keys=None, features=None, **options):
-        label = conditions.get("label") if self.network.num_classes else None
+    def raw(self, params, request):
+        x, t = request.x, request.t
+        label = request.conditions.get("label") if self.network.num_classes else None
         x0 = self.network.mixture.x0(self.process, x, t, label)
         eps = self.process.convert(x0, "x0", "eps", x, t)
-        return self.process.target(x0, eps, t)
+        return Result(self.process.target(x0, eps, t))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +120,13 @@ class MlpNetwork:
     second_time: bool = False
     time_scale: float = 1.0  # of network times: 1 for those of order one
     has_dropout = False
-    augment_dim = 0
     learn_sigma = False
     sample_shape = (1, 1, 2)
 
     @property
-    def has_second_time(self) -> bool:
-        return self.second_time
+    def conditions(self):
+        second_time = conditions_lib.second_time() if self.second_time else {}
+        return {**conditions_lib.class_label(self.num_classes), **second_time}
 
     @property
     def feature_shapes(self):
@@ -154,15 +153,9 @@ class MlpNetwork:
         angles = self.time_scale * t[:, None] * 2.0 ** jnp.arange(-3, 5)[None]
         return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 
-    def null_conditions(self, conditions):
-        return {
-            name: jnp.full_like(value, self.num_classes) if name == "label" else value
-            for name, value in conditions.items()
-        }
-
-    def apply(
-        self, params, x, t, conditions, *, dropout_keys=None, features=None, **options
-    ) -> Any:
+    def apply(self, params, request):
+        x, t, conditions = request.x, request.t, request.conditions
+        conditions_lib.check(self.conditions, conditions)
         h = [x.reshape(-1, 2), self._times(t)]
         if self.second_time:
             h.append(self._times(t - conditions.get("r", t)))
@@ -176,10 +169,7 @@ class MlpNetwork:
             hidden.append(h[:, None, None])
         out = h @ params["last"]["kernel"] + params["last"]["bias"][None]
         out = out.reshape(x.shape)
-        return out if features is None else (out, tuple(hidden[i] for i in features))
-
-    def features(self, params, x, t, conditions, indices):
-        return self.apply(params, x, t, conditions, features=indices)[1]
+        return Result(out, tuple(hidden[i] for i in request.features))
 
 
 def exact_teacher(

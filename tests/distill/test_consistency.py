@@ -228,9 +228,9 @@ class Recorder(bench.MlpNetwork):
 
     calls: list = dataclasses.field(default_factory=list, compare=False)
 
-    def apply(self, params, x, t, conditions, *, dropout_keys=None, **options):
-        self.calls.append(dropout_keys)
-        return super().apply(params, x, t, conditions)
+    def apply(self, params, request):
+        self.calls.append(request.dropout_keys)
+        return super().apply(params, request)
 
 
 def test_both_evaluations_share_a_dropout_mask_and_the_teacher_has_none():
@@ -264,9 +264,8 @@ def test_an_average_can_be_the_target():
 
 def tiny_config(**changes):
     config = default_config()
-    config.model.update(
-        image_size=4, in_channels=2, hidden_size=16, depth=1, num_heads=2, num_classes=3
-    )
+    config.model.update(image_size=4, in_channels=2, num_classes=3)
+    config.model.dit.update(hidden_size=16, depth=1, num_heads=2)
     config.method.name = "consistency"
     config.sampling.solver, config.sampling.steps = "consistency", 1
     for path, value in changes.items():
@@ -277,7 +276,7 @@ def tiny_config(**changes):
 @pytest.mark.parametrize("process", ["ddpm", "flow", "edm"])
 def test_trains_a_class_conditional_transformer_in_every_process(process):
     changes = {"process__name": process, "timesteps__name": "truncated_log_normal"}
-    changes["model__learn_sigma"] = process == "ddpm"
+    changes["model__dit__learn_sigma"] = process == "ddpm"
     if process == "ddpm":
         changes["method__consistency__quantize"] = True
     changes["method__consistency__trajectory"] = "teacher"
@@ -290,7 +289,7 @@ def test_trains_a_class_conditional_transformer_in_every_process(process):
     params = random_params(method.student.denoiser.network, 1)
     state = method.init(jax.random.key(0), params)
     image = jax.random.normal(jax.random.key(1), (4, 4, 4, 2))
-    batch = {"image": image, "label": jnp.arange(4) % 3}
+    batch = {"image": image, "conditions": {"label": jnp.arange(4) % 3}}
     after, metrics = jax.jit(method.update)(
         state,
         batch,
@@ -317,7 +316,7 @@ def test_options_that_cannot_work_are_refused():
     refused("growth=1.0: expected above 1", method__consistency__growth=1.0)
     refused("ratio_limit=1.0", method__consistency__ratio_limit=1.0)
     refused("images_per_stage=0", method__consistency__images_per_stage=0)
-    refused("only ddpm", process__name="flow", model__learn_sigma=False,
+    refused("only ddpm", process__name="flow", model__dit__learn_sigma=False,
             method__consistency__quantize=True)  # fmt: skip
     refused("expected one of pseudo_huber", method__consistency__distance="l1")
     refused("expected one of default", method__consistency__weighting="snr")

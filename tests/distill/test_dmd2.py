@@ -21,6 +21,7 @@ from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import DDPM, EDM, LogNormal, Polynomial
 from dit_jax.diffusion.samplers import make_solver
 from dit_jax.experiment import build_method, resolve_config
+from dit_jax.models import Request
 from tests.distill import few_step_bench as few
 from tests.distill import mixture as bench
 from tests.long import long
@@ -206,11 +207,13 @@ def test_teachers_features_and_guidance_in_one_go():
     teacher = Teacher(denoiser, 2.5, (0.2, 0.6))
     x, t = jax.random.normal(jax.random.key(2), (4, 1, 1, 2)), jnp.array([0.1, 0.3, 0.5, 0.9])
     conditions = {"label": jnp.arange(4) % 3}
-    prediction, features = teacher.predict_with_features(params, x, t, conditions, (1,))
-    expected = teacher.predict(params, x, t, conditions)
+    prediction, features = teacher.predict_with_features(
+        params, Request(x, t, conditions, features=(1,))
+    )
+    expected = teacher.predict(params, Request(x, t, conditions))
     np.testing.assert_allclose(prediction.x0, expected.x0, atol=1e-5)
     np.testing.assert_allclose(prediction.eps, expected.eps, atol=1e-5)
-    (own,) = denoiser.features(params, x, t, conditions, (1,))
+    (own,) = denoiser.features(params, Request(x, t, conditions, features=(1,)))
     np.testing.assert_allclose(features[0], own, atol=1e-6)
 
 
@@ -286,7 +289,7 @@ def test_simulated_inputs_are_the_samplers(edm):
     for solver in ("euler", "consistency"):
         steps = few.few_steps((1.0, 0.6, 0.3, 0.0), solver, "simulation")
         drawn = steps.draw(jax.random.key(0), (4, 1, 1, 2))
-        predict = lambda x, t: denoiser.predict(params, x, t, {})  # noqa: E731
+        predict = lambda x, t: denoiser.predict(params, Request(x, t, {}))  # noqa: E731
         for step in range(3):
             examples = {**drawn, "student_step": jnp.full(4, step)}
             x, t = steps.start(predict, examples)
@@ -351,10 +354,9 @@ def test_learns_the_mixture_with_a_discriminator():
 
 def small_config(**changes):
     config = default_config()
-    config.model.update(
-        image_size=8, in_channels=1, hidden_size=16, depth=3, num_heads=2, num_classes=3
-    )
-    config.model.learn_sigma = False
+    config.model.update(image_size=8, in_channels=1, num_classes=3)
+    config.model.dit.update(hidden_size=16, depth=3, num_heads=2)
+    config.model.dit.learn_sigma = False
     config.process.name = "flow"
     config.method.name = "dmd2"
     config.sampling.solver = "consistency"

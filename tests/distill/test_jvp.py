@@ -15,7 +15,7 @@ from distill.student import Student
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import EDM, RectifiedFlow
 from dit_jax.diffusion.timesteps import LogNormal, Uniform
-from dit_jax.models import DiTConfig, Network
+from dit_jax.models import DiTConfig, Network, Request
 from dit_jax.models.edm import SongUNetConfig
 from tests.distill.float64 import in_float64
 from tests.long import long
@@ -78,7 +78,7 @@ def _examples():
     return {
         "x0": SIGMA_DATA * _normal(1, BATCH, SIZE, SIZE, CHANNELS),
         "eps": _normal(2, BATCH, SIZE, SIZE, CHANNELS),
-        "label": jnp.arange(BATCH) % 4,
+        "conditions": {"label": jnp.arange(BATCH) % 4},
         "dropout_keys": jax.random.split(jax.random.key(3), BATCH),
     }
 
@@ -94,7 +94,6 @@ def _scm(denoiser, **options):
 def _scm_examples(method, angle):
     """Noisy x on known angles, and the velocity of its data and noise."""
     examples = _examples()
-    examples["conditions"] = {"label": examples["label"]}
     ratio = SIGMA_DATA * jnp.tan(angle)
     examples["t"] = method.trig.process.time_from_sigma_ratio(ratio)
     given = examples["x0"], examples["eps"], examples["t"]
@@ -111,7 +110,7 @@ def _trig_reference(name, process):
     examples, x, _ = _scm_examples(method, ANGLES)
 
     def output(x, t):
-        return method.trig.output(denoiser, params, x, t, examples["conditions"])
+        return method.trig.output(denoiser, params, Request(x, t, examples["conditions"]))
 
     output = in_float64(output, x, examples["t"])
     x0, eps = (np.asarray(examples[k], np.float64) for k in ("x0", "eps"))
@@ -201,8 +200,8 @@ def _mean_flow_reference(name, process):
     examples, velocity = _mean_flow_examples()
 
     def u(x, t, r):
-        conditions = {"label": examples["label"], "r": r}
-        return denoiser.velocity(params, x, t, conditions)
+        conditions = {**examples["conditions"], "r": r}
+        return denoiser.velocity(params, Request(x, t, conditions))
 
     arguments = examples["x"], examples["t"], examples["r"]
     u = in_float64(u, *arguments)

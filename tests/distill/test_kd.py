@@ -73,7 +73,11 @@ def test_examples_have_the_states_of_their_times():
     path = jnp.broadcast_to(
         jnp.asarray([80.0, 2.0, 0.5])[None, :, None, None, None], (64, 3, 1, 1, 2)
     )
-    batch = {"image": jnp.zeros((64, 1, 1, 2)), "label": jnp.zeros(64, jnp.int32), "path": path}
+    batch = {
+        "image": jnp.zeros((64, 1, 1, 2)),
+        "conditions": {"label": jnp.zeros(64, jnp.int32)},
+        "path": path,
+    }
     examples = method.draw_examples(batch, jax.random.key(0))
     np.testing.assert_array_equal(examples["x_t"][:, 0, 0, 0], examples["t"])
     assert set(np.unique(examples["t"])) == {80.0, 2.0, 0.5}
@@ -92,7 +96,7 @@ def test_microbatches_make_the_same_update():
     batch = {
         "image": jax.random.normal(jax.random.key(1), (12, 1, 1, 2)),
         "noise": jax.random.normal(jax.random.key(2), (12, 1, 1, 2)),
-        "label": jnp.arange(12, dtype=jnp.int32) % 3,
+        "conditions": {"label": jnp.arange(12, dtype=jnp.int32) % 3},
     }
     metrics = []
     for parts in (1, 3):
@@ -151,8 +155,9 @@ def kd_config(**changes):
     config.method.name = "kd"
     config.data.name = "pairs"
     config.process.name = "flow"
-    config.model.update(image_size=8, in_channels=1, hidden_size=32, depth=1, num_heads=2)
-    config.model.learn_sigma = False
+    config.model.update(image_size=8, in_channels=1)
+    config.model.dit.update(hidden_size=32, depth=1, num_heads=2)
+    config.model.dit.learn_sigma = False
     config.sampling.update(solver="consistency", steps=2)
     for path, value in changes.items():
         *sections, key = path.split(".")

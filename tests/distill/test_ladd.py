@@ -12,6 +12,7 @@ from distill.ladd import LADD
 from distill.student import Teacher
 from dit_jax.config import ConfigError
 from dit_jax.experiment import build_method, resolve_config
+from dit_jax.models import Request
 from tests.distill import few_step_bench as few
 from tests.distill.test_dmd2 import small_config
 
@@ -34,11 +35,11 @@ def test_losses_are_of_features_of_renoised_images():
     trained = {"discriminator": heads.init(jax.random.key(0))}
     batch = {"image": 0.5 * jax.random.normal(jax.random.key(1), (6, 1, 1, 2))}
     examples = method.draw_examples(batch, jax.random.key(2), "critic")
-    x0 = denoiser.x0(params, examples["student_noise"], jnp.ones(6), {})
+    x0 = denoiser.x0(params, Request(examples["student_noise"], jnp.ones(6), {}))
 
     def logits(x, eps, t):
         x_t = few.PROCESS.add_noise(x, eps, t)
-        maps = denoiser.features(params, x_t, t, {}, (0, 1, 2))
+        maps = denoiser.features(params, Request(x_t, t, {}, features=(0, 1, 2)))
         return heads.apply(trained["discriminator"], maps)
 
     fake = logits(x0, examples["eps"], examples["t"])

@@ -17,7 +17,7 @@ from dit_jax.data.augmentation import Augmentation
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import EDM, RectifiedFlow
 from dit_jax.diffusion.timesteps import LogitNormal, Uniform
-from dit_jax.models import DiTConfig, Network
+from dit_jax.models import DiTConfig, Network, Request
 from tests.distill import mixture as bench
 from tests.long import long
 from tests.references import torch_mean_flow
@@ -72,7 +72,7 @@ def our_groups(tensors):
     examples |= {name: jnp.asarray(tensors[name], jnp.float32) for name in ("t", "r")}
     examples["dropped"] = jnp.asarray(tensors["dropped"])
     label = jnp.asarray(tensors["label"], jnp.int32)
-    examples["label"] = jnp.where(examples["dropped"], 5, label)
+    examples["conditions"] = {"label": jnp.where(examples["dropped"], 5, label)}
     examples["dropout_keys"] = jax.random.split(jax.random.key(0), B)
     return {
         "interval": jax.tree.map(lambda a: a[:INTERVALS], examples),
@@ -161,7 +161,7 @@ def test_derivative_is_along_the_flow_in_process_time(convention):
     params = randomised(student.denoiser.network.init(jax.random.key(0)), 3, 0.15)
     x, direction = jax.random.normal(jax.random.key(1), (2, 3, 4, 4, 3))
     t, r = jnp.array([0.9, 0.5, 0.7]), jnp.array([0.1, 0.2, 0.0])
-    examples = {"x": x, "t": t, "r": r, "label": jnp.arange(3)}
+    examples = {"x": x, "t": t, "r": r, "conditions": {"label": jnp.arange(3)}}
     exact = create(student).average_velocity(params, examples, direction)
     other = create(student, derivative=TotalDerivative("finite_difference", 4e-3))
     close = other.average_velocity(params, examples, direction)
@@ -170,7 +170,7 @@ def test_derivative_is_along_the_flow_in_process_time(convention):
     np.testing.assert_allclose(exact[1], close[1], atol=3e-3 * np.abs(exact[1]).max())
     np.testing.assert_allclose(
         exact[0],
-        student.denoiser.velocity(params, x, t, {"label": jnp.arange(3), "r": r}),
+        student.denoiser.velocity(params, Request(x, t, {"label": jnp.arange(3), "r": r})),
         atol=1e-5,
     )
 
@@ -203,7 +203,7 @@ def test_examples_of_a_batch():
     assert interval["t"].shape == (16,) and instant["t"].shape == (48,)
     assert (interval["r"] < interval["t"]).all() and (instant["r"] == instant["t"]).all()
     assert 6 < instant["dropped"].sum() < 28 and not interval["dropped"].any()
-    assert ((instant["label"] == 3) == instant["dropped"]).all()
+    assert ((instant["conditions"]["label"] == 3) == instant["dropped"]).all()
     for group, rows in ((interval, slice(0, None, 4)), (instant, slice(1, None, 4))):
         wanted = batch["image"][rows]
         found = group["x0"] if group is interval else group["x0"][::3]
@@ -267,7 +267,9 @@ def test_augmentation_reaches_the_network():
     student = tiny_dit(FLOW, augment_dim=augmentation.label_dim)
     method = create(student, augmentation=augmentation, interval_share=0.5)
     image = jax.random.normal(jax.random.key(0), (8, 4, 4, 3))
-    groups = method.draw_examples({"image": image, "label": jnp.arange(8) % 3}, jax.random.key(1))
+    groups = method.draw_examples(
+        {"image": image, "conditions": {"label": jnp.arange(8) % 3}}, jax.random.key(1)
+    )
     assert (groups["interval"]["x0"] != image[::2]).any()
     params = randomised(student.denoiser.network.init(jax.random.key(0)), 3, 0.3)
     told = method.loss(params, groups)[1]["squared_error"]
@@ -291,8 +293,8 @@ def test_starts_as_its_teacher():
     x, t, r = jax.random.normal(jax.random.key(2), (2, 4, 4, 3)), jnp.full(2, 0.8), jnp.zeros(2)
     label = jnp.arange(2)
     np.testing.assert_allclose(
-        student.denoiser.velocity(state.params, x, t, {"label": label, "r": r}),
-        denoiser.velocity(params, x, t, {"label": label}),
+        student.denoiser.velocity(state.params, Request(x, t, {"label": label, "r": r})),
+        denoiser.velocity(params, Request(x, t, {"label": label})),
         atol=1e-6,
     )
 
@@ -375,11 +377,11 @@ def small_config(**changes):
         {
             "model.image_size": 4,
             "model.in_channels": 1,
-            "model.hidden_size": 16,
-            "model.depth": 1,
-            "model.num_heads": 2,
+            "model.dit.hidden_size": 16,
+            "model.dit.depth": 1,
+            "model.dit.num_heads": 2,
             "model.num_classes": 3,
-            "model.learn_sigma": False,
+            "model.dit.learn_sigma": False,
             "model.second_time": "t-r",
             "model.custom_gradients": "off",
             "process.name": "flow",
@@ -414,7 +416,7 @@ def test_builds_from_a_configuration():
         small_config(**{"method.mean_flow.velocity": "teacher", "teacher.guidance_scale": 2.0})
     )
     assert taught.teacher.guidance_scale == 2.0
-    assert not taught.teacher.denoiser.network.has_second_time
+    assert "r" not in taught.teacher.denoiser.network.conditions
     assert mean_flow.build(small_config()).derivative.shares
 
 

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from dit_jax.diffusion import DDPM, EDM, RectifiedFlow
+from dit_jax.models import Request
 from tests.distill import mixture as bench
 
 PROCESSES = {
@@ -33,7 +34,7 @@ def test_class_conditional_teacher_and_guidance():
     x = jax.random.normal(jax.random.key(0), (8, 1, 1, 2))
     t = jax.numpy.full(8, 0.8)
     conditions = {"label": jax.numpy.arange(8) % 3}
-    with_class = teacher.predict({}, x, t, conditions).x0
-    without = teacher.predict({}, x, t, {"label": jax.numpy.full(8, 3)}).x0
+    with_class = teacher.predict({}, Request(x, t, conditions)).x0
+    without = teacher.predict({}, Request(x, t, {"label": jax.numpy.full(8, 3)})).x0
     expected = without + 2.0 * (with_class - without)
-    assert jax.numpy.abs(guided.predict({}, x, t, conditions).x0 - expected).max() < 1e-5
+    assert jax.numpy.abs(guided.predict({}, Request(x, t, conditions)).x0 - expected).max() < 1e-5

@@ -304,7 +304,8 @@ def test_one_step_of_the_student(name, velocity):
 def _config(**changes):
     config = default_config()
     config.method.name = "scm"
-    config.model.update(image_size=8, hidden_size=16, depth=1, num_heads=2, learn_sigma=False)
+    config.model.update(image_size=8)
+    config.model.dit.update(hidden_size=16, depth=1, num_heads=2, learn_sigma=False)
     config.model.custom_gradients = "off"
     config.process.name = "flow"
     for key, value in changes.items():
@@ -358,7 +359,8 @@ def test_networks_without_forward_mode_take_finite_differences():
     )
     params = method.student.denoiser.network.init(jax.random.key(0))
     examples = method.draw_examples(
-        {"image": _normal(0, 2, 8, 8, 4), "label": jnp.array([1, 2])}, jax.random.key(1)
+        {"image": _normal(0, 2, 8, 8, 4), "conditions": {"label": jnp.array([1, 2])}},
+        jax.random.key(1),
     )
     method = dataclasses.replace(method, teacher=None, adaptive_weighting=False)
     loss, _ = method.loss({"student": params}, examples, jnp.float32(1.0))

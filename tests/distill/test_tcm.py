@@ -124,9 +124,9 @@ class Counter(bench.MlpNetwork):
 
     counts: list = dataclasses.field(default_factory=list, compare=False)
 
-    def apply(self, params, x, t, conditions, *, dropout_keys=None, **options):
-        jax.debug.callback(lambda _: self.counts.append(x.shape[0]), x)
-        return super().apply(params, x, t, conditions)
+    def apply(self, params, request):
+        jax.debug.callback(lambda _: self.counts.append(request.x.shape[0]), request.x)
+        return super().apply(params, request)
 
 
 @pytest.mark.parametrize("num_microbatches", [1, 2, 4])
@@ -195,7 +195,7 @@ def config(**changes):
     changes = {
         "method__name": "tcm",
         "process__name": "edm",
-        "model__learn_sigma": False,
+        "model__dit__learn_sigma": False,
         "timesteps__name": "log_student_t",
         "timesteps__log_student_t__min_time": 1.0,
         **changes,
@@ -210,7 +210,7 @@ def test_trains_a_class_conditional_transformer():
     frozen = {"stage1": stage1}
     state = method.init(jax.random.key(0), None, frozen)
     image = jax.random.normal(jax.random.key(1), (8, 4, 4, 2))
-    batch = {"image": image, "label": jnp.arange(8) % 3}
+    batch = {"image": image, "conditions": {"label": jnp.arange(8) % 3}}
     state, metrics = jax.jit(method.update)(state, batch, jax.random.key(2), frozen)
     assert state.step == 1 and all(np.isfinite(value) for value in metrics.values())
     assert metrics["gradient_norm"] > 0 and metrics["boundary_loss"] > 0

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from dit_jax import experiment
 from dit_jax.diffusion.process import EDM
-from dit_jax.models import DiTConfig, Network
+from dit_jax.models import DiTConfig, Network, Request
 from dit_jax.models.edm import DhariwalUNetConfig, SongUNetConfig
 from interop import edm
 from interop.export import write_model
@@ -68,7 +68,7 @@ def denoised(model, arguments):
     params = model.load(lambda _, array: jnp.asarray(array))
     x, labels = inputs(arguments)
     conditions = {"label": jnp.asarray(labels)} if model.network.num_classes else {}
-    predict = jax.jit(lambda x, sigma: denoiser.predict(params, x, sigma, conditions).x0)
+    predict = jax.jit(lambda x, sigma: denoiser.predict(params, Request(x, sigma, conditions)).x0)
     return np.stack([predict(jnp.asarray(x * s), jnp.full((2,), s)) for s in SIGMAS])
 
 
@@ -349,14 +349,18 @@ def test_options_of_other_kinds_are_refused(tmp_path):
 def test_exports_that_cannot_hold_the_model_are_refused(tmp_path):
     unet = open_model(write_pickle(tmp_path / "a.pkl", "ddpmpp"))
     for kind in ("dit_pt", "sit_pt", "diffusers"):
-        with pytest.raises(InteropError, match=r"holds a DiT; this model is a SongUNet: choose"):
+        with pytest.raises(
+            InteropError, match=r"this model is a SongUNet, which can be written as"
+        ):
             write_model(unet, kind, tmp_path / "out")
     with pytest.raises(InteropError, match="--to=edm_pt writes the state dict"):
         write_model(unet, "edm_pkl", tmp_path / "out")
     with pytest.raises(InteropError, match="a state dict has no room"):
         write_model(unet, "edm_pt", tmp_path / "out", class_names=["a"])
     dit, _ = in_memory(DiTConfig(image_size=8, hidden_size=16, depth=1, num_heads=2))
-    with pytest.raises(InteropError, match="holds an EDM U-Net; this model is a DiT: choose"):
+    with pytest.raises(
+        InteropError, match="this model is a DiT, which can be written as dit_jax, dit_pt"
+    ):
         write_model(dit, "edm_pt", tmp_path / "out")
 
     def changed(section, **values):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dit_jax import config as config_lib
 from dit_jax import experiment
 from dit_jax.config import default_config
-from dit_jax.models import DiTConfig, Network
+from dit_jax.models import DiTConfig, Network, Request
 from interop import dit
 from interop.export import write_model
 from interop.models import FoundModel, open_model
@@ -46,7 +46,8 @@ def in_memory(config: DiTConfig, seed=0, process=None, **fields):
     """A FoundModel whose parameters are random."""
     full = default_config()
     for name, value in dataclasses.asdict(config).items():
-        full.model[name] = value
+        section = full.model.dit if name in full.model.dit else full.model
+        section[name] = value
     for name, value in (process or {"name": "ddpm"}).items():
         full.process[name] = value
     if full.process.name == "flow":
@@ -152,8 +153,8 @@ def test_a_state_dict_computes_the_same_here(tmp_path, size, options):
     x = np.random.default_rng(1).normal(size=(2, side, side, 4)).astype(np.float32)
     t, y = np.array([3.0, 977.0], np.float32), np.array([7, 1000])
     ours = model.network.apply(
-        on_device(model), jnp.asarray(x), jnp.asarray(t), {"label": jnp.asarray(y)}
-    )
+        on_device(model), Request(jnp.asarray(x), jnp.asarray(t), {"label": jnp.asarray(y)})
+    ).out
     with torch.no_grad():
         theirs = twin(
             torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(t), torch.from_numpy(y)
@@ -203,8 +204,8 @@ def test_a_diffusers_transformer_computes_the_same_here(tmp_path, config):
     x = np.random.default_rng(1).normal(size=(2, *model.network.sample_shape)).astype(np.float32)
     t, y = np.array([3.0, 977.0], np.float32), np.array([2, config.num_classes])
     ours = model.network.apply(
-        on_device(model), jnp.asarray(x), jnp.asarray(t), {"label": jnp.asarray(y)}
-    )
+        on_device(model), Request(jnp.asarray(x), jnp.asarray(t), {"label": jnp.asarray(y)})
+    ).out
     np.testing.assert_allclose(ours, diffusers_forward(theirs, x, t, y), atol=1e-4)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from dit_jax import experiment
 from dit_jax.config import ConfigError
-from dit_jax.models import Network
+from dit_jax.models import Network, Request
 from interop.export import write_model
 from interop.models import open_model
 from interop.pipelines import load_pipeline
@@ -84,9 +84,8 @@ def test_guidance_is_refused_wherever_it_is_asked_for(tmp_path, capsys):
     assert (tmp_path / "x.png").exists()
 
     network = Network(dataclasses.replace(DIGITS, null_class=False))
-    with pytest.raises(ValueError, match=r"no null class|has none"):
-        network.null_conditions({"label": jnp.zeros(1, jnp.int32)})
-    config = tiny_config(**{"model.null_class": False})
+    assert not network.null_class and network.conditions["label"].null is None
+    config = tiny_config(**{"model.dit.null_class": False})
     with pytest.raises(ConfigError, match=r"method.label_dropout=0"):
         experiment.resolve_config(config)
     config.method.label_dropout = 0.0
@@ -131,7 +130,7 @@ def test_training_settles_it_by_its_configuration(tmp_path, capsys):
     source = f"sit_pt:{tmp_path / 'x.pt'}"
     with pytest.raises(ConfigError, match=r"--config\.model\.null_class=False"):
         loading.open_initial(source, experiment.resolve_config(tiny_config()))
-    config = tiny_config(**{"model.null_class": False, "method.label_dropout": 0.0})
+    config = tiny_config(**{"model.dit.null_class": False, "method.label_dropout": 0.0})
     found = loading.open_initial(source, experiment.resolve_config(config))
     assert found.network.num_classes == 10 and not found.network.null_class
     with pytest.raises(ConfigError, match=r"--config\.model\.num_classes=9"):
@@ -156,8 +155,8 @@ def test_exports_say_that_there_is_no_null_class(tmp_path, capsys):
     x = np.random.default_rng(0).normal(size=(2, *again.network.sample_shape)).astype(np.float32)
     t, y = np.array([3.0, 977.0], np.float32), np.array([2, 9])
     ours = again.network.apply(
-        on_device(again), jnp.asarray(x), jnp.asarray(t), {"label": jnp.asarray(y)}
-    )
+        on_device(again), Request(jnp.asarray(x), jnp.asarray(t), {"label": jnp.asarray(y)})
+    ).out
     inputs = torch.from_numpy(x).permute(0, 3, 1, 2)
     with torch.no_grad():
         theirs = pipeline.transformer(

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from dit_jax.models import Request
 from interop.models import open_model
 from tests.references import torch_dit
 
@@ -72,7 +73,9 @@ def test_the_original_code_computes_the_same(repository, size, tmp_path, monkeyp
     t = np.array([0.1, 0.9] if kind == "sit_pt" else [3, 977], np.float32)
     y = np.array([7, 1000])
     params = model.load(lambda _, array: jnp.asarray(array))
-    ours = model.network.apply(params, jnp.asarray(x), jnp.asarray(t), {"label": jnp.asarray(y)})
+    ours = model.network.apply(
+        params, Request(jnp.asarray(x), jnp.asarray(t), {"label": jnp.asarray(y)})
+    ).out
     with torch.no_grad():
         expected = theirs(torch.from_numpy(x).permute(0, 3, 1, 2), *map(torch.from_numpy, (t, y)))
     expected = expected.permute(0, 2, 3, 1).numpy()

@@ -20,9 +20,10 @@ def get_config():
     config = default_config()
     config.name = "tiny"
     config.data.name = "digits"
-    config.model.update(image_size=8, in_channels=1, hidden_size=32, depth=1, num_heads=2)
+    config.model.update(image_size=8, in_channels=1)
+    config.model.dit.update(hidden_size=32, depth=1, num_heads=2)
     config.model.num_classes = 10
-    config.model.learn_sigma = False
+    config.model.dit.learn_sigma = False
     config.process.name = "flow"
     config.optimizer.learning_rate = 1e-3
     config.ema.decays = (0.9,)
@@ -35,7 +36,7 @@ def get_config():
 
 
 def tiny_config(**overrides):
-    """The experiment above with other values, as tiny_config(**{'model.depth': 2})."""
+    """The experiment above with other values, as tiny_config(**{'model.dit.depth': 2})."""
     scope = {}
     exec(TINY, scope)
     config = scope["get_config"]()

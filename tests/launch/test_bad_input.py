@@ -45,8 +45,8 @@ def trained(tmp_path_factory):
             "not divisible by 8 devices x 2 microbatches: use 16 or 32",
         ),
         (
-            {"model.patch_size": 3},
-            "config.model.image_size=8 is not divisible by config.model.patch_size=3",
+            {"model.dit.patch_size": 3},
+            "config.model.image_size=8 is not divisible by config.model.dit.patch_size=3",
         ),
         ({"model.image_size": 16}, "set config.model.image_size=8 and config.model.in_channels=1"),
         ({"model.num_classes": 7}, "set config.model.num_classes=10"),
@@ -120,7 +120,7 @@ def test_a_workdir_of_another_configuration_is_refused(capsys, trained, tmp_path
 
 def test_a_checkpoint_of_another_network_is_refused_even_by_force(capsys, trained, tmp_path):
     workdir = shutil.copytree(trained, tmp_path / "copy")
-    config = tiny_config(**{"model.hidden_size": 48, "training.num_steps": 6})
+    config = tiny_config(**{"model.dit.hidden_size": 48, "training.num_steps": 6})
     error = refusal(capsys, train.run, config, workdir, force=True)
     assert "belongs to another configuration" in error
     assert "blocks/attn/qkv/kernel: (1, 32, 96) in the checkpoint, (1, 48, 144) expected" in error
@@ -210,7 +210,9 @@ def test_a_folder_of_grey_pngs_needs_config_values_only(tmp_path):
         for number in range(10):
             pixels = random.integers(0, 256, (28, 28), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "mine" / label / f"{number}.png")
-    config = tiny_config(**{"model.image_size": 28, "model.patch_size": 4, "model.num_classes": 3})
+    config = tiny_config(
+        **{"model.image_size": 28, "model.dit.patch_size": 4, "model.num_classes": 3}
+    )
     config.data.name = "image_folder"
     config.data.image_folder.path = str(tmp_path / "mine")
     result = train.run(config, tmp_path / "run")

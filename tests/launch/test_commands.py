@@ -104,10 +104,13 @@ def test_help(command):
     [
         (
             ["--config.model.dept=3"],
-            "unknown key config.model.dept; did you mean config.model.depth?",
+            "unknown key config.model.dept; did you mean config.model.dit.depth?",
         ),
-        (["--noconfig.model.learn_sigm"], "did you mean config.model.learn_sigma?"),
-        (["--config.model.depth=deep"], "--config.model.depth=deep: invalid literal for int()"),
+        (["--noconfig.model.learn_sigm"], "did you mean config.model.dit.learn_sigma?"),
+        (
+            ["--config.model.dit.depth=deep"],
+            "--config.model.dit.depth=deep: invalid literal for int()",
+        ),
         (["--wrokdir=x"], "workdir"),
         (["extra"], "unexpected arguments: extra"),
     ],

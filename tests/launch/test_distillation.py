@@ -105,7 +105,7 @@ def test_sampling_a_student_needs_no_teacher(teacher, tmp_path):
     ("overrides", "message"),
     [
         ({"teacher.path": ""}, "config.method.name='dmd2' needs a trained model"),
-        ({"model.depth": 2}, "--config.model.depth=1"),
+        ({"model.dit.depth": 2}, "--config.model.dit.depth=1"),
         ({"process.flow.network_convention": "sit"}, "network_convention=flux"),
         ({"process.name": "ddpm", "process.flow.network_convention": "sit"}, "process.name=flow"),
         ({"sampling.steps": 2, "sampling.times": (1.0, 0.0)}, "steps + 1 times"),

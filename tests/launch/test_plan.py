@@ -38,7 +38,7 @@ def planned(tiny_file, tmp_path_factory):
         "--hbm_gib=0.00001",
         "--config.mesh.data=2",
         f"--config.mesh.fsdp={FSDP}",
-        "--config.model.depth=3",
+        "--config.model.dit.depth=3",
         f"--out={out}",
     )
     return text, json.loads(out.read_text())

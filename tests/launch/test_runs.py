@@ -34,7 +34,7 @@ def contents(directory):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model.hidden_size": 48, "ema.decays": (0.9, 0.99), "ema.power_stds": ()},
+        {"model.dit.hidden_size": 48, "ema.decays": (0.9, 0.99), "ema.power_stds": ()},
         {"optimizer.name": "lion"},
         {"training.batch_size": 8 * 10**8},
     ],

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax.models import Network
+from dit_jax.models import Network, Request
 from dit_jax.models.attention import (
     LocalAttention,
     cudnn_supports,
@@ -105,7 +105,8 @@ def test_a_strategy_keeps_state_for_every_layer(small, layer_loop):
 
     @jax.jit
     def call(state):
-        return network.apply(params, x, t, conditions, attention=strategy, attention_state=state)
+        result = network.apply(params, Request(x, t, conditions, attention=strategy, carry=state))
+        return result.out, result.carry
 
     first, state = call(state)
     second, state = call(state)
@@ -116,11 +117,13 @@ def test_a_strategy_keeps_state_for_every_layer(small, layer_loop):
     # once: after as many calls as layers this is the plain network.
     for _ in range(3):
         plain, state = call(state)
-    np.testing.assert_allclose(plain, network.apply(params, x, t, conditions), atol=1e-4)
+    np.testing.assert_allclose(
+        plain, network.apply(params, Request(x, t, conditions)).out, atol=1e-4
+    )
     gradient = jax.grad(
-        lambda x: network.apply(
-            params, x, t, conditions, attention=strategy, attention_state=state
-        )[0].sum()
+        lambda x: (
+            network.apply(params, Request(x, t, conditions, attention=strategy, carry=state))
+        ).out.sum()
     )(x)
     assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
 
@@ -128,6 +131,8 @@ def test_a_strategy_keeps_state_for_every_layer(small, layer_loop):
 @dataclasses.dataclass(frozen=True)
 class SecondRow:
     """Is given the second row of patches alone."""
+
+    length: int = 16
 
     def own_tokens(self, values, count):
         return values[count : 2 * count]
@@ -139,11 +144,10 @@ class SecondRow:
 def test_positions_are_those_of_the_tokens_at_hand(small):
     config, params, (x, t, conditions) = small
     whole = Network(config)
-    one_row = Network(dataclasses.replace(config, image_size=(2, 8)))
     part = x[:, 2:4]
-    second = whole.apply(params, part, t, conditions, attention=SecondRow())
+    second = whole.apply(params, Request(part, t, conditions, attention=SecondRow())).out
     assert second.shape == (2, 2, 8, 8)
-    first = one_row.apply(params, part, t, conditions)
+    first = whole.apply(params, Request(part, t, conditions)).out
     assert np.abs(np.asarray(second - first)).max() > 1e-2
     # Positions alone tell them apart: the first row's, by the same strategy's rule.
     positions = np.arange(16)[:, None]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax.models import DiTConfig, Network, attention, cpu_kernels, layers
+from dit_jax.models import DiTConfig, Network, Request, attention, cpu_kernels, layers
 
 SMALL = DiTConfig(
     image_size=16, hidden_size=32, depth=2, num_heads=4, num_classes=10, custom_gradients="off"
@@ -91,7 +91,9 @@ def test_whole_network(remat, layer_loop):
     x, t, label = normal(1, 4, 16, 16, 4), jnp.arange(4.0) * 100, jnp.arange(4)
 
     def loss(network):
-        return lambda params: jnp.square(network.apply(params, x, t, {"label": label})).mean()
+        return lambda params: jnp.square(
+            network.apply(params, Request(x, t, {"label": label})).out
+        ).mean()
 
     expected = jax.jit(jax.value_and_grad(loss(plain)))(params)
     ours = jax.jit(jax.value_and_grad(loss(custom)))(params)
@@ -107,7 +109,9 @@ def test_forward_mode_works_when_off_and_says_no_when_on():
     params = Network(SMALL).init(jax.random.key(0))
 
     def tangent(network):
-        return jax.jvp(lambda x: network.apply(params, x, t, {"label": label}), (x,), (x,))[1]
+        return jax.jvp(
+            lambda x: network.apply(params, Request(x, t, {"label": label})).out, (x,), (x,)
+        )[1]
 
     assert tangent(Network(SMALL)).shape == (2, 16, 16, 8)
     with pytest.raises(TypeError, match="forward-mode"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dit_jax.models import DiTConfig, Network
+from dit_jax.models import DiTConfig, Network, Request
 from dit_jax.models import dit as dit_lib
 from tests.models.conftest import SMALL, random_inputs, random_params
 from tests.references import torch_dit
@@ -50,7 +50,7 @@ def test_forward_matches_pytorch(shape):
     expected_shapes = jax.eval_shape(network.init, jax.random.key(0))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, expected_shapes)
     x, t, conditions = random_inputs(config)
-    out = jax.jit(network.apply)(params, x, t, conditions)
+    out = jax.jit(network.apply)(params, Request(x, t, conditions)).out
     expected = torch_output(model, x, t, conditions["label"])
     assert np.std(expected) > 0.3
     np.testing.assert_allclose(out, expected, atol=1e-4, rtol=0)
@@ -71,7 +71,7 @@ def test_unconditional_and_rectangular_inputs_match_pytorch():
     x, t, conditions = random_inputs(config)
     assert conditions == {}
     params = from_torch(model.state_dict(), config)
-    out = Network(config).apply(params, x, t, {})
+    out = Network(config).apply(params, Request(x, t, {})).out
     expected = torch_output(model, x, t, np.zeros(2, int))
     np.testing.assert_allclose(out, expected, atol=1e-4, rtol=0)
 
@@ -99,41 +99,45 @@ def test_flops_are_the_papers():
 def test_initially_the_output_is_zero_and_blocks_are_the_identity():
     network = Network(DiTConfig(**SMALL))
     params = network.init(jax.random.key(0))
-    assert not np.any(network.apply(params, *random_inputs(network.config)))
+    assert not np.any(network.apply(params, Request(*random_inputs(network.config))).out)
     params["final_layer"] = random_params(network)["final_layer"]
     shuffled = {**params, "blocks": jax.tree.map(lambda a: a[::-1], params["blocks"])}
     x = random_inputs(network.config)
-    np.testing.assert_array_equal(network.apply(params, *x), network.apply(shuffled, *x))
+    np.testing.assert_array_equal(
+        network.apply(params, Request(*x)).out, network.apply(shuffled, Request(*x)).out
+    )
 
 
 def test_bfloat16_computes_close_to_float32_and_answers_in_float32(small):
     config, params, inputs = small
-    exact = Network(config).apply(params, *inputs)
-    rounded = Network(dataclasses.replace(config, dtype="bfloat16")).apply(params, *inputs)
+    exact = Network(config).apply(params, Request(*inputs)).out
+    rounded = (
+        Network(dataclasses.replace(config, dtype="bfloat16")).apply(params, Request(*inputs)).out
+    )
     assert rounded.dtype == jnp.float32
     error = np.abs(rounded - exact).mean() / np.abs(exact).mean()
     assert 1e-4 < error < 0.05
 
 
-def test_null_conditions_and_shapes(small):
-    config, _, (_, _, conditions) = small
+def test_face_of_a_network(small):
+    config = small[0]
     network = Network(config)
-    null = network.null_conditions(conditions)
-    np.testing.assert_array_equal(null["label"], [7, 7])
-    assert null["label"].dtype == conditions["label"].dtype
-    assert network.null_conditions({}) == {}
-    assert network.sample_shape == (8, 8, 4) and network.num_classes == 7 and network.learn_sigma
+    assert network.sample_shape == (8, 8, 4) and network.learn_sigma
+    assert list(network.conditions) == ["label"] and network.conditions["label"].null == 7
     assert network == Network(config) and hash(network) == hash(Network(config))
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"image_size": 9}, "model.image_size=9 is not divisible by model.patch_size=2"),
-        ({"hidden_size": 50}, "model.hidden_size=50 must be a multiple of model.num_heads=3"),
-        ({"depth": 0}, "model.depth=0: expected at least 1"),
+        ({"image_size": 9}, "model.image_size=9 is not divisible by model.dit.patch_size=2"),
+        (
+            {"hidden_size": 50},
+            "model.dit.hidden_size=50 must be a multiple of model.dit.num_heads=3",
+        ),
+        ({"depth": 0}, "model.dit.depth=0: expected at least 1"),
         ({"num_classes": -1}, "model.num_classes=-1"),
-        ({"time_frequency_spacing": "linear"}, "model.time_frequency_spacing='linear'"),
+        ({"time_frequency_spacing": "linear"}, "model.dit.time_frequency_spacing='linear'"),
         ({"layer_loop": "for"}, "layer_loop='for': expected one of"),
         ({"remat": "all"}, "remat='all': expected one of"),
         ({"attention": "flash"}, "attention='flash': expected one of"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dit_jax.diffusion import EDM
-from dit_jax.models import Network, edm_layers
+from dit_jax.models import Network, Request, edm_layers
 from dit_jax.models.edm import DhariwalUNetConfig, SongUNetConfig
 from tests.references import torch_edm
 from tests.references.torch_edm_params import from_torch
@@ -103,8 +103,8 @@ def test_output_and_features_match_the_twin(name):
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
     x, t, conditions = inputs(config)
     indices = tuple(range(len(config.channel_mult)))
-    apply = jax.jit(lambda *args: network.apply(*args, features=indices))
-    out, maps = apply(params, x, t, conditions)
+    result = jax.jit(network.apply)(params, Request(x, t, conditions, features=indices))
+    out, maps = result.out, result.features
     expected = of_twin(twin, config, x, t, conditions)
     assert_same(out, expected[0])
     assert tuple(a.shape[1:] for a in maps) == network.feature_shapes
@@ -121,7 +121,7 @@ def test_second_time_is_a_concatenation_of_features(name, second_time):
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
     x, t, conditions = inputs(config)
-    apply = jax.jit(network.apply)
+    apply = jax.jit(lambda params, *inputs: network.apply(params, Request(*inputs)).out)
     found = apply(params, x, t, conditions)
     assert_same(found, of_twin(twin, config, x, t, conditions)[0])
     without = {name: value for name, value in conditions.items() if name != "r"}
@@ -141,19 +141,22 @@ def test_fresh_second_time_changes_nothing(name):
     x, t, conditions = inputs(config)
     without = {key: value for key, value in conditions.items() if key != "r"}
     np.testing.assert_array_equal(
-        jax.jit(student.apply)(started, x, t, conditions),
-        jax.jit(teacher.apply)(params, x, t, without),
+        jax.jit(student.apply)(started, Request(x, t, conditions)).out,
+        jax.jit(teacher.apply)(params, Request(x, t, without)).out,
     )
-    loss = jax.jit(jax.grad(lambda p: jnp.sum(student.apply(p, x, t, conditions) ** 2)))
+    loss = jax.jit(
+        jax.grad(lambda p: jnp.sum(student.apply(p, Request(x, t, conditions)).out ** 2))
+    )
     assert float(jnp.abs(loss(started)["map_second_time"]["layer0"]["kernel"]).max()) > 0
 
 
-def test_absent_conditions_stand_for_none():
+def test_an_absent_augmentation_stands_for_none():
     _, network, params = pair(TINY)
-    x, t, _ = inputs(TINY)
-    none = {"label": jnp.full(3, 7, jnp.int32), "augment": jnp.zeros((3, 9))}
-    apply = jax.jit(network.apply)
-    np.testing.assert_allclose(apply(params, x, t, {}), apply(params, x, t, none), atol=1e-5)
+    x, t, conditions = inputs(TINY)
+    label = {"label": conditions["label"]}
+    none = {**label, "augment": jnp.zeros((3, 9))}
+    absent, zeros = (jax.jit(network.apply)(params, Request(x, t, c)).out for c in (label, none))
+    np.testing.assert_allclose(absent, zeros, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["edm", "vp", "ve", "iddpm"])
@@ -166,7 +169,7 @@ def test_denoised_images_match_the_twin(name, kind):
     x, _, conditions = inputs(config)
     x = x * jnp.asarray(sigma)[:, None, None, None]
     x_in, t_in = process.network_inputs(x, jnp.asarray(sigma))
-    raw = jax.jit(network.apply)(params, x_in, t_in, conditions)
+    raw = jax.jit(network.apply)(params, Request(x_in, t_in, conditions)).out
     found = process.interpret(raw, x, jnp.asarray(sigma)).x0
 
     skip, out, scale, noise = (
@@ -184,8 +187,9 @@ def test_bfloat16_stays_close(name):
     _, network, params = pair(CONFIGS[name])
     half = Network(dataclasses.replace(CONFIGS[name], dtype="bfloat16"))
     x, t, conditions = inputs(CONFIGS[name])
-    out, maps = jax.jit(lambda *a: half.apply(*a, features=(0,)))(params, x, t, conditions)
-    exact = jax.jit(network.apply)(params, x, t, conditions)
+    result = jax.jit(half.apply)(params, Request(x, t, conditions, features=(0,)))
+    out, maps = result.out, result.features
+    exact = jax.jit(network.apply)(params, Request(x, t, conditions)).out
     assert out.dtype == jnp.float32 and maps[0].dtype == jnp.bfloat16
     error = float(jnp.abs(out - exact).mean() / exact.std())
     assert 1e-4 < error < 0.03
@@ -200,7 +204,7 @@ def test_rematerialisation_changes_no_gradient(remat):
 
     def gradients(net):
         def loss(p):
-            return jnp.sum(net.apply(p, x, t, conditions, dropout_keys=keys) ** 2)
+            return jnp.sum(net.apply(p, Request(x, t, conditions, dropout_keys=keys)).out ** 2)
 
         return jax.jit(jax.grad(loss))(params)
 
@@ -215,9 +219,9 @@ def test_dropout_is_of_one_example_alone():
     _, network, params = pair(TINY)
     x, t, conditions = inputs(TINY)
     keys = jax.random.split(jax.random.key(0), 3)
-    apply = jax.jit(lambda x, t, c, k: network.apply(params, x, t, c, dropout_keys=k))
+    apply = jax.jit(lambda x, t, c, k: network.apply(params, Request(x, t, c, dropout_keys=k)).out)
     dropped = apply(x, t, conditions, keys)
-    plain = jax.jit(network.apply)(params, x, t, conditions)
+    plain = jax.jit(network.apply)(params, Request(x, t, conditions)).out
     assert float(jnp.abs(dropped - plain).mean()) > 0.05
     np.testing.assert_array_equal(dropped, apply(x, t, conditions, keys))
     other = apply(x, t, conditions, keys[::-1])
@@ -226,7 +230,7 @@ def test_dropout_is_of_one_example_alone():
     alone = apply(x[1:2], t[1:2], {k: v[1:2] for k, v in conditions.items()}, keys[1:2])
     np.testing.assert_allclose(alone[0], dropped[1], atol=1e-5)
     still = Network(dataclasses.replace(TINY, dropout=0.0))
-    found = jax.jit(still.apply)(params, x, t, conditions, dropout_keys=keys)
+    found = jax.jit(still.apply)(params, Request(x, t, conditions, keys)).out
     np.testing.assert_allclose(found, plain, atol=1e-5)
 
 
@@ -271,7 +275,9 @@ def test_forward_mode_matches_finite_differences(name):
 
     @jax.jit
     def derivative(point, tangent):
-        return jax.jvp(lambda p, x, t, r: network.apply(p, x, t, {**rest, "r": r}), point, tangent)
+        return jax.jvp(
+            lambda p, x, t, r: network.apply(p, Request(x, t, {**rest, "r": r})).out, point, tangent
+        )
 
     found = derivative(point, tangent)[1]
     expected = (along(1e-5) - along(-1e-5)) / 2e-5
@@ -290,12 +296,12 @@ def test_attention_goes_through_the_seam():
     x, t, conditions = inputs(config)
     apply = jax.jit(
         lambda state: network.apply(
-            params, x, t, conditions, attention=Counting(), attention_state=state
+            params, Request(x, t, conditions, attention=Counting(), carry=state)
         )
     )
     attended = (jnp.int32(0),) * 4  # encoder, middle, and two blocks of the decoder
-    out, states = apply(attended)
-    assert out.shape == x.shape and [int(s) for s in states] == [16] * 4
+    result = apply(attended)
+    assert result.out.shape == x.shape and [int(s) for s in result.carry] == [16] * 4
 
 
 def test_sizes_of_the_published_networks():
@@ -322,7 +328,9 @@ def test_operations_are_those_that_xla_counts():
     network = Network(dataclasses.replace(NCSNPP, **options))
     x, t, conditions = inputs(network.config, batch=1)
     shapes = jax.eval_shape(network.init, jax.random.key(0))
-    counted = jax.jit(network.apply).lower(shapes, x, t, conditions).cost_analysis()["flops"]
+    counted = (
+        jax.jit(network.apply).lower(shapes, Request(x, t, conditions)).cost_analysis()["flops"]
+    )
     assert 0.95 < counted / network.flops_per_example < 1.2
 
 
@@ -349,17 +357,16 @@ def test_unknown_conditions_and_features_are_refused():
     config = dataclasses.replace(DDPMPP, augment_dim=0)
     network = Network(config)
     shapes = jax.eval_shape(network.init, jax.random.key(0))
-    x, t, _ = inputs(config)
+    x, t, conditions = inputs(config)
+    label = {"label": conditions["label"]}
     for conditions, features, message in (
-        ({"r": t}, None, r"\['r'\].*second_time='none'"),
-        ({"augment": x}, None, r"\['augment'\].*augment_dim=0"),
-        ({"text": x}, None, r"\['text'\]"),
-        ({}, (1, 0), "ascending numbers of 0 to 1"),
-        ({}, (2,), "ascending numbers of 0 to 1"),
+        ({**label, "r": t}, (), "unknown: r. It takes label"),
+        ({"augment": x}, (), "unknown: augment; missing: label. It takes label"),
+        ({**label, "text": x}, (), "unknown: text"),
+        ({"label": t}, (), r"label is float32 \[3\], expected int32 \[b\]"),
+        (label, (1, 0), "ascending numbers of 0 to 1"),
+        (label, (2,), "ascending numbers of 0 to 1"),
     ):
+        request = Request(x, t, conditions, features=features)
         with pytest.raises(ValueError, match=message):
-            jax.eval_shape(functools.partial(refused, network, x, t, conditions, features), shapes)
-
-
-def refused(network, x, t, conditions, features, params):
-    return network.apply(params, x, t, conditions, features=features)
+            jax.eval_shape(lambda params, request=request: network.apply(params, request), shapes)

@@ -16,7 +16,7 @@ import torch
 
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import EDM, make_solver, sample, schedule
-from dit_jax.models import Network
+from dit_jax.models import Network, Request
 from tests.models.test_edm import ADM, DDPMPP, NCSNPP, assert_same, inputs
 from tests.references import torch_edm
 from tests.references.torch_edm_params import from_torch
@@ -99,7 +99,7 @@ def test_denoised_images_and_trajectories(originals, name, kind):
     key, steps, label = jax.random.key(0), 6, {"label": conditions["label"]}
 
     def denoise(x, t, carry):
-        return denoiser.predict(params, x, jnp.full(3, t), label), carry
+        return denoiser.predict(params, Request(x, jnp.full(3, t), label)), carry
 
     start = np.random.default_rng(0).normal(size=x.shape).astype("f")
     times = schedule(process, steps)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.extend import core
 
-from dit_jax.models import DhariwalUNetConfig, DiTConfig, Network, SongUNetConfig
+from dit_jax.models import DhariwalUNetConfig, DiTConfig, Network, Request, SongUNetConfig
 from dit_jax.models.linear import ZEROS, Initialization, Linear, Precision, product
 
 COMMON = {"image_size": 8, "in_channels": 3, "num_classes": 5, "augment_dim": 4}
@@ -59,7 +59,7 @@ def evaluate(network, params):
     conditions = {"label": jnp.asarray([1, 5, 0]), "augment": jnp.ones((3, 4))}
     if config.second_time != "none":
         conditions["r"] = t / 2
-    return network.apply(params, x, t, conditions)
+    return network.apply(params, Request(x, t, conditions)).out
 
 
 def converted(jaxpr, is_parameter):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.models import Network
+from dit_jax.models import Network, Request
 from dit_jax.models.spatial import convolve
 
 
@@ -35,7 +35,9 @@ class DeviceLoop:
         def run(i):
             try:
                 device = Device(self, i)
-                outs[i] = self.network.apply(self.params, slabs[i], t, conditions, spatial=device)
+                outs[i] = self.network.apply(
+                    self.params, Request(slabs[i], t, conditions, spatial=device)
+                ).out
             except Exception as error:  # handed to the caller's thread
                 errors.append(error)
                 self.barrier.abort()

@@ -15,7 +15,7 @@ from tests.launch.conftest import tiny_config
 
 def test_one_axis_takes_the_devices_that_the_others_leave():
     assert dict(create_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1, "sequence": 1}
-    assert dict(create_mesh(fsdp=2, tensor=2).shape)["data"] == 2
+    assert dict(create_mesh(fsdp=4).shape)["data"] == 2
     assert dict(create_mesh(data=1, fsdp=-1, sequence=2).shape)["fsdp"] == 4
     assert create_mesh(data=2, fsdp=4).axis_names == AXES
 
@@ -28,6 +28,7 @@ def test_one_axis_takes_the_devices_that_the_others_leave():
         ({"fsdp": 3}, r"multiply to 3, which does not divide 8 devices.* 1, 2, 4, 8"),
         ({"fsdp": -1}, r"only one axis can be -1"),
         ({"tensor": 0}, r"mesh.tensor=0: expected 1 or more"),
+        ({"fsdp": 2, "tensor": 2}, r"mixes up the examples.*Set mesh.data=1 and mesh.fsdp=4, or"),
     ],
 )
 def test_axes_that_do_not_multiply_to_the_devices_are_an_error_with_values_that_do(axes, message):
@@ -56,10 +57,13 @@ def test_batches_are_divided_over_data_and_fsdp_and_rows_over_sequence():
     assert (placement.batch_parts, placement.num_devices) == (4, 8)
     placement.check_batch_size(4)
     batch = placement.put_batch(
-        {"image": np.zeros((8, 4, 4, 1), np.float32), "label": np.zeros(8, np.int32)}
+        {
+            "image": np.zeros((8, 4, 4, 1), np.float32),
+            "conditions": {"label": np.zeros(8, np.int32)},
+        }
     )
     assert batch["image"].addressable_shards[0].data.shape == (2, 2, 4, 1)
-    assert batch["label"].addressable_shards[0].data.shape == (2,)
+    assert batch["conditions"]["label"].addressable_shards[0].data.shape == (2,)
 
 
 def test_a_text_condition_is_not_divided_over_sequence_whatever_its_length_and_rank():

@@ -18,7 +18,7 @@ from dit_jax.diffusion import RectifiedFlow
 from dit_jax.diffusion.samplers import make_solver, schedule
 from dit_jax.diffusion.solvers import Step
 from dit_jax.experiment import SamplingPlan
-from dit_jax.models import DiTConfig, Network, layers
+from dit_jax.models import DiTConfig, Network, Request, layers
 from dit_jax.models.attention import einsum_attention
 from dit_jax.sampling import Sampler, image_keys
 from parallel.sampling import ImageParallel
@@ -72,7 +72,7 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def evaluated(params, inputs):
-    return np.asarray(jax.jit(Network(CONFIG).apply)(params, *inputs))
+    return np.asarray(jax.jit(Network(CONFIG).apply)(params, Request(*inputs)).out)
 
 
 EXACT = [  # rows that divide evenly (3 devices) and rows that do not
@@ -96,7 +96,7 @@ def test_exact_modes_are_the_single_device(
     placement = parallel.distribute(make_plan(layer_loop), batch_size=2)
     network = placement.plan.sampler.denoiser.network
     placed = placement.place(params)
-    out = jax.jit(network.apply)(placed, *inputs)
+    out = jax.jit(network.apply)(placed, Request(*inputs)).out
     np.testing.assert_allclose(out, evaluated, atol=TOLERANCE)
     for name in ("qkv", "proj"):
         kernel = placed["blocks"]["attn"][name]["kernel"]
@@ -154,10 +154,10 @@ def test_a_displaced_step_with_the_state_of_its_own_input_is_exact(params, input
 
     @jax.jit
     def twice(params, x, t, conditions):
-        carried = network.carried(2)
-        _, state = carried.warmup.apply(params, x, t, conditions, attention_state=carried.state)
-        again, new = network.apply(params, x, t, conditions, attention_state=state)
-        return again, state, new
+        carried, request = network.carried(2, x.shape[1:3]), Request(x, t, conditions)
+        first = carried.warmup.apply(params, request.replace(carry=carried.state))
+        again = network.apply(params, request.replace(carry=first.carry))
+        return again.out, first.carry, again.carry
 
     out, state, new = twice(placed, *inputs)
     np.testing.assert_allclose(out, evaluated, atol=TOLERANCE)
@@ -292,10 +292,10 @@ def test_naive_devices_see_their_own_rows_alone(params, inputs):
     plan = make_plan("unroll")
     placement = ImageParallel("naive", patch_devices=4).distribute(plan, batch_size=2)
     apply = jax.jit(placement.plan.sampler.denoiser.network.apply)
-    out = np.asarray(apply(placement.place(params), *inputs))
+    out = np.asarray(apply(placement.place(params), Request(*inputs)).out)
     x, t, conditions = inputs
     changed = x.at[:, 8:].add(1.0)  # all but the first device's four rows of patches
-    other = np.asarray(apply(placement.place(params), changed, t, conditions))
+    other = np.asarray(apply(placement.place(params), Request(changed, t, conditions)).out)
     np.testing.assert_array_equal(other[:, :8], out[:, :8])
     assert np.abs(other[:, 8:] - out[:, 8:]).max() > 0.05 and np.isfinite(out).all()
     # The last device's three rows, alone, as an attention among them alone.
@@ -346,7 +346,7 @@ def test_networks_and_plans_that_do_not_fit_are_refused():
     network = ImageParallel("naive", patch_devices=3).distribute(make_plan())
     network = network.plan.sampler.denoiser.network
     with pytest.raises(ValueError, match="a network on many devices takes no features"):
-        network.apply(None, None, None, None, features=(0,))
+        network.apply(None, Request(None, None, None, features=(0,)))
 
 
 def test_padding_unused_devices_and_few_steps_are_said():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dit_jax import sampling
-from dit_jax.models import Network
+from dit_jax.models import Network, Request
 from dit_jax.models.dit import DiTConfig
 from dit_jax.sampling import image_keys
 from parallel.program import Program
@@ -52,10 +52,11 @@ def compile_evaluation(mode, layer_loop="scan", config=CONFIG, **options):
 
     def evaluate(params, state, x, t, conditions):
         if state is None:
-            return network.apply(params, x, t, conditions)
-        return network.apply(params, x, t, conditions, attention_state=state)
+            return network.apply(params, Request(x, t, conditions)).out
+        result = network.apply(params, Request(x, t, conditions, carry=state))
+        return result.out, result.carry
 
-    state = jax.jit(lambda: network.carried(BATCH).state)()
+    state = jax.jit(lambda: network.carried(BATCH, config.input_size).state)()
     compiled = jax.jit(evaluate).lower(params, state, *random_inputs(config, batch=BATCH)).compile()
     return Program(compiled.as_text())
 

@@ -1,5 +1,6 @@
 """Training on a mesh is training on one device, with the state divided."""
 
+import dataclasses
 import re
 
 import jax
@@ -13,12 +14,18 @@ from tests.launch.conftest import tiny_config
 from tests.long import long
 
 STEPS = 5
-DIT = {"model.hidden_size": 64, "model.depth": 2, "model.num_heads": 8, "model.layer_loop": "scan"}
+DIT = {
+    "model.dit.hidden_size": 64,
+    "model.dit.depth": 2,
+    "model.dit.num_heads": 8,
+    "model.dit.layer_loop": "scan",
+}
 UNET = {
     "model.name": "song_unet",
-    "model.hidden_size": 1152,
-    "model.depth": 28,
-    "model.num_heads": 16,
+    "model.dit.hidden_size": 1152,
+    "model.dit.depth": 28,
+    "model.dit.num_heads": 16,
+    "model.dit.learn_sigma": True,
     "process.name": "edm",
     "timesteps.name": "log_normal",
     "model.song_unet.model_channels": 32,
@@ -30,7 +37,7 @@ UNET = {
 }
 DMD2 = {
     **DIT,
-    "model.depth": 1,
+    "model.dit.depth": 1,
     "process.flow.network_convention": "flux",
     "teacher.path": "given",
     "method.name": "dmd2",
@@ -54,6 +61,15 @@ def shape_on(leaf, sharding):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
+def moved(params):
+    """Parameters away from their start: gates of zero would hide what a mesh computes wrongly."""
+    random = np.random.default_rng(5)
+    return jax.tree.map(
+        lambda leaf: np.asarray(leaf) + 0.1 * random.normal(size=leaf.shape).astype(np.float32),
+        params,
+    )
+
+
 def run(values, placement):
     """Losses of a few steps, the last state, and the compiled programs by phase."""
     method = build(values)
@@ -62,7 +78,7 @@ def run(values, placement):
     shardings = placement.state_shardings(abstract)
     frozen = None
     if method.frozen_names:
-        fresh = jax.jit(method.init)(jax.random.key(7)).params
+        fresh = moved(jax.jit(method.init)(jax.random.key(7)).params)
         paths = {
             jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
             for path, leaf in jax.tree_util.tree_leaves_with_path(fresh)
@@ -70,12 +86,14 @@ def run(values, placement):
         leaves = [placement.put_params(path, array) for path, array in paths.items()]
         frozen = {"teacher": jax.tree.unflatten(jax.tree.structure(fresh), leaves)}
     state = jax.jit(method.init, out_shardings=shardings)(key, None, frozen)
+    params = jax.device_put(moved(state.params), shardings.params)
+    state = dataclasses.replace(state, params=params)
     random = np.random.default_rng(0)
     compiled, losses = {}, []
     for step in range(STEPS):
         image = random.normal(size=(16, 8, 8, 1)).astype(np.float32)
         label = random.integers(0, 10, 16).astype(np.int32)
-        batch = placement.put_batch({"image": image, "label": label})
+        batch = placement.put_batch({"image": image, "conditions": {"label": label}})
         phase = method.phase(step)
         if phase not in compiled:
 
@@ -111,13 +129,12 @@ def of_one_device():
 CASES = [
     ("dit", DIT, {"fsdp": 8}),
     ("dit", DIT, {"fsdp": 4, "tensor": 2}),
-    ("dit", DIT, {"fsdp": 2, "tensor": 2}),
+    ("dit", DIT, {"fsdp": 1, "tensor": 2}),
     ("song_unet", UNET, {"fsdp": 4, "tensor": 2}),
-    ("dmd2", DMD2, {"fsdp": 2, "tensor": 2}),
+    ("dmd2", DMD2, {"fsdp": 4, "tensor": 2}),
     long("song_unet", UNET, {"fsdp": 8}),
-    long("song_unet", UNET, {"fsdp": 2, "tensor": 2}),
+    long("song_unet", UNET, {"fsdp": 1, "tensor": 2}),
     long("dmd2", DMD2, {"fsdp": 8}),
-    long("dmd2", DMD2, {"fsdp": 4, "tensor": 2}),
 ]
 
 

@@ -14,7 +14,7 @@ from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import EDM
 from dit_jax.diffusion.samplers import make_solver, schedule
 from dit_jax.experiment import SamplingPlan
-from dit_jax.models import Network
+from dit_jax.models import Network, Request
 from dit_jax.models.edm import DhariwalUNetConfig, SongUNetConfig
 from dit_jax.sampling import Sampler, image_keys
 from parallel.sampling import ImageParallel
@@ -56,7 +56,7 @@ def single(name):
     """(network, parameters, output of one device)."""
     network = Network(CONFIGS[name])
     params = random_params(network)
-    out = np.asarray(jax.jit(network.apply)(params, *inputs(network.config)))
+    out = np.asarray(jax.jit(network.apply)(params, Request(*inputs(network.config))).out)
     assert out.std() > 0.1
     return network, params, out
 
@@ -68,7 +68,7 @@ def single(name):
 def test_full_sync_equals_one_device(name, devices):
     network, params, expected = single(name)
     parallel = ParallelUNet(network, make_mesh(devices), "full_sync")
-    found = jax.jit(parallel.apply)(params, *inputs(network.config))
+    found = jax.jit(parallel.apply)(params, Request(*inputs(network.config))).out
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 
@@ -78,8 +78,9 @@ def three_evaluations(parallel, params):
     state, outs = (), []
     apply = {True: jax.jit(warmup.apply), False: jax.jit(parallel.apply)}
     for i in range(3):
-        out, state = apply[i == 0](params, *inputs(parallel.config, i), attention_state=state)
-        outs.append(np.asarray(out))
+        result = apply[i == 0](params, Request(*inputs(parallel.config, i), carry=state))
+        outs.append(np.asarray(result.out))
+        state = result.carry
     return outs
 
 
@@ -98,7 +99,7 @@ def test_stale_modes_equal_a_loop_over_devices(name, mode, devices):
         expected = loop(*inputs(network.config, i))
         scale = np.abs(expected).max()
         np.testing.assert_allclose(out, expected, atol=1e-5 * scale, rtol=0)
-    exact = np.asarray(jax.jit(network.apply)(params, *inputs(network.config, 2)))
+    exact = np.asarray(jax.jit(network.apply)(params, Request(*inputs(network.config, 2))).out)
     assert np.abs(found[2] - exact).mean() > 1e-2  # what is stale makes a difference
 
 
@@ -134,9 +135,9 @@ def test_naive_devices_see_nothing_of_each_other():
     network, params, expected = single("tiny")
     apply = jax.jit(ParallelUNet(network, make_mesh(2), "naive").apply)
     x, t, conditions = inputs(TINY)
-    found = apply(params, x, t, conditions)
+    found = apply(params, Request(x, t, conditions)).out
     assert np.abs(found - expected).mean() > 1e-2
-    other = apply(params, x.at[:, 4:].set(0), t, conditions)
+    other = apply(params, Request(x.at[:, 4:].set(0), t, conditions)).out
     np.testing.assert_array_equal(found[:, :4], other[:, :4])
 
 
@@ -152,7 +153,7 @@ def test_what_cannot_be_is_refused(mode, devices, message):
     network = Network(DDPMPP)
     params = jax.eval_shape(network.init, jax.random.key(0))
     with pytest.raises(ValueError, match=message):
-        ParallelUNet(network, make_mesh(devices), mode).apply(params, *inputs(DDPMPP))
+        ParallelUNet(network, make_mesh(devices), mode).apply(params, Request(*inputs(DDPMPP)))
 
 
 def collectives_behind_layers(mode):
@@ -162,10 +163,8 @@ def collectives_behind_layers(mode):
     params = jax.eval_shape(parallel.network.init, jax.random.key(0))
     x, t, conditions = inputs(DDPMPP)
     states = parallel.state_shapes(x.shape)
-    apply = functools.partial(parallel.apply, conditions=conditions)
-    program = jax.make_jaxpr(lambda *args: apply(*args[:3], attention_state=args[3]))(
-        params, x, t, states
-    )
+    request = Request(x, t, conditions, carry=states)
+    program = jax.make_jaxpr(parallel.apply)(params, request)
     (sharded,) = (eqn for eqn in program.eqns if eqn.primitive.name == "shard_map")
     computed, behind, count = set(), 0, 0
     for eqn in sharded.params["jaxpr"].eqns:

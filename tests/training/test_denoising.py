@@ -11,7 +11,7 @@ from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import DDPM, LOSS_WEIGHTS, RectifiedFlow
 from dit_jax.diffusion.timesteps import Uniform
 from dit_jax.models import DiTConfig, Network
-from dit_jax.training.denoising import Denoising, drop_labels
+from dit_jax.training.denoising import Denoising
 from dit_jax.training.ema import Average
 from dit_jax.training.method import accumulated_gradients
 from dit_jax.training.optimizer import create_optimizer
@@ -49,7 +49,8 @@ def make_batch(n=16, seed=0):
     random = np.random.default_rng(seed)
     image = random.uniform(-1, 1, (n, 8, 8, 2)).astype(np.float32)
     image[0] = np.sign(image[0])  # the ends of the range are special in the likelihood
-    return {"image": jnp.asarray(image), "label": jnp.asarray(random.integers(0, 5, n), jnp.int32)}
+    label = jnp.asarray(random.integers(0, 5, n), jnp.int32)
+    return {"image": jnp.asarray(image), "conditions": {"label": label}}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def trained_both_ways():
     examples = method.draw_examples(batch, key)
     # Index 0 (a likelihood) and others (a divergence) are both needed.
     examples["t"] = examples["t"].at[:4].set(0.0)
-    object.__setattr__(method, "draw_examples", lambda batch, key: examples)
+    object.__setattr__(method, "draw_examples", lambda *_: examples)
     after, metrics = jax.jit(method.update)(state, batch, key)
 
     training = torch_dit.DDPMTraining(model, learning_rate=RATE, ema_decay=0.9)
@@ -72,7 +73,7 @@ def trained_both_ways():
     integer = lambda a: torch.tensor(np.array(a)).long()  # noqa: E731
     loss = training.step(
         image(examples["x0"]),
-        integer(examples["label"]),
+        integer(examples["conditions"]["label"]),
         integer(examples["t"]),
         image(examples["eps"]),
     )
@@ -133,15 +134,14 @@ def test_accumulated_gradients_are_the_unsplit_batchs(process):
 def test_labels_are_dropped_at_the_rate_and_only_by_the_null_class():
     batch = make_batch(4000)
     examples = make_method(label_dropout=0.3).draw_examples(batch, jax.random.key(0))
-    dropped = np.asarray(examples["label"]) == 5
+    dropped = np.asarray(examples["conditions"]["label"]) == 5
     assert abs(dropped.mean() - 0.3) < 0.03
-    np.testing.assert_array_equal(examples["label"][~dropped], batch["label"][~dropped])
+    labels = (each["conditions"]["label"][~dropped] for each in (examples, batch))
+    np.testing.assert_array_equal(*labels)
     for rate in (0.0, 1.0):
-        label = make_method(label_dropout=rate).draw_examples(batch, jax.random.key(0))["label"]
+        examples = make_method(label_dropout=rate).draw_examples(batch, jax.random.key(0))
+        label = examples["conditions"]["label"]
         assert (np.asarray(label) == 5).mean() == rate
-    np.testing.assert_array_equal(
-        drop_labels(jnp.array([3, 4]), 5, jnp.array([True, False])), [5, 4]
-    )
 
 
 def test_draws_are_independent_and_change_with_the_key():
@@ -150,17 +150,17 @@ def test_draws_are_independent_and_change_with_the_key():
     other = method.draw_examples(batch, jax.random.key(1))
     again = method.draw_examples(batch, jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, first, again)
-    for name in ("t", "eps", "label"):
+    for name in ("t", "eps"):
         assert (np.asarray(first[name]) != np.asarray(other[name])).mean() > 0.3
     assert np.std(first["eps"]) == pytest.approx(1, abs=0.01)
-    dropped = np.asarray(first["label"]) == 5
+    dropped = np.asarray(first["conditions"]["label"]) == 5
     assert abs(np.corrcoef(dropped, first["t"])[0, 1]) < 0.05
 
 
 def test_an_unconditional_network_sees_no_labels():
     network = Network(dataclasses.replace(CONFIG, num_classes=0))
     method = make_method(denoiser=Denoiser(network, DDPM(learned_variance=True)))
-    assert "label" not in method.draw_examples(make_batch(), jax.random.key(0))
+    assert not method.draw_examples(make_batch(), jax.random.key(0))["conditions"]
     key = jax.random.key(0)
     state = jax.eval_shape(method.init, key)
     after, _ = jax.eval_shape(method.update, state, make_batch(), key)

@@ -6,6 +6,7 @@ import pytest
 from configs import edm_cifar10, edm_dit_cifar10, edm_imagenet64
 from dit_jax.config import ConfigError
 from dit_jax.experiment import build_method, build_sampling, resolve_config
+from dit_jax.models import Request
 
 
 def small():
@@ -42,13 +43,13 @@ def test_configurations_have_the_published_hyper_parameters(
 def test_images_are_augmented_and_the_network_is_told():
     method = build_method(resolve_config(small()))
     batch = {"image": jax.random.uniform(jax.random.key(0), (64, 4, 4, 3)) * 2 - 1}
-    batch["label"] = jnp.zeros(64, jnp.int32)
+    batch["conditions"] = {"label": jnp.zeros(64, jnp.int32)}
     examples = jax.jit(method.draw_examples)(batch, jax.random.key(1))
     assert examples["augment"].shape == (64, 9)
     assert 0.3 < float(examples["augment"][:, 0].mean()) < 0.7  # mirrored or not
     assert len(np.unique(jax.random.key_data(examples["dropout_keys"]), axis=0)) == 64
     assert not np.allclose(examples["x0"], batch["image"], atol=0.1)
-    np.testing.assert_array_equal(examples["label"], 0)  # no label dropout
+    np.testing.assert_array_equal(examples["conditions"]["label"], 0)  # no label dropout
 
     params = method.denoiser.network.init(jax.random.key(2))
     gradients, metrics = jax.jit(jax.grad(method.loss, has_aux=True))(params, examples)
@@ -85,5 +86,5 @@ def test_iddpm_preconditioning_has_variance_channels():
     assert denoiser.network.config.out_channels == 6
     shapes = jax.eval_shape(denoiser.network.init, jax.random.key(0))
     x = jnp.zeros((2, 4, 4, 3))
-    out = jax.eval_shape(lambda p: denoiser.x0(p, x, jnp.ones(2), {}), shapes)
+    out = jax.eval_shape(lambda p: denoiser.x0(p, Request(x, jnp.ones(2), {})), shapes)
     assert out.shape == x.shape

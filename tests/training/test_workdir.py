@@ -54,18 +54,20 @@ def test_the_configuration_comes_back(config, tmp_path):
 
 def test_without_checkpoints_another_configuration_takes_over(config, tmp_path):
     prepare(tmp_path, config)
-    prepare(tmp_path, changed(config, model__depth=3))
-    assert load_config(tmp_path).model.depth == 3
+    prepare(tmp_path, changed(config, model__dit__depth=3))
+    assert load_config(tmp_path).model.dit.depth == 3
 
 
 def test_another_configuration_is_refused_unless_forced(config, tmp_path):
     prepare(tmp_path, config)
     with_checkpoint(tmp_path)
-    other = changed(config, model__depth=3, seed=5)
+    other = changed(config, model__dit__depth=3, seed=5)
     with pytest.raises(WorkdirError) as error:
         prepare(tmp_path, other)
     message = str(error.value)
-    assert "config.model.depth: 2 there, 3 now" in message and "config.seed: 0 there, 5" in message
+    assert (
+        "config.model.dit.depth: 2 there, 3 now" in message and "config.seed: 0 there, 5" in message
+    )
     assert "--force" in message and load_config(tmp_path) == config
     prepare(tmp_path, other, force=True)
     assert load_config(tmp_path) == other
@@ -190,5 +192,5 @@ def test_no_run_errors(tmp_path):
     with pytest.raises(WorkdirError, match="is not the workdir of a run"):
         load_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model": {"dept": 3}}')
-    with pytest.raises(WorkdirError, match=r"did you mean config.model.depth"):
+    with pytest.raises(WorkdirError, match=r"did you mean config.model.dit.depth"):
         load_config(tmp_path)

@@ -1,0 +1,271 @@
+"""What is added from outside: a network told by text, its rules, a source, a solver, a method.
+
+tests/toy holds the network, its partition rules and its data, in a file each, and nothing of the
+library knows of them. Here they are trained, distilled, sampled, divided and exported all the same.
+"""
+
+import contextlib
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_jax import conditions as conditions_lib
+from dit_jax import data, defaults, experiment
+from dit_jax.config import ConfigError, default_config
+from dit_jax.data import registry
+from dit_jax.diffusion.solvers import SOLVERS, Euler, register_solver
+from dit_jax.models import NETWORK_CONFIGS, Network, register_network
+from dit_jax.models import network as network_lib
+from dit_jax.sampling import image_keys
+from interop.export import write_model
+from interop.models import open_model
+from launch import methods, training
+from parallel import partitioning
+from parallel.mesh import DataParallel, create_mesh
+from parallel.network import IMAGE_NETWORKS
+from parallel.partitioning import ShardedPlacement, rules_for
+from parallel.sampling import ImageParallel
+from tests.models.conftest import random_params
+from tests.toy import captions, network, rules
+
+TABLES = (
+    (NETWORK_CONFIGS, network_lib._MODULES),
+    (partitioning.TABLES, IMAGE_NETWORKS),
+    (registry.SOURCES, SOLVERS),
+    (experiment.METHODS, defaults._REGISTERED),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    """The toy among the library's own, for the tests of this file alone."""
+    tables = [table for pair in TABLES for table in pair]
+    before = [dict(table) for table in tables]
+    for module in (network, rules, captions):
+        module.register()
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
+
+
+def config_of(**overrides):
+    config = default_config()
+    config.name = "toy"
+    config.model.update(name="toy", image_size=8, in_channels=1, num_classes=0)
+    config.data.name = "captions"
+    config.process.name = "flow"
+    config.ema.decays = (0.9,)
+    config.optimizer.update(warmup_steps=0, schedule="constant", learning_rate=3e-3)
+    config.training.update(num_steps=2, batch_size=8, checkpoint_every=0, tensorboard=False)
+    config.training.update(preview_every=2, preview_images=4, log_every=1)
+    config.sampling.update(solver="euler", steps=4, batch_size=4, guidance_scale=2.0)
+    for key, value in overrides.items():
+        *sections, leaf = key.split(".")
+        section = config
+        for name in sections:
+            section = section[name]
+        section[leaf] = value
+    return config
+
+
+def batch_of(config):
+    loader = data.make_loader(
+        experiment.open_data(config, "train"), batch_size=8, seed=0, shuffle=False
+    )
+    return jax.tree.map(jnp.asarray, next(iter(loader)))
+
+
+NULLS = {"text": jnp.asarray(captions.EMPTY)}
+
+
+def texts(count=4):
+    source = captions.open_captions("train", 8)
+    first = source.batch(np.arange(count))
+    return {name: first[name] for name in ("text", "text_mask")}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The workdir of a training run by the training command's own function."""
+    directory = tmp_path_factory.mktemp("toy") / "run"
+    steps = {"training.num_steps": 150, "training.preview_every": 150, "training.log_every": 50}
+    result = training.run(config_of(**steps), directory)
+    return directory, result
+
+
+def test_it_trains_by_the_command_and_samples_what_the_text_says(run):
+    directory, result = run
+    assert (directory / "previews" / "step_00000150.png").stat().st_size > 100
+    model = open_model(directory, methods=methods.METHODS)
+    assert isinstance(model.network.config, network.ToyConfig)
+    plan = experiment.build_sampling(model.config)
+    params = result.state.ema["ema_0.9"]
+    images = plan.bind(params, NULLS)(image_keys(0, np.arange(4)), texts())
+    dark, bright = np.asarray(images)[::2].mean(), np.asarray(images)[1::2].mean()
+    assert dark < -0.3 and bright > 0.3
+    with pytest.raises(ValueError, match="dropping text needs its null value"):
+        plan.bind(params)(image_keys(0, np.arange(4)), texts())
+
+
+TEACHER = {"teacher.guidance_scale": 1.5}
+STUDENTS = {
+    "consistency": {"method.consistency.trajectory": "teacher", **TEACHER},
+    "scm": {"method.scm.velocity": "teacher", "model.custom_gradients": "off", **TEACHER},
+    "dmd2": {"sampling.steps": 1, **TEACHER},
+    "ladd": {"sampling.steps": 1},
+    "kd": {"data.name": "pairs", "sampling.steps": 1},
+}
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_every_family_of_methods_distils_it(name):
+    overrides = {"method.name": name, "sampling.guidance_scale": 1.0, **STUDENTS[name]}
+    config = methods.resolve_config(config_of(**overrides))
+    method = methods.build_method(config)
+    params = random_params(Network(network.ToyConfig()), scale=0.1)
+    frozen = {**{key: params for key in method.frozen_names}, "nulls": NULLS}
+    batch = batch_of(config_of())
+    if name == "kd":
+        batch["noise"] = jax.random.normal(jax.random.key(5), batch["image"].shape)
+    state = jax.jit(method.init)(jax.random.key(0), params, frozen)
+    for phase in method.phases:
+        update = jax.jit(method.update, static_argnames="phase")
+        state, metrics = update(state, batch, jax.random.key(1), frozen, phase=phase)
+        assert np.isfinite([float(value) for value in metrics.values()]).all()
+    # And a condition the network does not know, or one that is missing, reaches no method's loss.
+    wrong = {**batch, "conditions": {"text": batch["conditions"]["text"], "style": jnp.zeros(8)}}
+    with pytest.raises(ValueError, match=r"unknown: style; missing: text_mask\. It takes text"):
+        jax.eval_shape(
+            lambda batch: method.update(state, batch, jax.random.key(1), frozen, method.phases[0]),
+            wrong,
+        )
+
+
+@pytest.mark.parametrize("axes", [{"data": 4, "fsdp": 2}, {"fsdp": 4, "tensor": 2}])
+def test_it_is_divided_by_its_rules(axes):
+    config = methods.resolve_config(config_of())
+    method = methods.build_method(config)
+    mesh = create_mesh(**axes)
+    losses = []
+    for placement in (DataParallel(create_mesh()), ShardedPlacement(mesh, rules_for("toy"))):
+        state = jax.jit(method.init)(jax.random.key(0))
+        shardings = placement.state_shardings(jax.eval_shape(lambda s: s, state))
+        state = jax.device_put(state, shardings)
+        batch = placement.put_batch(jax.tree.map(np.asarray, batch_of(config)))
+        with placement.tracing():
+            update = jax.jit(method.update)
+            state, metrics = update(state, batch, jax.random.key(1), {"nulls": NULLS})
+        losses.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    kernel = state.params["blocks"]["qkv"]["kernel"]
+    parts = axes["fsdp"] * axes.get("tensor", 1)
+    assert kernel.addressable_shards[0].data.size * parts == kernel.size
+
+
+@pytest.mark.parametrize("mode", ["displaced", "synchronous", "ulysses", "ring"])
+def test_one_image_on_many_devices(mode):
+    config = methods.resolve_config(config_of(**{"sampling.steps": 6}))
+    plan = experiment.build_sampling(config)
+    params = random_params(plan.network, scale=0.3)
+    keys = image_keys(0, np.arange(2))
+    expected = np.asarray(plan.bind(params, NULLS)(keys, texts(2)))
+    displaced = mode == "displaced"
+    parallel = ImageParallel(mode, patch_devices=2, warmup_steps=2 if displaced else None)
+    with pytest.warns(UserWarning) if displaced else contextlib.nullcontext():
+        placement = parallel.distribute(plan, batch_size=2)
+    found = np.asarray(placement.bind(params, NULLS)(keys, texts(2)))
+    scale = np.abs(expected).max()
+    difference = np.abs(found - expected).max() / scale
+    assert 1e-4 < difference < 0.2 if displaced else difference < 1e-5
+
+
+def test_it_is_exported_and_read_back(run, tmp_path):
+    directory, _ = run
+    model = open_model(directory, methods=methods.METHODS)
+    write_model(model, "dit_jax", tmp_path / "exported")
+    again = open_model(tmp_path / "exported", methods=methods.METHODS)
+    assert again.network == model.network
+    jax.tree.map(np.testing.assert_array_equal, again.load(), model.load())
+    for kind in ("diffusers", "dit_pt"):
+        with pytest.raises(
+            ValueError, match=r"this model is a Toy, which can be written as dit_jax$"
+        ):
+            write_model(model, kind, tmp_path / kind)
+
+
+def test_data_that_do_not_tell_what_the_network_takes_are_refused():
+    config = methods.resolve_config(config_of(**{"data.name": "digits"}))
+    with pytest.raises(ConfigError, match=r"digits tells of an image label; the network of .*toy"):
+        experiment.open_data(config, "train")
+    with pytest.raises(ValueError, match="registered already"):
+        register_network("toy", network.ToyConfig, network.Block)
+
+
+@dataclasses.dataclass(frozen=True)
+class Overshoot(Euler):
+    """Euler's steps, each a little too long."""
+
+    factor: float = 1.0
+
+    def step(self, process, denoise, x, step, state, carry):
+        new, state, carry = super().step(process, denoise, x, step, state, carry)
+        return x + self.factor * (new - x), state, carry
+
+
+def test_a_solver_is_one_class():
+    register_solver("overshoot", Overshoot)
+    params = random_params(Network(network.ToyConfig()), scale=0.3)
+    draws = []
+    for overrides in (
+        {},
+        {"sampling.solver": "overshoot"},
+        {"sampling.solver": "overshoot", "sampling.overshoot.factor": 1.2},
+    ):
+        plan = experiment.build_sampling(methods.resolve_config(config_of(**overrides)))
+        draws.append(np.asarray(plan.bind(params, NULLS)(image_keys(0, np.arange(2)), texts(2))))
+    np.testing.assert_allclose(draws[0], draws[1], atol=1e-5)
+    assert np.abs(draws[2] - draws[0]).max() > 0.01
+    with pytest.raises(ConfigError, match=r"sampling\.overshoot\.factor=1\.2 would do nothing"):
+        methods.resolve_config(config_of(**{"sampling.overshoot.factor": 1.2}))
+
+
+@dataclasses.dataclass(frozen=True)
+class ShrunkenOptions:
+    """Options of the method below."""
+
+    factor: float = 0.5
+
+
+def build_shrunken(config):
+    denoising = experiment.build_denoising(config)
+    optimizer = denoising.optimizer
+    factor = config.method.shrunken.factor
+
+    def update(gradients, state, params=None):
+        updates, state = optimizer.update(gradients, state, params)
+        return jax.tree.map(lambda leaf: factor * leaf, updates), state
+
+    return dataclasses.replace(denoising, optimizer=optimizer._replace(update=update))
+
+
+def test_a_method_is_one_file():
+    experiment.register_method("shrunken", build_shrunken, ShrunkenOptions)
+    batch, key = batch_of(config_of()), jax.random.key(0)
+    moved = []
+    for overrides in (
+        {"method.name": "denoising"},
+        {"method.name": "shrunken"},
+        {"method.name": "shrunken", "method.shrunken.factor": 0.0},
+    ):
+        method = methods.build_method(methods.resolve_config(config_of(**overrides)))
+        state = method.init(key)
+        new, _ = jax.jit(method.update)(state, batch, key, {"nulls": NULLS})
+        leaf = [s.params["out"]["bias"] for s in (state, new)]
+        moved.append(np.asarray(leaf[1] - leaf[0]))
+    np.testing.assert_allclose(moved[1], 0.5 * moved[0], rtol=1e-5)
+    assert not moved[2].any() and np.abs(moved[0]).min() > 0
+    assert conditions_lib.can_guide(method.denoiser.network.conditions)

@@ -1,0 +1,86 @@
+"""A small transformer that is told a text, by joint attention over text and image tokens."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dit_jax.conditions import Condition
+from dit_jax.models import Request, Result, attention, layers, register_network, stack
+from dit_jax.models.attention_options import AttentionOptions
+from dit_jax.models.linear import Linear
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyConfig:
+    image_size: int = 8
+    in_channels: int = 1
+    text_dim: int = 4
+    hidden_size: int = 16
+    attention: str = "auto"
+    custom_gradients: str = "off"
+    dtype: str = "float32"
+    patch_size, depth, num_heads, learn_sigma = 2, 2, 2, False
+    feature_kind, title, flops_per_example = "tokens", "a toy", 1e5
+    head_dim = property(lambda self: self.hidden_size // self.num_heads)
+    input_size = property(lambda self: (self.image_size,) * 2)
+    grid = property(lambda self: (self.image_size // self.patch_size,) * 2)
+    feature_shapes = property(lambda self: ((*self.grid, self.hidden_size),) * self.depth)
+
+    @property
+    def conditions(self):
+        text = Condition((None, self.text_dim), null_is_given=True)
+        return {"text": text, "text_mask": Condition((None,), "bool", null=False)}
+
+
+class Block(nnx.Module):
+    def __init__(self, config, *, rngs):
+        dim, self.num_heads = config.hidden_size, config.num_heads
+        self.qkv = Linear(dim, 3 * dim, rngs=rngs)
+        self.proj = Linear(dim, dim, rngs=rngs)
+        self.mlp = layers.Mlp(dim, 2 * dim, rngs=rngs)
+
+    def __call__(self, x, state, shift, options, attend):
+        qkv = self.qkv(layers.layer_norm(x) + shift[:, None])
+        q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, self.num_heads, -1), 2, 0)
+        out, state = attend(q, k, v, state, options)
+        x = x + self.proj(out.reshape(x.shape))
+        return x + self.mlp(layers.layer_norm(x)), state
+
+
+class Toy(nnx.Module):
+    def __init__(self, config, *, rngs):
+        self.config, dim = config, config.hidden_size
+        patch = config.patch_size**2 * config.in_channels
+        self.x_embedder = Linear(patch, dim, rngs=rngs)
+        self.t_embedder = layers.TimestepEmbedder(dim, rngs=rngs)
+        self.text_embedder = Linear(config.text_dim, dim, rngs=rngs)
+        self.blocks = stack.create_stack(lambda r: Block(config, rngs=r), config.depth, rngs)
+        self.out = Linear(dim, patch, rngs=rngs)
+
+    def __call__(self, request: Request) -> Result:
+        config, x, told = self.config, request.x, request.conditions
+        attend = request.attention or attention.LocalAttention(config.attention)
+        own = tuple(side // config.patch_size for side in x.shape[1:3])
+        image = self.x_embedder(layers.patchify(x, config.patch_size))
+        grid = attention.whole_grid(attend, own)
+        positions = layers.sincos_position_embedding(config.hidden_size, grid)
+        image = image + attention.own_tokens(attend, positions, image.shape[1])[None]
+        text = self.text_embedder(told["text"].astype(jnp.float32))
+        options = AttentionOptions(key_mask=told["text_mask"], replicated=text.shape[1])
+        tokens, carry, maps = stack.run_stack(
+            self.blocks,
+            lambda block, x, state, *rest: block(x, state, *rest, attend),
+            jnp.concatenate([text, image], axis=1),
+            *(jax.nn.silu(self.t_embedder(request.t)), options),
+            **{"state": request.carry, "depth": config.depth, "capture": request.features},
+            prefetch=getattr(attend, "prefetch", None),
+        )
+        tokens, *maps = (a[:, text.shape[1] :] for a in (tokens, *maps))
+        out = layers.unpatchify(self.out(layers.layer_norm(tokens)), config.patch_size, own)
+        return Result(out, tuple(m.reshape(x.shape[0], *own, -1) for m in maps), carry)
+
+
+def register() -> None:
+    register_network("toy", ToyConfig, Toy)
