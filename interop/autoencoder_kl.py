@@ -128,7 +128,14 @@ def _check_types(values: Mapping[str, Any], where: str) -> None:
         for kind in (int, float, bool)
     }
     numbers = [*by_kind[float], "shift_factor"]
-    check_types(where, values, integers=by_kind[int], numbers=numbers, truths=by_kind[bool])
+    check_types(
+        where,
+        values,
+        integers=by_kind[int],
+        numbers=numbers,
+        truths=by_kind[bool],
+        nullable=("shift_factor",),
+    )
     size = values.get("sample_size", 32)
     sizes = size if isinstance(size, list) and len(size) == 2 else [size]
     if not all(type(side) is int and side > 0 for side in sizes):

@@ -47,28 +47,47 @@ def check_types(
     where: str | Path,
     values: Mapping[str, Any],
     *,
+    counts: Collection[str] = (),
     integers: Collection[str] = (),
     numbers: Collection[str] = (),
     texts: Collection[str] = (),
     truths: Collection[str] = (),
+    nullable: Collection[str] = (),
 ) -> None:
-    """Refuse entries of other types; those that are absent or null are left to their defaults.
+    """Refuse entries of other types; those that are absent are left to their defaults.
+
+    Args:
+        where: What says so, for the message.
+        values: Entries by name.
+        counts: Names of integers of at least 1.
+        integers: Names of integers of at least 0.
+        numbers: Names of finite numbers.
+        texts: Names of strings.
+        truths: Names of booleans.
+        nullable: Those that may be null, too, which means their default.
 
     Raises:
         InteropError: An entry is not what it should be; says which.
     """
     expected = {name: ("an integer of at least 0", _is_count) for name in integers}
+    expected |= {name: ("an integer of at least 1", _is_positive) for name in counts}
     expected |= {name: ("a finite number", _is_number) for name in numbers}
     expected |= {name: ("a string", lambda v: isinstance(v, str)) for name in texts}
     expected |= {name: ("true or false", lambda v: isinstance(v, bool)) for name in truths}
     for name, (kind, accepts) in expected.items():
-        value = values.get(name)
-        if value is not None and not accepts(value):
-            raise InteropError(f"{where}: {name}={shown(value)}; expected {kind}")
+        if name not in values or (values[name] is None and name in nullable):
+            continue
+        if not accepts(values[name]):
+            found = "null" if values[name] is None else shown(values[name])
+            raise InteropError(f"{where}: {name}={found}; expected {kind}")
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_count(value) and value > 0
 
 
 def _is_number(value: Any) -> bool:

@@ -274,7 +274,7 @@ def check_diffusers_types(values: Mapping[str, Any], where: str | Path) -> None:
     check_types(
         where,
         values,
-        integers=(
+        counts=(
             "sample_size",
             "in_channels",
             "out_channels",
@@ -287,6 +287,7 @@ def check_diffusers_types(values: Mapping[str, Any], where: str | Path) -> None:
         numbers=("norm_eps", "dropout"),
         texts=("_class_name", *(n for n, v in _DIFFUSERS_FIXED.items() if isinstance(v, str))),
         truths=[n for n, v in _DIFFUSERS_FIXED.items() if isinstance(v, bool)],
+        nullable=("out_channels", "num_embeds_ada_norm", "_class_name"),
     )
 
 
@@ -328,19 +329,22 @@ def config_from_diffusers(
             f"{where}: in_channels={in_channels}, out_channels={out_channels}; expected as many "
             "or, where the variance is learned, twice as many"
         )
-    return DiTConfig(
-        image_size=values.get("sample_size", 32),
-        in_channels=in_channels,
-        patch_size=values.get("patch_size", 2),
-        hidden_size=heads * values.get("attention_head_dim", 72),
-        depth=values.get("num_layers", 28),
-        num_heads=heads,
-        num_classes=num_classes or values.get("num_embeds_ada_norm") or 1000,
-        null_class=null_class,
-        learn_sigma=out_channels == 2 * in_channels,
-        time_frequency_spacing=time_frequency_spacing,
-        mlp_norm_epsilon=values.get("norm_eps", 1e-5),
-    )
+    try:
+        return DiTConfig(
+            image_size=values.get("sample_size", 32),
+            in_channels=in_channels,
+            patch_size=values.get("patch_size", 2),
+            hidden_size=heads * values.get("attention_head_dim", 72),
+            depth=values.get("num_layers", 28),
+            num_heads=heads,
+            num_classes=num_classes or values.get("num_embeds_ada_norm") or 1000,
+            null_class=null_class,
+            learn_sigma=out_channels == 2 * in_channels,
+            time_frequency_spacing=time_frequency_spacing,
+            mlp_norm_epsilon=values.get("norm_eps", 1e-5),
+        )
+    except ValueError as error:
+        raise InteropError(f"{where}: {error}") from error
 
 
 def config_to_diffusers(config: DiTConfig, num_embeds: int | None = None) -> dict[str, Any]:

@@ -254,6 +254,7 @@ def read_card(folder: Path) -> dict[str, Any]:
         integers=("step", "num_classes"),
         texts=("weights", "time_frequency_spacing"),
         truths=("null_class", "pixels"),
+        nullable=("time_frequency_spacing",),
     )
     names = card.get("class_names", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -417,7 +418,17 @@ def _open_diffusers(path: Path, spacing: str, methods: Any) -> FoundModel:
         else:
             process = process_from_scheduler({"_class_name": "DDIMScheduler"}, "")
             notes.append("no scheduler beside it: taken as DDPM with the linear schedule")
-        config = _configured(model_section(network), **process)
+        try:
+            config = _configured(model_section(network), **process)
+        except ValueError as error:
+            of_process = scheduler.is_file() and "config.process." in str(error)
+            where = scheduler if of_process else folder / "config.json"
+            raise InteropError(f"{where}: {error}") from error
+        if not is_pipeline and path.name == "transformer" and (path.parent / CARD).is_file():
+            notes.append(
+                f"{path.parent / CARD}, which says more of this model (its classes, its spacing of "
+                f"time frequencies), is read only if the folder {path.parent} is given"
+            )
         notes.append(
             "taken with diffusers' spacing of time frequencies, which is what diffusers computes; "
             "weights trained by the original code need --time_frequency_spacing=original"

@@ -85,6 +85,7 @@ def process_from_scheduler(values: Mapping[str, Any], where: str) -> dict[str, A
         integers=("num_train_timesteps",),
         numbers=("beta_start", "beta_end", "flow_shift", "shift"),
         texts=("_class_name", "prediction_type", "beta_schedule"),
+        nullable=("_class_name", "flow_shift", "shift"),
     )
     if (values.get("num_train_timesteps") or 1) > _MAX_TIMESTEPS:
         raise InteropError(

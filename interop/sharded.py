@@ -6,6 +6,7 @@ torch.save, which are read by the same rules as any other.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from interop.tensor_file import InteropError, TensorFile, check_names, refusals
 
 PT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+# How one of several files is called: 'diffusion_pytorch_model-00001-of-00002'.
+_SHARD = re.compile(r"(?P<name>.+)-(?P<place>\d{5,})-of-(?P<count>\d{5,})")
 
 
 class ShardedFile(TensorFile):
@@ -81,6 +84,35 @@ def open_sharded(path: Path) -> ShardedFile:
             f"{', '.join(unlisted[:5])}; are index and shards of the same checkpoint?"
         )
     return ShardedFile(path, {name: shards[file] for name, file in weight_map.items()}, metadata)
+
+
+def shard_place(path: Path) -> re.Match | None:
+    """The parts 'name', 'place' and 'count' of the name of one of several files; None of others."""
+    match = _SHARD.fullmatch(path.stem)
+    return match if match and int(match["count"]) > 1 else None
+
+
+def refuse_shard(path: Path) -> None:
+    """Refuses one of the files of a checkpoint in several, which is no checkpoint by itself.
+
+    Raises:
+        InteropError: its name says that it is one; says what to give.
+    """
+    match = shard_place(path)
+    if not match:
+        return
+    index = path.with_name(match["name"] + _index_suffix(path))
+    what = f"{path} is shard {int(match['place'])} of {int(match['count'])} of a checkpoint"
+    if index.is_file():
+        raise InteropError(f"{what}: give its folder, {path.parent}, or the index, {index.name}")
+    raise InteropError(
+        f"{what}, whose index is missing: put {index.name}, which lists the shards, beside it, "
+        f"and give the folder, {path.parent}"
+    )
+
+
+def _index_suffix(shard: Path) -> str:
+    return INDEX_SUFFIXES[0 if shard.suffix == ".safetensors" else 1]
 
 
 def _open_shard(path: Path) -> TensorFile:

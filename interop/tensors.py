@@ -20,7 +20,14 @@ from interop.safetensors_files import (
     open_safetensors,
     write_safetensors,
 )
-from interop.sharded import INDEX_SUFFIXES, PT_SUFFIXES, open_sharded, shards_of
+from interop.sharded import (
+    INDEX_SUFFIXES,
+    PT_SUFFIXES,
+    open_sharded,
+    refuse_shard,
+    shard_place,
+    shards_of,
+)
 from interop.tensor_file import InteropError, TensorFile, TensorSpec, refusals
 
 __all__ = [
@@ -65,6 +72,7 @@ def open_tensors(
         path = _only_candidate(path)
     elif not path.exists():
         raise InteropError(f"{path} does not exist; give a .safetensors, .index.json or .pt file")
+    refuse_shard(path)
     try:
         with refusals():
             if within is not None:
@@ -88,6 +96,8 @@ def _only_candidate(folder: Path) -> Path:
     ]
     if len(candidates) == 1:
         return candidates[0]
+    for file in candidates if all(map(shard_place, candidates)) else ():
+        refuse_shard(file)
     if candidates:
         raise InteropError(
             f"{folder} holds {len(candidates)} checkpoints; name one of them: "

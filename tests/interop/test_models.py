@@ -296,6 +296,23 @@ def test_a_configuration_that_contradicts_the_tensors_is_refused(tmp_path):
     file.write_text(json.dumps(values | {"_class_name": "FluxTransformer2DModel"}))
     with pytest.raises(InteropError, match="describes a FluxTransformer2DModel"):
         open_model(tmp_path)
+    for name in ("in_channels", "attention_head_dim", "num_layers", "sample_size", "norm_eps"):
+        file.write_text(json.dumps(values | {name: None}))
+        with pytest.raises(InteropError, match=rf"config\.json: {name}=null; expected a"):
+            open_model(tmp_path)
+    file.write_text(json.dumps(values | {"num_attention_heads": 0}))
+    with pytest.raises(InteropError, match=r"config\.json: num_attention_heads=0; expected an int"):
+        open_model(tmp_path)
+    file.write_text(json.dumps(values | {"patch_size": 3}))
+    with pytest.raises(InteropError, match=r"transformer/config\.json: .*patch_size=3: choose"):
+        open_model(tmp_path)
+    file.write_text(json.dumps(values | {"out_channels": None}))
+    scheduler = tmp_path / "scheduler/scheduler_config.json"
+    scheduler.parent.mkdir()
+    for beta, message in ((None, "beta_end=null; expected a"), (7.5, r".*beta_end=7\.5")):
+        scheduler.write_text(json.dumps({"_class_name": "DDIMScheduler", "beta_end": beta}))
+        with pytest.raises(InteropError, match=rf"scheduler_config\.json: {message}"):
+            open_model(tmp_path)
 
 
 def test_embedders_trained_apart_are_refused(tmp_path):

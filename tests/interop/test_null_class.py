@@ -148,6 +148,8 @@ def test_exports_say_that_there_is_no_null_class(tmp_path, capsys):
     again = open_model(tmp_path / "pipeline")
     assert again.network.config == WITHOUT
     assert_same(again, params)
+    part = open_model(tmp_path / "pipeline/transformer")  # without the card, one folder up
+    assert any(f"only if the folder {tmp_path / 'pipeline'} is given" in n for n in part.notes)
     write_model(again, "dit_pt", tmp_path / "y.pt")
     assert (tmp_path / "y.pt").read_bytes() == (tmp_path / "x.pt").read_bytes()
 

@@ -48,6 +48,17 @@ def test_a_transformer_in_shards_of_torch_save_is_read(tmp_path, capsys):
     model.save_pretrained(folder)  # both, as many repositories have them
     same(open_model(tmp_path / "pipeline"), whole)
     (folder / "diffusion_pytorch_model.safetensors").unlink()
+    shards = save_sharded(model, folder)
+
+    # What one shard is, and what to give, with and without the index.
+    with pytest.raises(InteropError, match=rf"is shard 1 of {len(shards)} .*give its folder"):
+        open_model(shards[0])
+    text = (folder / INDEX).read_text()
+    (folder / INDEX).unlink()
+    for path in (shards[0], folder, tmp_path / "pipeline"):
+        with pytest.raises(InteropError, match=rf"shard 1 of .*index is missing: put {INDEX}"):
+            open_model(path)
+    (folder / INDEX).write_text(text)
 
     # The shards are read by the same rules as any .pt.
     torch.save({"x": Harmful()}, shards[0])
