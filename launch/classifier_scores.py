@@ -11,7 +11,7 @@ import numpy as np
 from dit_jax import data as data_lib
 from dit_jax import evaluation, experiment
 from dit_jax.training import workdir as workdir_lib
-from launch import loading, wiring
+from launch import loading, sampling, wiring
 
 
 def evaluate(
@@ -47,6 +47,9 @@ def evaluate(
         )
     if not config.model.num_classes:
         raise ValueError("the classifier's features need labelled data; this model has no classes")
+    shape = train[0].shape[1:]
+    require_enough(num_images, len(train[0]), len(test[0]), shape)
+    sampling.require_memory(num_images, shape)
     with phase("classifier"):
         classifier = evaluation.train_classifier(
             *train,
@@ -80,6 +83,34 @@ def evaluate(
             provenance=loading.provenance(model),
         )
     return record, samples, labels, test
+
+
+def require_enough(num_images: int, train: int, test: int, shape: tuple[int, int, int]) -> None:
+    """Refuses, before anything is trained or sampled, too few images for a Fréchet distance.
+
+    Args:
+        num_images: samples.
+        train: images of the training split.
+        test: images of the held-out split.
+        shape: (height, width, channels).
+
+    Raises:
+        TooFewSamplesError: naming the least number.
+    """
+    features = evaluation.ClassifierSettings.for_images(shape).feature_dim
+    least = features + 1
+    why = f"the Fréchet distance of the classifier's {features} features needs at least {least}"
+    if num_images < least:
+        raise evaluation.TooFewSamplesError(
+            f"--num_images={num_images}: {why} images: give --num_images={least} or, for a stable "
+            "score, many times that"
+        )
+    for split, count in (("training", train), ("held-out", test)):
+        if count < least:
+            raise evaluation.TooFewSamplesError(
+                f"the {split} split of the run's data has {count} images, and {why}: score with "
+                "--reference=IMAGES instead"
+            )
 
 
 def real_images(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

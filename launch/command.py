@@ -203,11 +203,10 @@ def _is_users(error: Exception) -> bool:
         return True
     # Raised by modules that are imported by now; they are not, for the sake of a mistyped flag.
     from dit_jax.training.checkpoints import CheckpointError
-    from dit_jax.training.loop import NonFiniteError
     from dit_jax.training.workdir import WorkdirError
     from parallel.distributed import DistributedError
 
-    return isinstance(error, (CheckpointError, NonFiniteError, WorkdirError, DistributedError))
+    return isinstance(error, (CheckpointError, FloatingPointError, WorkdirError, DistributedError))
 
 
 if Path(getattr(sys.modules["__main__"], "__file__", None) or "").parent == Path(__file__).parent:

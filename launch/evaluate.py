@@ -130,6 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     with command.readable_errors(traceback=args.traceback):
         check_arguments(args)
         from dit_jax import evaluation
+        from dit_jax.quantities import counted
         from launch import classifier_scores, inception_scores, loading, sampling
 
         for path in (args.out, args.picture):
@@ -160,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
         evaluation.save_json(out, record, overwrite=args.overwrite or args.out is None)
         scores = record["scores"]
         print(
-            f"{num_images} images of {model.weights}, step {model.step}\n"
+            f"{counted(num_images, 'image')} of {model.weights}, step {model.step}\n"
             f"  Fréchet distance to held-out images  {scores['frechet_distance']:.4f}"
             f"  (real training images: {scores['frechet_distance_floor']:.4f})\n"
             f"  label accuracy                       {scores['label_accuracy']['overall']:.2%}"

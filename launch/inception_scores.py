@@ -9,7 +9,7 @@ from dit_jax.evaluation.sample_store import record_path
 from dit_jax.training.metrics import format_duration
 from dit_jax.untrusted import read_json
 from interop.inception import default_cache_dir, load_extractor
-from launch import arguments, loading, wiring
+from launch import arguments, loading, sampling, wiring
 from parallel.mesh import create_mesh
 
 
@@ -35,7 +35,7 @@ def existing_samples(path: Path) -> tuple[Any, dict[str, Any]]:
         FileNotFoundError: there are none.
     """
     if not path.exists():
-        raise FileNotFoundError(f"no samples {path}")
+        raise FileNotFoundError(f"--samples={path}: there is no such file or folder")
     images = evaluation.FolderImages(path) if path.is_dir() else evaluation.NpzImages(path)
     record = record_path(path)
     return images, read_json(record) if record.is_file() else {}
@@ -48,6 +48,7 @@ def new_samples(
     protocol = evaluation.find_protocol(args.protocol) if args.protocol else None
     count = args.num_images or (protocol and protocol.num_images)
     count = count or model.config.evaluation.num_images
+    sampling.require_memory(count)
     rounding = args.rounding or (protocol.rounding if protocol else "nearest")
     placement = wiring.create_placement(model.config)
     decoder = loading.Decoder(model.config, model.autoencoder, placement)
@@ -65,6 +66,44 @@ def new_samples(
     record = loading.provenance(model, decoder)
     record |= {"seed": args.seed, "rounding": rounding}
     return images, record
+
+
+def require_reference(reference: str) -> None:
+    """Refuses a --reference that is not there.
+
+    Raises:
+        FileNotFoundError: naming it.
+    """
+    if not reference.startswith("tfds:") and not Path(reference).expanduser().exists():
+        raise FileNotFoundError(f"--reference={reference}: there is no such file or folder")
+
+
+def require_enough(
+    count: int, settings: evaluation.ScoreSettings, dim: int, *, of_file: bool
+) -> None:
+    """Refuses too few images for a score that is wanted in any case, before any are made or read.
+
+    Args:
+        count: images to score.
+        settings: which scores; those that a reference may not permit are left to
+            `evaluation.evaluate_images` unless they are named.
+        dim: features of the extractor.
+        of_file: the images are there already.
+
+    Raises:
+        TooFewSamplesError: naming the least number.
+    """
+    named = settings.scores or ("fid",)
+    least = {"fid": 2 if settings.allow_singular else dim + 1, "kid": settings.kid_subset_size}
+    for name in named:
+        if count < least.get(name, 2):
+            given = f"--samples: {count} images" if of_file else f"--num_images={count}"
+            raise evaluation.TooFewSamplesError(
+                f"{given}: {name} needs at least {least.get(name, 2)}. "
+                + ("Score more images" if of_file else "Give a larger --num_images")
+                + (", or --allow_singular for a quick look" if name == "fid" else "")
+                + ", or leave it out of --scores"
+            )
 
 
 def _provenance(record: dict[str, Any]) -> dict[str, Any]:
@@ -88,11 +127,17 @@ def score(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     Returns:
         The record, and what to print of it.
     """
+    # Before the long part, and before weights are fetched: whether all that is named is there.
+    existing = existing_samples(args.samples) if args.samples else None
+    require_reference(args.reference)
     mesh = create_mesh()
-    model = None
-    if not args.samples:  # before the long part: whether there is a model at all
+    if existing:
+        images, record = existing
+    else:
         overrides = protocol_overrides(args) | arguments.sampling_overrides(args)
-        model = loading.load_from_arguments(args, overrides)
+        images, record = new_samples(args, loading.load_from_arguments(args, overrides))
+    scores = tuple(args.scores) if args.scores else None
+    settings = evaluation.ScoreSettings(scores=scores, allow_singular=args.allow_singular)
     batch_size = -(-args.feature_batch_size // mesh.size) * mesh.size
     extractor = load_extractor(
         args.inception,
@@ -102,7 +147,7 @@ def score(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         mesh=mesh,
         grey=args.grey,
     )
-    images, record = existing_samples(args.samples) if args.samples else new_samples(args, model)
+    require_enough(images.count, settings, extractor.dim, of_file=bool(existing))
     reference = evaluation.open_reference(
         args.reference,
         extractor,
@@ -113,8 +158,11 @@ def score(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         batch_size=batch_size,
         progress=_announce,
     )
-    scores = tuple(args.scores) if args.scores else None
-    settings = evaluation.ScoreSettings(scores=scores, allow_singular=args.allow_singular)
+    if reference.features is not None and {"precision_recall", "kid"} & set(
+        scores or evaluation.SCORES
+    ):
+        remedy = "use fewer images, or leave precision_recall and kid out of --scores"
+        sampling.require_memory(images.count, None, remedy, beside=4 * extractor.dim)
     result = evaluation.evaluate_images(
         images,
         reference,

@@ -14,7 +14,9 @@ from dit_jax import data as data_lib
 from dit_jax import experiment
 from dit_jax.data import pairs_writer
 from dit_jax.diffusion.samplers import insert_times
+from dit_jax.quantities import counted, format_bytes
 from dit_jax.sampling import image_keys
+from dit_jax.training import memory
 from dit_jax.training.metrics import format_duration
 from launch import arguments, loading, wiring
 
@@ -107,8 +109,8 @@ def require_space(folder: Path, header: data_lib.PairsHeader, missing: int) -> N
     free = shutil.disk_usage(folder).free
     if wanted > free:
         raise OSError(
-            f"{folder} has {free / 2**30:.2f} GiB free; {missing} pairs need "
-            f"{wanted / 2**30:.2f} GiB (--dtype=float16 halves that)"
+            f"{folder} has {format_bytes(free)} free; {counted(missing, 'pair')} need "
+            f"{format_bytes(wanted)} (--dtype=float16 halves that)"
         )
 
 
@@ -188,6 +190,8 @@ def run(args: argparse.Namespace) -> data_lib.PairsHeader:
     plan = experiment.build_sampling(model.config)
     times, kept = plan_path(plan, args.path_times)
     header = make_header(args, model, times, kept, batch_size)
+    labels = 8 * args.num_pairs
+    memory.require_host_memory(labels, f"{args.num_pairs} pairs", "lower --num_pairs")
     writer = data_lib.PairsWriter(folder, header, shard_size=shard_size)
     if writer.count > args.num_pairs or (
         writer.count % batch_size and writer.count < args.num_pairs
@@ -208,14 +212,15 @@ def run(args: argparse.Namespace) -> data_lib.PairsHeader:
             model.params, keys, labels, times, kept, plan.guidance_scale, plan.guidance_interval
         )
 
-    write(
-        sample,
-        writer,
-        seed=args.seed,
-        num_pairs=args.num_pairs,
-        num_classes=model.config.model.num_classes,
-        batch_size=batch_size,
-    )
+    with wiring.sampling_memory(batch_size):
+        write(
+            sample,
+            writer,
+            seed=args.seed,
+            num_pairs=args.num_pairs,
+            num_classes=model.config.model.num_classes,
+            batch_size=batch_size,
+        )
     return writer.finish()
 
 

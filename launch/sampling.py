@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from dit_jax import class_names, evaluation, experiment
+from dit_jax.evaluation import sample_store
 from dit_jax.named_options import options_named
 from dit_jax.output_formats import samples_format
+from dit_jax.quantities import counted
 from dit_jax.training import memory
 from launch import arguments, loading, wiring
 from parallel.sampling import ImageParallel, ImagePlacement
@@ -36,7 +38,7 @@ def choose_labels(
 
 
 def require_room(args: argparse.Namespace, shape: tuple[int, int, int]) -> None:
-    """Refuses more images than memory holds; a store looks after the disk itself.
+    """Refuses more images than memory or the disk holds.
 
     Args:
         args: the command line.
@@ -44,13 +46,37 @@ def require_room(args: argparse.Namespace, shape: tuple[int, int, int]) -> None:
     """
     if args.num_images is None:  # as many as there are labels on the command line
         return
-    values = 8  # labels, drawn and as they are written
-    remedy = "lower --num_images"
-    if samples_format(args.out) == "picture":  # all at once: as float32, then together, as bytes
-        values += 9 * int(np.prod(shape))
-        remedy += ", or --out=x.npz or a folder, which grow on disk"
-    what = f"{args.num_images} images"
-    memory.require_host_memory(values * args.num_images, what, remedy)
+    if samples_format(args.out) == "picture":
+        remedy = "lower --num_images, or --out=x.npz or a folder, which grow on disk"
+        require_memory(args.num_images, shape, remedy)
+        return
+    require_memory(args.num_images)
+    if args.overwrite or not sample_store.is_begun(args.out):
+        sample_store.require_space(args.out, args.num_images, shape)
+
+
+def require_memory(
+    count: int,
+    whole: tuple[int, int, int] | None = None,
+    remedy: str = "lower --num_images",
+    beside: int = 0,
+) -> None:
+    """Refuses more images than this machine has memory for, before anything is drawn.
+
+    Args:
+        count: images.
+        whole: (height, width, channels) of images that are all in memory together; None where
+            they are not.
+        remedy: what to do.
+        beside: bytes that are kept of every image, as its features.
+
+    Raises:
+        MemoryNeededError: with the memory needed and free.
+    """
+    size = 8 + beside  # labels, drawn and as they are written
+    if whole:
+        size += 9 * int(np.prod(whole))  # as float32, then together, as bytes
+    memory.require_host_memory(size * count, counted(count, "image"), remedy)
 
 
 def sample_to_store(
@@ -104,10 +130,11 @@ class Stream:
 def describe(model: loading.TrainedModel, count: int, out: Path) -> str:
     """The first screen."""
     sampling = model.config.sampling
-    what = f"sampling {count} images of {model.source}, weights {model.weights}, step {model.step}"
+    what = f"sampling {counted(count, 'image')} of {model.source}, weights {model.weights}"
+    what += f", step {model.step}"
     guidance = f", guidance {sampling.guidance_scale:g}" if sampling.guidance_scale != 1 else ""
     what += f"\n  by {sampling.solver}, {sampling.steps} steps{guidance}"
-    return wiring.first_screen(what, out, "time left: after the first batch, which compiles")
+    return wiring.first_screen(what, out, "time left: known after the first batch")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -152,4 +179,5 @@ def run(args: argparse.Namespace) -> None:
         evaluation.save_panels(args.out, [panel], rounding=args.rounding, overwrite=args.overwrite)
     else:
         sample_to_store(args, model, labels, stream, shape)
-    print(f"{len(labels)} images of {model.weights}, step {model.step}: {args.out}")
+    made = counted(len(labels), "image")
+    print(f"{made} of {model.weights}, step {model.step}: {args.out}")

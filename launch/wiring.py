@@ -1,6 +1,7 @@
 """What the commands share: placing on devices, sampling over them, tables."""
 
 import argparse
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,8 +13,9 @@ import numpy as np
 
 from dit_jax import experiment
 from dit_jax.named_options import options_named
+from dit_jax.quantities import counted
 from dit_jax.sampling import generate, image_keys
-from dit_jax.training import metrics
+from dit_jax.training import memory, metrics
 from launch import arguments
 from launch.command import readable_errors as readable_errors  # part of this module's face
 from parallel.distributed import gathered
@@ -99,13 +101,22 @@ def stream_images(
         left = metrics.format_duration((count - done) / rate)
         print(f"sampled {done}/{count}  {rate:.4g} images/s  ETA {left}", flush=True)
 
-    yield from generate(
-        sample,
-        conditions,
-        seed=seed,
-        batch_size=batch_size,
-        start=start,
-        progress=progress if announce else None,
+    with sampling_memory(batch_size):
+        yield from generate(
+            sample,
+            conditions,
+            seed=seed,
+            batch_size=batch_size,
+            start=start,
+            progress=progress if announce else None,
+        )
+
+
+def sampling_memory(batch_size: int) -> contextlib.AbstractContextManager:
+    """Names the batch size where memory runs out while so many images are sampled at once."""
+    return memory.exhaustion_explained(
+        f"sampling {counted(batch_size, 'image')} at once",
+        f"lower --batch_size={batch_size} (in training: config.sampling.batch_size)",
     )
 
 

@@ -229,7 +229,7 @@ class BatchIterator(Iterator[Batch]):
             raise ValueError(
                 f"the saved position belongs to another stream of data ({'; '.join(differing)}). "
                 f"Continuing would not repeat the interrupted run: restore the former data and "
-                f"settings, or go on with --force (strict=False) at the same number of examples "
+                f"settings, or go on with --force at the same number of examples "
                 f"seen."
             )
         self.close()

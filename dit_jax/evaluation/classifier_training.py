@@ -124,8 +124,10 @@ def _train(
         _LOG.info("classifier step %d/%d loss %.4f", start + len(indices), settings.steps, loss)
         if not np.isfinite(loss):
             raise FloatingPointError(
-                f"the classifier's loss is {loss} by step {start + len(indices)}; lower "
-                f"learning_rate (now {settings.learning_rate}) or set normalize=True"
+                f"the classifier's loss is {loss} by step {start + len(indices)}: the training "
+                "images cannot be learned with its settings (learning rate "
+                f"{settings.learning_rate}). Score with --reference=IMAGES, or from Python give "
+                "`ClassifierSettings` of a lower learning rate or with normalization"
             )
     return {name: np.asarray(value) for name, value in state[0].items()}
 

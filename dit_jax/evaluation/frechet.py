@@ -172,7 +172,7 @@ def frechet_distance(
                 f"its covariance is singular below n={statistics.dim + 1} and the distance "
                 "misleading. Use more samples (many times d for a stable score) or a feature "
                 "extractor with fewer features; with Inception's, --allow_singular "
-                "(allow_singular=True) computes it all the same."
+                "computes it all the same."
             )
     difference = a.mean - b.mean
     covariance_a, covariance_b = a.covariance, b.covariance

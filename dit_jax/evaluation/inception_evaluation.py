@@ -233,9 +233,9 @@ def _require_enough(
     """Refuses at once what would be refused after hours of reading features."""
     needed = {}
     if not settings.allow_singular:
-        needed["fid"] = (reference.pool.dim + 1, "allow_singular")
+        needed["fid"] = (reference.pool.dim + 1, "--allow_singular")
         if reference.spatial is not None:
-            needed["sfid"] = (reference.spatial.dim + 1, "allow_singular")
+            needed["sfid"] = (reference.spatial.dim + 1, "--allow_singular")
     else:
         needed["fid"] = needed["sfid"] = (2, "")
     needed["inception_score"] = (2, "")

@@ -7,6 +7,7 @@ images.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from dit_jax.evaluation.files import (
     save_png_folder,
 )
 from dit_jax.output_formats import is_npz
+from dit_jax.quantities import counted, format_bytes
 
 
 class SampleStore:
@@ -56,7 +58,7 @@ class SampleStore:
     ):
         self.path, self.count = Path(path), count
         self.record = json.loads(json.dumps(record))  # as it will be read back
-        self._folder = self.path.with_name(f".{self.path.name}.partial")
+        self._folder = _unfinished(self.path)
         self._progress = self._folder / "progress.json"
         self._file = self._folder / "images.npy"
         if restart:
@@ -65,7 +67,7 @@ class SampleStore:
         self.done = self._resume(shape)
         if not self.done:
             check_destination(record_path(self.path), overwrite=restart)
-            self._require_space(int(np.prod(shape)))
+            require_space(self.path, count, image_shape)
             self._folder.mkdir(parents=True, exist_ok=True)
             self._images = np.lib.format.open_memmap(self._file, "w+", np.uint8, shape)
             self._note()
@@ -94,15 +96,6 @@ class SampleStore:
                 "discard them"
             )
         return done
-
-    def _require_space(self, wanted: int) -> None:
-        check_destination(self.path, overwrite=True)
-        free = shutil.disk_usage(self.path.parent).free
-        if 2 * wanted > free:  # the array and the finished file
-            raise OSError(
-                f"{self.path.parent} has {free / 2**30:.2f} GiB free; {self.count} images need "
-                f"{2 * wanted / 2**30:.2f} GiB while they are made"
-            )
 
     def _note(self) -> None:
         temporary = self._progress.with_suffix(".tmp")
@@ -135,6 +128,38 @@ class SampleStore:
         save_json(record_path(self.path), self.record, overwrite=True)
         del self._images
         shutil.rmtree(self._folder)
+
+
+def require_space(path: Path, count: int, image_shape: tuple[int, int, int]) -> None:
+    """Refuses more images than the disk of `path` has room for.
+
+    Args:
+        path: the destination, as of `SampleStore`.
+        count: images.
+        image_shape: (height, width, channels).
+
+    Raises:
+        OSError: how much space there is and how much is needed; or no permission.
+    """
+    path = Path(path)
+    check_destination(path, overwrite=True)
+    free = shutil.disk_usage(path.parent).free
+    wanted = 2 * count * math.prod(image_shape)  # the array and the finished file
+    if wanted > free:
+        raise OSError(
+            f"{path.parent} has {format_bytes(free)} free; {counted(count, 'image')} need "
+            f"{format_bytes(wanted)} while they are made: make fewer (--num_images), or give an "
+            "--out on another disk"
+        )
+
+
+def is_begun(path: Path) -> bool:
+    """Whether an interrupted run left images for `path`, which take their space already."""
+    return _unfinished(Path(path)).exists()
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
 
 
 def record_path(path: Path) -> Path:

@@ -1,5 +1,7 @@
 """Memory that a run will need beside what there is: refused before the system ends the process."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,29 @@ def require_host_memory(needed: float, what: str, remedy: str) -> None:
             f"{what} need at least {needed / GIB:.1f} GiB of memory, and {free / GIB:.1f} GiB are "
             f"free: {remedy}"
         )
+
+
+@contextlib.contextmanager
+def exhaustion_explained(what: str, remedy: str) -> Iterator[None]:
+    """Names what to change where the memory of a device, or of this machine, runs out.
+
+    Args:
+        what: is done inside, as 'sampling 64 images at once'.
+        remedy: what to do.
+
+    Raises:
+        MemoryNeededError: instead of the error of JAX or NumPy.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        text = str(error).strip().split("\n")[0]
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in text:
+            raise
+        text = text.partition("RESOURCE_EXHAUSTED:")[2].strip() or text
+        raise MemoryNeededError(
+            f"memory ran out while {what}: {remedy}" + (f" ({text})" if text else "")
+        ) from error
 
 
 def require_batches(batch_size: int, example_shape: tuple[int, ...], state: Any) -> None:

@@ -18,6 +18,7 @@ import ml_collections
 from absl import logging
 
 from dit_jax import config as config_lib
+from dit_jax.quantities import counted, format_bytes
 from dit_jax.untrusted import read_json_text
 
 CONFIG_FILE = "config.json"
@@ -189,7 +190,7 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 def _free(directory: Path) -> str:
     try:
-        return f"{shutil.disk_usage(directory).free / 2**20:.1f} MiB free"
+        return f"{format_bytes(shutil.disk_usage(directory).free)} free"
     except OSError:
         return "not to be looked at"
 
@@ -263,10 +264,9 @@ def require_space(directory: Path, state, keep: int, keep_for_good: int = 0) -> 
     keep += keep_for_good
     needed, free = one * (keep + 1) - held, shutil.disk_usage(directory).free
     if needed > free:
-        gib = 1 << 30
         raise WorkdirError(
-            f"{directory} has {free / gib:.2f} GiB free, but {keep} checkpoints and one being "
-            f"written need {needed / gib:.2f} GiB more: free some space, choose another --workdir, "
-            "or lower config.training.keep_last"
+            f"{directory} has {format_bytes(free)} free, but {counted(keep, 'checkpoint')} and one "
+            f"being written need {format_bytes(needed)} more: free some space, choose another "
+            "--workdir, or lower config.training.keep_last"
             + (" or raise config.training.keep_every" if keep_for_good else "")
         )

@@ -101,7 +101,7 @@ def test_a_full_disk_is_refused(capsys, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(workdir_lib.shutil, "disk_usage", lambda path: usage)
     error = refusal(capsys, train.run, tiny_config(), tmp_path / "run")
-    assert "0.00 GiB free" in error and "config.training.keep_last" in error
+    assert "1000 bytes free" in error and "config.training.keep_last" in error
 
 
 def test_a_workdir_of_another_configuration_is_refused(capsys, trained, tmp_path):

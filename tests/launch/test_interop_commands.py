@@ -199,6 +199,9 @@ def test_evaluate_scores_samples_beside_what_was_published(
     out = tmp_path / "scores.json"
     assert "6726825d" in refusal(capsys, evaluate.main, *model, *common, f"--out={out}")
     common.append("--other_inception_weights")
+    few = [option for option in common if option != "--allow_singular"]
+    error = refusal(capsys, evaluate.main, *model, *few, f"--out={out}")
+    assert "--num_images=9: fid needs at least 2049" in error and "--allow_singular" in error
     sampling = ["--protocol=dit_400k", "--steps=2", "--batch_size=8"]
     evaluate.main([*model, *sampling, *common, f"--out={out}"])
     text = capsys.readouterr().out
@@ -226,6 +229,14 @@ def test_evaluate_refuses_what_would_do_nothing(tmp_path, capsys):
     assert "--steps does not apply" in error
     error = refusal(capsys, evaluate.main, "--samples=x.npz", "--reference=y", "--seed=3", out)
     assert "--seed does not apply" in error
+    # What is not there is said before weights are fetched.
+    samples, given = tmp_path / "samples.npz", [f"--samples={tmp_path / 'samples.npz'}", out]
+    error = refusal(capsys, evaluate.main, *given, "--reference=nope.npz")
+    assert f"--samples={samples}: there is no such file" in error
+    np.savez(samples, np.zeros((3, 8, 8, 3), np.uint8))
+    error = refusal(capsys, evaluate.main, *given, "--reference=nope.npz")
+    assert "--reference=nope.npz: there is no such file" in error
     assert "--grey needs" in refusal(capsys, evaluate.main, "--workdir=x", "--grey=repeat", out)
-    assert "give one of --workdir" in refusal(capsys, sample.main, out)
+    picture = f"--out={tmp_path / 'x.png'}"
+    assert "give one of --workdir" in refusal(capsys, sample.main, picture)
     assert not list(Path(tmp_path).iterdir())

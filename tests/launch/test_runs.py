@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from dit_jax.evaluation import sample_store
 from dit_jax.training import lock, memory, workdir
 from dit_jax.training.checkpoints import Checkpoints
-from launch import loading, sample, train, training
+from launch import classifier_scores, evaluate, loading, sample, train, training, wiring
 from tests.launch.conftest import curve, tiny_config
 from tests.launch.test_bad_input import refusal
 
@@ -134,7 +135,41 @@ def test_what_cannot_fit_is_refused_before_anything_is_made(capsys, trained, tmp
     for name in ("a.png", "a.npz", "a"):
         error = refusal(capsys, sample.main, [*many, f"--out={tmp_path / name}"])
         assert "1000000000 images need at least" in error and "lower --num_images" in error
+    error = refusal(capsys, evaluate.main, [*many, f"--out={tmp_path / 'a.json'}"])
+    assert "1000000000 images need at least" in error and "lower --num_images" in error
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_made_is_refused_before_it_is_begun(capsys, trained, tmp_path, monkeypatch):
+    def begun(*arguments, **options):
+        raise AssertionError("the work has begun")
+
+    usage = shutil.disk_usage(tmp_path)._replace(free=3 << 20)
+    monkeypatch.setattr(memory, "available_host_memory", lambda: 1 << 60)
+    monkeypatch.setattr(sample_store.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(wiring, "balanced_labels", begun)
+    many = [f"--workdir={trained}", "--num_images=1000000000", f"--out={tmp_path / 'a.npz'}"]
+    error = refusal(capsys, sample.main, many)
+    assert "3.0 MiB free; 1000000000 images need 119.21 GiB" in error and "--num_images" in error
+    monkeypatch.setattr(classifier_scores.evaluation, "train_classifier", begun)
+    few = [f"--workdir={trained}", "--num_images=20", f"--out={tmp_path / 'a.json'}"]
+    error = refusal(capsys, evaluate.main, few)
+    assert "--num_images=20: " in error and "give --num_images=65" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_that_runs_out_while_sampling_names_the_batch(
+    capsys, trained, tmp_path, monkeypatch
+):
+    def exhaust(*arguments, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+        yield
+
+    monkeypatch.setattr(wiring, "generate", exhaust)
+    options = [f"--workdir={trained}", "--num_images=8", "--batch_size=8"]
+    error = refusal(capsys, sample.main, [*options, f"--out={tmp_path / 'a.png'}"])
+    assert "memory ran out while sampling 8 images at once: lower --batch_size=8" in error
+    assert "Out of memory allocating 9 bytes" in error and "RESOURCE_EXHAUSTED" not in error
 
 
 def test_a_period_that_is_none_is_refused_before_anything_is_made(capsys, tmp_path):

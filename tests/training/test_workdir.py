@@ -29,9 +29,10 @@ def changed(config, **values):
     other = config.to_dict()
     for path, value in values.items():
         section, _, key = path.replace("__", ".").rpartition(".")
+        inner = other
         for name in section.split(".") if section else ():
-            other_section = other[name]
-        (other_section if section else other)[key] = value
+            inner = inner[name]
+        inner[key] = value
     return config_lib.resolve(other)
 
 
@@ -172,7 +173,7 @@ def test_full_disk_errors_name_the_workdir_and_what_to_do(tmp_path, error):
         except Exception as cause:
             raise RuntimeError("the library's own words") from cause
     message = str(raised.value)
-    assert f"no space is left on the disk of {tmp_path}" in message and "MiB free" in message
+    assert f"no space is left on the disk of {tmp_path}" in message and "iB free" in message
     assert "the same command continues from the newest" in message
     with pytest.raises(KeyError), readable_disk_errors(tmp_path):
         raise KeyError("another")
