@@ -7,7 +7,7 @@ nothing.
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -112,6 +112,39 @@ def resolve(config: AnyConfig) -> ml_collections.ConfigDict:
     if message := ranges.order_error(dict(flatten(resolved))):
         raise ConfigError(message)
     return resolved
+
+
+def leave_out_unchosen(
+    config: ml_collections.ConfigDict, typed: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    """Resets what an experiment's file sets in namespaces that a flag has chosen others than.
+
+    Args:
+        config: the file's, with the command line's values in it; changed in place.
+        typed: keys of the command line, 'process.name'. What it has typed itself stays, for
+            `resolve` to refuse.
+
+    Returns:
+        {'process.name': {'process.flow.time_scale': 1000.0}}: by flag what was reset.
+    """
+    defaults, left_out = dict(flatten(default_config())), {}
+    for section, selector in _SELECTORS.items():
+        chosen = f"{section}.{selector}"
+        if chosen not in typed or section not in config:
+            continue
+        for path, value in list(flatten(config[section], f"{section}.")):
+            _, namespace, *rest = path.split(".")
+            unused = rest and namespace != config[section][selector] and path in defaults
+            if not unused or path in typed or value == defaults[path]:
+                continue
+            left_out.setdefault(chosen, {})[path] = value
+            parent = config
+            *parents, leaf = path.split(".")
+            for part in parents:
+                parent = parent[part]
+            with parent.ignore_type():
+                parent[leaf] = defaults[path]
+    return left_out
 
 
 def _renamed(config: AnyConfig) -> Iterator[tuple[str, Any]]:

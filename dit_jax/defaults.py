@@ -134,13 +134,13 @@ def _library_config() -> ml_collections.ConfigDict:
                     "sigma_min": 0.002,  # where sampling ends, before 0
                     "sigma_max": 80.0,  # where sampling starts
                     "preconditioning": "edm",  # edm | vp | ve | iddpm: how the network is wrapped
-                    "vp_beta_d": 19.9,
-                    "vp_beta_min": 0.1,
-                    "vp_epsilon_t": 1e-5,
-                    "ve_sigma_min": 0.02,
-                    "ve_sigma_max": 100.0,
-                    "iddpm_c_1": 0.001,
-                    "iddpm_c_2": 0.008,
+                    "vp_beta_d": 19.9,  # of vp: growth of beta from time 0 to 1
+                    "vp_beta_min": 0.1,  # of vp: beta at time 0
+                    "vp_epsilon_t": 1e-5,  # of vp: smallest time trained on
+                    "ve_sigma_min": 0.02,  # of ve: smallest noise level
+                    "ve_sigma_max": 100.0,  # of ve: largest noise level
+                    "iddpm_c_1": 0.001,  # of iddpm: least ratio of neighbouring alpha bars
+                    "iddpm_c_2": 0.008,  # of iddpm: offset of its cosine schedule
                     "num_timesteps": 1000,  # M of vp and iddpm
                 },
             },
@@ -148,8 +148,14 @@ def _library_config() -> ml_collections.ConfigDict:
                 # uniform | log_normal | logit_normal | truncated_log_normal | log_student_t |
                 # polynomial | speed | speed_first_release
                 "name": "uniform",
-                "log_normal": {"mean": -1.2, "std": 1.2},
-                "logit_normal": {"mean": 0.0, "std": 1.0},
+                "log_normal": {  # log(sigma / alpha) is normal
+                    "mean": -1.2,  # of log(sigma / alpha)
+                    "std": 1.2,  # standard deviation of log(sigma / alpha)
+                },
+                "logit_normal": {  # log(t / (1 - t)) is normal
+                    "mean": 0.0,  # of log(t / (1 - t)): above 0 more noise
+                    "std": 1.0,  # standard deviation of log(t / (1 - t))
+                },
                 # Between two times; 0: the process's own first or last.
                 "truncated_log_normal": {
                     "mean": -1.1,
@@ -157,12 +163,12 @@ def _library_config() -> ml_collections.ConfigDict:
                     "min_time": 0.0,
                     "max_time": 0.0,
                 },
-                "log_student_t": {
-                    "mean": 0.0,
-                    "std": 0.2,
-                    "min_time": 0.0,
-                    "max_time": 0.0,
-                    "df": 0.01,
+                "log_student_t": {  # log(sigma / alpha) is Student-t
+                    "mean": 0.0,  # location of log(sigma / alpha)
+                    "std": 0.2,  # scale of log(sigma / alpha)
+                    "min_time": 0.0,  # smallest time; 0: the process's own
+                    "max_time": 0.0,  # largest time; 0: the process's own
+                    "df": 0.01,  # degrees of freedom: few of them pile times up at the mean
                 },
                 # EDM's sampling schedule of that many noise levels, without its ends.
                 "polynomial": {
@@ -179,12 +185,19 @@ def _library_config() -> ml_collections.ConfigDict:
                     "tau": 0,  # index from which the process counts as converged; 0: by process
                     "lam": 0.6,
                 },
-                "speed_first_release": {"asymmetric": True, "weighted": True, "dual": True},
+                "speed_first_release": {  # what the code of SpeeD's first release computes
+                    "asymmetric": True,  # draw times by their own distribution, not evenly
+                    "weighted": True,  # weight the loss by P2's 1 / (1 + snr)
+                    "dual": True,  # the second half of a batch at mirrored times
+                },
             },
             "loss": {
                 "weighting": "none",  # none | p2 | min_snr
-                "p2": {"k": 1.0, "gamma": 1.0},
-                "min_snr": {"gamma": 5.0},
+                "p2": {  # weight 1 / (k + snr)^gamma
+                    "k": 1.0,  # keeps the weight of noise finite
+                    "gamma": 1.0,  # strength; 0: no weight
+                },
+                "min_snr": {"gamma": 5.0},  # the weight of x0's error, snr, is cut off at gamma
                 "vlb_weight": 1.0,  # of the variance term, when model.dit.learn_sigma
             },
             "teacher": {  # of the methods that distil
@@ -204,11 +217,11 @@ def _library_config() -> ml_collections.ConfigDict:
                     "target": "student",  # whose x0 at r: student (its own), or an average's name
                     "growth": 2.0,  # q: the ratio r / t is 1 - growth^-(stage + 1)
                     "ratio_limit": 0.999,  # its largest value
-                    "images_per_stage": 6_400_000,
+                    "images_per_stage": 6_400_000,  # images seen until r comes nearer to t
                     "min_r": 0.0,  # smallest noise level of r; 0: clean data
                     "quantize": False,  # t and r are indices (process.name = ddpm)
                     "distance": "pseudo_huber",  # pseudo_huber | l2 | squared_l2
-                    "huber_constant": 1e-8,
+                    "huber_constant": 1e-8,  # c of pseudo_huber, sqrt(|error|^2 + c^2) - c
                     "weighting": "default",  # default: 1 / (t - r) | c_out | c_out_sq | sigma_sq |
                     # sqrt: 1 / sqrt(t - r) | one
                 },
@@ -232,7 +245,7 @@ def _library_config() -> ml_collections.ConfigDict:
                     "sigma_data": 0.5,  # standard deviation of the data, for TrigFlow
                     "tangent_warmup_steps": 10_000,  # over which the derivative comes in
                     "tangent": "normalize",  # normalize: g / (|g| + constant) | clip: to [-1, 1]
-                    "tangent_constant": 0.1,
+                    "tangent_constant": 0.1,  # added to the norm that the tangent is divided by
                     "spatially_invariant": True,  # |g| a root mean square, not of the sum
                     "adaptive_weighting": True,  # learn a log variance of the loss by noise level
                     "prior_weighting": True,  # divide the loss by sigma / alpha
@@ -247,9 +260,9 @@ def _library_config() -> ml_collections.ConfigDict:
                     "interval_share": 0.25,  # of examples with r < t; of the others r = t
                     "r_distribution": "same",  # same (as timesteps) | uniform | logit_normal
                     "r_mean": 0.0,  # of logit_normal
-                    "r_std": 1.0,
+                    "r_std": 1.0,  # of logit_normal
                     "guidance_omega": 1.0,  # guidance of scale omega / (1 - kappa), from data only
-                    "guidance_kappa": 0.0,
+                    "guidance_kappa": 0.0,  # share of the network's own conditional velocity
                     "guidance_interval": (),  # (low, high) times of that; empty: always
                     "loss": "l2",  # l2 | opt_grad
                     "weight_power": 1.0,  # of the adaptive loss weight; 0: none
@@ -269,7 +282,7 @@ def _library_config() -> ml_collections.ConfigDict:
                     **_DMD2,
                     "divergence": "js",  # js | kl | rkl | sh | neyman | jf | sf
                     "ratio_lower": 0.1,  # real over generated density is clipped to these
-                    "ratio_upper": 20.0,
+                    "ratio_upper": 20.0,  # the largest of it
                     "ratio_normalization": True,  # divide it by its recent mean at like times
                     "ratio_bins": 10,  # of time
                     "ratio_decay": 0.0,  # share of the old mean kept; 0: the batch's own
@@ -333,9 +346,20 @@ def _library_config() -> ml_collections.ConfigDict:
                 "final_learning_rate": 0.0,  # of cosine and linear, at training.num_steps
                 "weight_decay": 0.0,  # decoupled, times the learning rate
                 "gradient_clip_norm": 0.0,  # 0: no clipping
-                "adamw": {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8},
-                "radam": {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8},
-                "lion": {"beta1": 0.9, "beta2": 0.99},
+                "adamw": {
+                    "beta1": 0.9,  # decay of the mean of gradients
+                    "beta2": 0.999,  # decay of the mean of their squares
+                    "epsilon": 1e-8,  # added to the root of that, which divides
+                },
+                "radam": {
+                    "beta1": 0.9,  # decay of the mean of gradients
+                    "beta2": 0.999,  # decay of the mean of their squares
+                    "epsilon": 1e-8,  # added to the root of that, which divides
+                },
+                "lion": {
+                    "beta1": 0.9,  # share of the mean, beside the gradient, in an update's sign
+                    "beta2": 0.99,  # decay of the mean of gradients
+                },
             },
             "ema": {
                 "decays": (0.9999,),  # constant decays, each its own average
@@ -365,9 +389,21 @@ def _library_config() -> ml_collections.ConfigDict:
                 "spacing": "",  # of the times (diffusion.schedules); empty: by solver and process
                 "shift": 1.0,  # of flow's times, above 1 towards noise
                 "rho": 7.0,  # of EDM's times
-                "ddpm": {"variance": "auto", "clip_denoised": False},
-                "ddim": {"eta": 0.0, "clip_denoised": False},
-                "heun": {"s_churn": 0.0, "s_min": 0.0, "s_max": 1e9, "s_noise": 1.0},
+                "ddpm": {
+                    # Of a step's noise; auto: learned where the network predicts it.
+                    "variance": "auto",  # auto | learned | fixed_small | fixed_large
+                    "clip_denoised": False,  # clamp predicted x0 to [-1, 1] (of pixels)
+                },
+                "ddim": {
+                    "eta": 0.0,  # noise of a step: 0 is deterministic, 1 ancestral
+                    "clip_denoised": False,  # clamp predicted x0 to [-1, 1] (of pixels)
+                },
+                "heun": {
+                    "s_churn": 0.0,  # noise added back, over all steps; 0: deterministic
+                    "s_min": 0.0,  # smallest sigma / alpha at which noise is added
+                    "s_max": 1e9,  # largest sigma / alpha at which noise is added
+                    "s_noise": 1.0,  # standard deviation of the added noise
+                },
                 "batch_size": 64,  # images sampled at once, over all devices
                 "weights": "ema",  # ema: the first average; or raw, or an average's own name
             },

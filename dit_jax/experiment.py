@@ -442,11 +442,22 @@ def _data_names(name: str, options: Iterable[str]) -> dict[str, str]:
     }
 
 
+# What to give for data that were not named, by name.
+_EXPECTED = {
+    "image_folder": "IMAGES, a folder with a subfolder of images for every class "
+    "(IMAGES/cat/1.jpg, IMAGES/dog/2.png), or with such folders train/ and test/",
+    "jpeg_npz": "'data/cifar10_{split}.npz', files of JPEGs, {split} where train or test stands",
+    "pairs": "PAIRS, which a trained teacher fills: python launch/write_pairs.py --workdir=RUN "
+    "--num_pairs=50000 --out=PAIRS",
+    "tfds": "NAME of a data set of TensorFlow Datasets, as cifar10",
+}
+
+
 def _missing_data(config: ml_collections.ConfigDict, key: str) -> str:
     """What to do where an experiment's data were not named."""
     model, name = config.model, config.data.name
     if name != "latents":
-        return f"{key} is empty: set --{key}=..."
+        return f"{key} is empty: set --{key}={_EXPECTED.get(name, '...')}"
     vae = 8 if model.in_channels == 4 else 1  # pixels a latent's side, of Stable Diffusion's
     lines = [
         f"{key} is empty. This experiment trains on latents of images, which are made once:",

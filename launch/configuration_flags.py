@@ -1,5 +1,8 @@
 """The flags of commands that take an experiment: --config=FILE, --config.key=value, by absl."""
 
+import difflib
+import functools
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -15,6 +18,10 @@ from launch import command
 flags.disclaim_key_flags()  # --help lists a command's own flags, of which these are a part
 
 
+# The command line as it is parsed; what overrides the file is looked for in there, too.
+_arguments: list[str] = []
+
+
 def define_config() -> flags.FlagHolder:
     """Defines --config, and --help_config, which explains its keys."""
     flags.DEFINE_string(
@@ -24,20 +31,27 @@ def define_config() -> flags.FlagHolder:
         "that have it in their name or meaning.",
     )
     return config_flags.DEFINE_config_file(
-        "config", None, "The experiment, a file of configs/; override with --config.key=value."
+        "config",
+        None,
+        "The experiment, a file of configs/; override with --config.key=value.",
+        sys_argv=_arguments,
     )
 
 
-def run(main: Callable[[list[str]], object], required: tuple[str, ...] = ()) -> None:
+def run(
+    main: Callable[[list[str]], object], required: tuple[str, ...] = (), *, announce: bool = True
+) -> None:
     """Parses the flags and runs `main`, as `command.run` does with those of other commands.
 
     Args:
         main: is given what absl leaves of the command line, the name of the program.
         required: names of the flags that have to be given as --config has.
+        announce: see `parse`.
     """
     logging.set_verbosity(logging.WARNING)
     flags.mark_flags_as_required(required)
-    command.run(lambda: app.run(main, flags_parser=parse))
+    parser = functools.partial(parse, announce=announce)
+    command.run(lambda: app.run(main, flags_parser=parser))
 
 
 def config_name() -> str:
@@ -45,31 +59,90 @@ def config_name() -> str:
     return Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
 
 
-def parse(argv: list[str]) -> list[str]:
-    """absl's parsing, with mistakes reported as all others are."""
+def parse(argv: list[str], *, announce: bool = True) -> list[str]:
+    """absl's parsing, with mistakes reported as all others are.
+
+    Args:
+        argv: the program and its arguments.
+        announce: say what of the file of --config is left out (`settle`).
+    """
     show_help_config(argv[1:])
     known = {path for path, _ in config_lib.flatten(config_lib.default_config())}
-    argv = [argv[0], *map(_with_todays_key, argv[1:])]
+    argv = _arguments[:] = [argv[0], *map(_with_todays_key, argv[1:])]
     with command.readable_errors():
+        require_config_file(argv[1:])
         for argument in argv[1:]:
             key = argument.lstrip("-").partition("=")[0].removeprefix("no")
             if key.startswith("config.") and key.removeprefix("config.") not in known:
                 hint = config_lib.nearest_key(key.removeprefix("config."))
                 raise config_lib.ConfigError(f"unknown key {key}{hint}")
             meant = abbreviations.meant_by(key)
-            if argument.startswith("--") and key not in flags.FLAGS and meant:
-                raise config_lib.ConfigError(
-                    f"unknown flag --{key}; did you mean --config.{meant[0]}?"
-                )
+            if argument.startswith("--") and key not in flags.FLAGS:
+                named = any(path.rpartition(".")[2] == key for path in known)
+                hint = f"; did you mean --config.{meant[0]}?" if meant else ""
+                hint = hint or (config_lib.nearest_key(key).replace("config", "--config", 1))
+                if meant or named:
+                    raise config_lib.ConfigError(f"unknown flag --{key}{hint}")
         try:
-            rest = flags.FLAGS(argv)[1:]
+            rest = _parsed(argv)[1:]
         except flags.Error as error:
             raise ValueError(f"{error} (see --help)") from error
         if flags.FLAGS["config"].value is None:
             raise ValueError("--config is missing, for example --config=configs/digits.py")
         if rest:
             raise ValueError(f"unexpected arguments: {' '.join(rest)}")
+    left_out = settle()
+    if announce and left_out:
+        print(left_out, flush=True)
     return argv[:1]
+
+
+def _parsed(argv: list[str]) -> list[str]:
+    """absl's parsing; its --help, which ends the process, ends it with success."""
+    try:
+        return flags.FLAGS(argv)
+    except SystemExit:
+        if any(re.fullmatch(r"--?(help\w*|\?)(=.*)?", argument) for argument in argv[1:]):
+            sys.exit(0)
+        raise
+
+
+def require_config_file(arguments: list[str]) -> None:
+    """Refuses a --config that is no file, and names those there are.
+
+    Raises:
+        ValueError: there is no such file, or it is none that can be read to its end.
+    """
+    for position, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name not in ("--config", "-config"):
+            continue
+        value = value if equals else "".join(arguments[position + 1 : position + 2])
+        file = Path(value.partition(":")[0])  # behind the colon: an argument of get_config
+        if file.is_file():
+            continue
+        what = "is not a regular file" if file.exists() else "does not exist"
+        folder = Path(__file__).parents[1] / "configs"
+        known = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+        match = difflib.get_close_matches(file.stem, known, n=1)
+        hint = f"did you mean configs/{match[0]}.py? " if match else ""
+        raise ValueError(
+            f"--config={value} {what}; {hint}the files of configs/ are {', '.join(known)}"
+        )
+
+
+def settle() -> str:
+    """Leaves out what the file of --config sets for choices that flags replace; says what."""
+    flag = flags.FLAGS["config"]
+    typed = config_flags.get_override_values(flag)
+    lines = []
+    for chosen, values in config_lib.leave_out_unchosen(flag.value, typed).items():
+        listed = ", ".join(f"config.{path}={value!r}" for path, value in values.items())
+        lines.append(
+            f"note: --config.{chosen}={typed[chosen]} leaves out what "
+            f"{config_flags.get_config_filename(flag)} sets for another: {listed}"
+        )
+    return "\n".join(lines)
 
 
 def show_help_config(arguments: list[str]) -> None:
@@ -84,8 +157,22 @@ def show_help_config(arguments: list[str]) -> None:
         from dit_jax import config_help
 
         with command.readable_errors():
-            print(config_help.explain(word))
+            text = config_help.explain(word)
+        given = any(argument.partition("=")[0].lstrip("-") == "config" for argument in arguments)
+        print_for_pipe(
+            "Defaults of all experiments"
+            + (", not what the file of --config sets" if given else "")
+            + f", and meanings:\n{text}"
+        )
         sys.exit(0)
+
+
+def print_for_pipe(text: str) -> None:
+    """Prints for a reader that may go before the end, as `| head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # and Python's own flush at exit must not meet it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _with_todays_key(argument: str) -> str:

@@ -19,7 +19,7 @@ from dit_jax.data import Pairs, Source
 from dit_jax.training import workdir
 from dit_jax.training.checkpoints import fingerprint
 from dit_jax.training.method import Method
-from interop.models import FoundModel, open_model
+from interop.models import KINDS, FoundModel, open_model
 
 METHODS = ChainMap(experiment.METHODS, distill.METHODS)
 FROZEN_FILE = "frozen.json"
@@ -102,7 +102,25 @@ def _source(config: ml_collections.ConfigDict, name: str) -> tuple[str, str, str
     return f"method.{config.method.name}.{name}", section[name], weights
 
 
+def _require_there(key: str, source: str) -> None:
+    """Refuses a model of a path that is not there, with the command that trains it if one does."""
+    kind, colon, rest = source.partition(":")
+    bare = rest if colon and kind in KINDS else source
+    path = Path(bare)
+    if bare.startswith("hub:") or path.exists():
+        return
+    message = f"config.{key}={source}: there is no such model"
+    experiments = Path(__file__).parents[1] / "configs" / f"{path.name}.py"
+    if experiments.is_file():
+        command = f"python launch/train.py --config=configs/{path.name}.py --workdir={path}"
+        message += f" yet; train it first: {command}, or"
+    else:
+        message += ":"
+    raise ConfigError(f"{message} set --config.{key} to a trained one (a workdir, hub:..., a file)")
+
+
 def _open(config: ml_collections.ConfigDict, key: str, source: str, weights: str) -> FoundModel:
+    _require_there(key, source)
     found = open_any(source, like=config.model)
     if weights != "ema" or (found.path / workdir.CHECKPOINTS).is_dir():
         # Of the several that a run has; a file of another format holds one, good for "ema".

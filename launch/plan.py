@@ -91,4 +91,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    configuration_flags.run(main, required=("devices",))
+    configuration_flags.run(main, required=("devices",), announce=_CHILD not in os.environ)

@@ -134,6 +134,26 @@ def test_errors_of_values_no_object_takes(overrides, message):
     assert message in str(error.value)
 
 
+def test_a_flags_choice_leaves_out_what_the_file_sets_for_another():
+    config = importlib.import_module("configs.digits").get_config().lock()
+    flow = {"process.flow.network_convention": "flux", "process.flow.time_scale": 1000.0}
+    config.process.name = "edm"
+    typed = {"process.name": "edm"}
+    assert config_lib.leave_out_unchosen(config, typed) == {"process.name": flow}
+    defaults = default_config().process.edm
+    assert resolve(config).process.edm == defaults
+    config.model.name = "song_unet"
+    left_out = config_lib.leave_out_unchosen(config, {"model.name": "song_unet"})
+    assert left_out["model.name"]["model.dit.hidden_size"] == 96
+    assert resolve(config).model.name == "song_unet"
+    # What is typed itself stays, to be refused; and what no flag changes stays as it is.
+    config.process.flow.time_scale = 7.0
+    for keys in ({**typed, "process.flow.time_scale": 7.0}, {"data.name": "digits"}):
+        assert not config_lib.leave_out_unchosen(config, keys)
+        with pytest.raises(ConfigError, match=r"process.flow.time_scale=7.0 would do nothing"):
+            resolve(config)
+
+
 def test_partial_configurations_are_filled_in_and_converted():
     config = resolve({"optimizer": {"learning_rate": 1}, "ema": {"decays": [0.9, 0.99]}})
     assert config.optimizer.learning_rate == 1.0

@@ -1,6 +1,10 @@
 """Errors name what their reader can type."""
 
+import os
+
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from dit_jax import experiment
 from dit_jax.config import ConfigError, default_config
@@ -55,14 +59,13 @@ def test_a_data_sets_errors_name_keys(tmp_path, write_image):  # noqa: F811
         (
             "model.dit.patch_size",
             3,
-            "config.model.image_size=32 is not divisible by config.model.patch_",
+            "config.model.image_size=32 is not divisible by config.model.dit.patch_",
         ),
     ],
 )
 def test_an_objects_errors_name_keys(path, value, message):
     config = default_config()
-    section, key = path.split(".")
-    config[section][key] = value
+    config.update_from_flattened_dict({path: value})
     with pytest.raises(ConfigError) as error:
         experiment.resolve_config(config)
     assert message in str(error.value)
@@ -91,3 +94,41 @@ def test_an_error_of_a_flag_of_the_field_names_the_key(capsys):
     assert ending.value.code == 2
     error = capsys.readouterr().err
     assert "unknown flag --lr; did you mean --config.optimizer.learning_rate?" in error
+
+
+@pytest.fixture
+def config_flag(monkeypatch):
+    """The flag --config as it was before anything was parsed, here and afterwards."""
+    values = flags.FlagValues()
+    monkeypatch.setattr(configuration_flags.flags, "FLAGS", values)
+    monkeypatch.setattr(configuration_flags, "_arguments", arguments := [])
+    config_flags.DEFINE_config_file("config", None, "", values, sys_argv=arguments)
+    return values
+
+
+def test_mistakes_beside_the_configurations_keys_are_told(config_flag, capsys, tmp_path):
+    os.mkfifo(tmp_path / "pipe.py")
+    for options, message in (
+        (["--config=configs/nope.py"], "--config=configs/nope.py does not exist; "),
+        (["--config", "configs/digit.py"], "did you mean configs/digits.py? the files of configs/"),
+        ([f"--config={tmp_path / 'pipe.py'}"], "pipe.py is not a regular file"),
+        (["--config=configs/digits.py", "--seed=5"], "--seed; did you mean --config.seed?"),
+    ):
+        with pytest.raises(SystemExit) as ending:
+            configuration_flags.parse(["train.py", *options])
+        assert ending.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_choice_by_flag_leaves_out_the_files_options_of_another(config_flag, capsys):
+    options = ["--config=configs/digits.py", "--config.data.name=tfds", "--config.model.depth=2"]
+    options += ["--config.process.name=edm", "--config.process.flow.time_scale=3.0"]
+    configuration_flags.parse(["train.py", *options])
+    assert capsys.readouterr().out == (
+        "note: --config.process.name=edm leaves out what configs/digits.py sets for another: "
+        "config.process.flow.network_convention='flux'\n"
+    )
+    config = config_flag["config"].value
+    assert config.model.dit.depth == 2  # by the name of before
+    with pytest.raises(ConfigError, match=r"config\.process\.flow\.time_scale=3\.0 would do noth"):
+        experiment.resolve_config(config)

@@ -224,7 +224,8 @@ def open_pairs(
                 "launch/write_pairs.py again, it continues where it stopped"
             )
         raise FileNotFoundError(
-            f"no pairs in {path}: {HEADER} is missing (launch/write_pairs.py writes them)"
+            f"no pairs in {path}: {HEADER} is missing. A trained teacher writes them: python "
+            f"launch/write_pairs.py --workdir=TEACHER --num_pairs=20000 --out={path}"
         )
     header = PairsHeader.from_file(folder / HEADER)
     # An option that the header does not know of came later, and was not in effect then.

@@ -51,7 +51,11 @@ def trained(tmp_path_factory):
         ({"model.image_size": 16}, "set config.model.image_size=8 and config.model.in_channels=1"),
         ({"model.num_classes": 7}, "set config.model.num_classes=10"),
         ({"mesh.data": 3}, "multiply to 3, but there are 8 devices: set mesh.data=8"),
-        ({"data.name": "image_folder"}, "config.data.image_folder.path"),
+        (
+            {"data.name": "image_folder"},
+            "config.data.image_folder.path is empty: set --config.data.image_folder.path=IMAGES, a "
+            "folder with a subfolder of images for every class (IMAGES/cat/1.jpg",
+        ),
         ({"data.name": "imagenet"}, "'imagenet'"),
         ({"training.num_steps": 0}, "config.training.num_steps=0: expected at least 1"),
         ({"sampling.batch_size": 0}, "config.sampling.batch_size=0: expected at least 1"),
