@@ -112,11 +112,16 @@ def train_in(
     shown = preview_conditions(source, plan.network, training.preview_images)
     shown = {"conditions": shown, "nulls": nulls, "decoder": decoder, "beside": beside}
     preview = make_preview(config, plan, placement, directory, home.writers, **shown)
-    with Checkpoints(
-        directory / workdir.CHECKPOINTS,
-        keep_last=training.keep_last,
-        keep_every=training.keep_every,
-    ) as checkpoints:
+    batch = f"training in batches of {training.batch_size}"
+    with (
+        memory.exhaustion_explained(batch, memory.UPDATE_REMEDY),
+        workdir.mismatch_explained(directory, config),
+        Checkpoints(
+            directory / workdir.CHECKPOINTS,
+            keep_last=training.keep_last,
+            keep_every=training.keep_every,
+        ) as checkpoints,
+    ):
         return loop.train(
             method,
             iter(loader),

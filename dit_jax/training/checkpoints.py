@@ -9,6 +9,7 @@ damaged disk or a partial copy changed later.
 import contextlib
 import dataclasses
 import functools
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from absl import logging
 
 from dit_jax.training import saved_averages
 
+# What tensorstore appends to its messages, as [tensorstore_spec='{"context":...
+_DETAILS = re.compile(r"\s*\[(?:tensorstore_spec|source locations?|domain)\b")
+
 
 class CheckpointError(RuntimeError):
     """No checkpoint could be read or written."""
@@ -28,6 +32,12 @@ class CheckpointError(RuntimeError):
 
 class MismatchError(CheckpointError):
     """A whole checkpoint, of another architecture or method."""
+
+
+def reason_of(error: Exception) -> str:
+    """What orbax or tensorstore says of a file, without the specification of the whole array."""
+    text = str(error).strip().split(". See full")[0].split("\n")[0]
+    return _DETAILS.split(text)[0].strip() or repr(error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +125,7 @@ class Checkpoints:
         read_only: bool = False,
     ):
         self.directory = Path(directory).absolute()
+        self._made = not read_only and not self.directory.exists()
         if keep_last < 1:
             raise ValueError(f"training.keep_last={keep_last}: expected at least 1")
         if keep_every < 0:
@@ -143,6 +154,11 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
+
+    def refresh(self) -> list[int]:
+        """As `steps`, read from the disk again: another process may have written and removed."""
+        self._manager.reload()
+        return self.steps()
 
     def path(self, step: int) -> Path:
         """Directory of the checkpoint of `step`."""
@@ -201,7 +217,7 @@ class Checkpoints:
                 if "RESOURCE_EXHAUSTED" in str(error):
                     raise
                 cause = error
-                reason = str(error).strip().split(". See full")[0].split("\n")[0] or repr(error)
+                reason = reason_of(error)
             else:
                 if fingerprint(found["state"]) == found["meta"]["fingerprint"]:
                     if set_aside:  # not before it is clear that the run goes on
@@ -271,9 +287,8 @@ class Checkpoints:
         except MismatchError:
             raise
         except Exception as error:  # whatever orbax and tensorstore raise on damaged files
-            reason = str(error).strip().split("\n")[0] or repr(error)
             raise CheckpointError(
-                f"checkpoint {self.path(step)} cannot be read: {reason}"
+                f"checkpoint {self.path(step)} cannot be read: {reason_of(error)}"
             ) from error
 
     def _read(self, target: Any, step: int) -> Any:
@@ -300,6 +315,9 @@ class Checkpoints:
             if jax.process_count() == 1:  # what was not finished takes space, of a full disk maybe
                 for unfinished in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
                     shutil.rmtree(unfinished, ignore_errors=True)
+                if self._made:  # a run that was refused leaves nothing
+                    with contextlib.suppress(OSError):  # not empty
+                        self.directory.rmdir()
 
     def close(self) -> None:
         """Waits for pending writes and releases orbax's threads."""

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.quantities import counted
 from dit_jax.training import memory
 from dit_jax.training import metrics as metrics_lib
 from dit_jax.training.checkpoints import CheckpointError, Checkpoints
@@ -192,7 +193,8 @@ def train(
         before_writing: called with the step before metrics, pictures or a checkpoint are written.
 
     Raises:
-        ValueError: the checkpoint is of another seed or other data, and `strict`.
+        ValueError: the checkpoint is of another seed or other data, and `strict`; or of a later
+            step than `options.num_steps`.
         CheckpointError: none can be read, or what was written last is not there in the end.
         NonFiniteError: naming the step, its batch's statistics and the last good checkpoint.
     """
@@ -210,7 +212,13 @@ def train(
         announce(f"continuing from step {step} ({checkpoints.path(step)})")
         for note in restored.notes:
             announce(note)
-    if step >= options.num_steps:
+    if step > options.num_steps:
+        raise ValueError(
+            f"config.training.num_steps={options.num_steps}: {checkpoints.directory} is at step "
+            f"{step} already, and fewer steps than are done mean nothing. To train on set more "
+            f"than {step}; to train anew use another --workdir"
+        )
+    if step == options.num_steps:
         on_start()
         announce(f"already at step {step} of {options.num_steps}: nothing to train")
         return TrainResult(state, step, False, 0.0, 0.0)
@@ -370,7 +378,9 @@ class _Run:
             rate = (self._steps - 2) / (time.perf_counter() - self._begun)
             left = self.options.num_steps - step
             duration = metrics_lib.format_duration(left / rate)
-            self.announce(f"{rate:.3g} steps/s: about {duration} for the {left} steps left")
+            if left:
+                steps = counted(left, "step")
+                self.announce(f"{rate:.3g} steps/s: about {duration} for the {steps} left")
 
     def is_pause(self, step: int) -> bool:
         """Whether a preview or a checkpoint is due after `step`."""

@@ -8,8 +8,19 @@ from typing import Any
 import jax
 import numpy as np
 
-GIB = 1 << 30
+from dit_jax.quantities import counted, format_bytes
+
 _UNLIMITED = 1 << 60  # what control groups without a limit say, about
+
+# What to change where an update needs too much, or where what is kept between updates does.
+UPDATE_REMEDY = (
+    "lower config.training.batch_size, raise config.training.num_microbatches, set "
+    "config.model.remat='block', or make the network (config.model) smaller"
+)
+STATE_REMEDY = (
+    "make the network (config.model: its width, its depth) smaller or keep fewer averages "
+    "(config.ema); a smaller batch helps little"
+)
 
 
 class MemoryNeededError(ValueError):
@@ -63,7 +74,7 @@ def require_host_memory(needed: float, what: str, remedy: str) -> None:
     free = available_host_memory()
     if free is not None and needed > free:
         raise MemoryNeededError(
-            f"{what} need at least {needed / GIB:.1f} GiB of memory, and {free / GIB:.1f} GiB are "
+            f"{what} need at least {format_bytes(needed)} of memory, and {format_bytes(free)} are "
             f"free: {remedy}"
         )
 
@@ -104,21 +115,35 @@ def require_batches(batch_size: int, example_shape: tuple[int, ...], state: Any)
     """
     example = 4 * int(np.prod(example_shape))
     remedy = f"lower config.training.batch_size={batch_size}"
+    what = f"batches of {counted(batch_size, 'image')}"
     here = batch_size / jax.process_count()
     host = 2 * here * (example + 8)  # one is used while the next is read
     on_devices = here * 2 * example  # the images and the noise
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    if held > host + on_devices:  # the network, not the batch, is what is too large
+        what, remedy = f"the training state ({_largest(state)}) and {what}", STATE_REMEDY
     if jax.default_backend() == "cpu":
-        require_host_memory(host + on_devices + held, f"batches of {batch_size} images", remedy)
+        require_host_memory(host + on_devices + held, what, remedy)
         return
-    require_host_memory(host, f"batches of {batch_size} images", remedy)
+    require_host_memory(host, what, remedy)
     limit = _device_memory()
-    if limit and on_devices / jax.local_device_count() > limit:
-        needed = on_devices / jax.local_device_count() / GIB
+    # At best both are divided over all devices.
+    needed = on_devices / jax.local_device_count() + held / jax.device_count()
+    if limit and needed > limit:
         raise MemoryNeededError(
-            f"batches of {batch_size} images need at least {needed:.1f} GiB of each device, which "
-            f"has {limit / GIB:.1f} GiB: {remedy}"
+            f"{what} need at least {format_bytes(needed)} of each device, which has "
+            f"{format_bytes(limit)}: {remedy}"
         )
+
+
+def _largest(state: Any) -> str:
+    """The three largest parts of a state: 'params 1.00 GiB, ema 1.00 GiB, optimizer 2.00 GiB'."""
+    sizes: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name = jax.tree_util.keystr(path[:1], simple=True) or "arrays"
+        sizes[name] = sizes.get(name, 0) + leaf.size * leaf.dtype.itemsize
+    largest = sorted(sizes, key=sizes.get, reverse=True)[:3]
+    return ", ".join(f"{name} {format_bytes(sizes[name])}" for name in largest)
 
 
 def _device_memory() -> int | None:
@@ -136,15 +161,18 @@ def require_fits(compiled: Any) -> None:
     if analysis is None:
         return
     new = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    kept = analysis.argument_size_in_bytes
     if jax.default_backend() == "cpu":
-        free, needed = available_host_memory(), new * jax.local_device_count()
+        # State and batch are in memory already.
+        new, kept = new * jax.local_device_count(), kept * jax.local_device_count()
+        free, needed, related = available_host_memory(), new, "beside"
         whose = "this machine has left"
     else:
-        free, needed = _device_memory(), new + analysis.argument_size_in_bytes
+        free, needed, related = _device_memory(), new + kept, "with"
         whose = "a device has"
     if free is not None and needed > free:
         raise MemoryNeededError(
-            f"an update needs {needed / GIB:.1f} GiB of memory, and {whose} {free / GIB:.1f} GiB: "
-            "lower config.training.batch_size, raise config.training.num_microbatches or set "
-            "config.model.remat='block'"
+            f"an update needs {format_bytes(needed)} of memory, {related} {format_bytes(kept)} of "
+            f"state and batch, and {whose} {format_bytes(free)}: "
+            + (STATE_REMEDY if kept > new else UPDATE_REMEDY)
         )

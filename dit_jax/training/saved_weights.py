@@ -21,8 +21,11 @@ from dit_jax.training.checkpoints import (
     MismatchError,
     fingerprint,
     paths_of,
+    reason_of,
 )
 from dit_jax.training.method import Method
+
+_MOST_REMOVED = 10  # checkpoints that a run may remove before they were read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +64,8 @@ class SavedWeights:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 found = checkpointer.restore(self.directory / "state", args=arguments)
         except Exception as error:  # whatever orbax and tensorstore raise on damaged files
-            reason = str(error).strip().split("\n")[0] or repr(error)
             raise CheckpointError(
-                f"checkpoint {self.directory} cannot be read at {path}: {reason}"
+                f"checkpoint {self.directory} cannot be read at {path}: {reason_of(error)}"
             ) from error
         (array,) = jax.tree.leaves(found)
         if fingerprint(array)[0] != self.fingerprints[path]:
@@ -163,6 +165,9 @@ class RunWeights:
     ) -> tuple[SavedWeights, Any]:
         """Reads all arrays of the newest checkpoint that can be read, or of `step`.
 
+        The run may be training: checkpoints that it removed meanwhile are passed over, and those
+        that it wrote are found.
+
         Args:
             put: makes a leaf of an array.
             step: which checkpoint.
@@ -174,14 +179,28 @@ class RunWeights:
         Raises:
             CheckpointError: none can be read, or that of `step` cannot.
         """
-        for candidate in self.steps[::-1] if step is None else [step]:
+        damaged, removed = [], []
+        while len(removed) < _MOST_REMOVED:
+            left = [s for s in self.steps if s not in damaged and s not in removed]
+            if step is None and not left:
+                break
+            candidate = left[-1] if step is None else step
             try:
                 saved = self.open(candidate)
                 return saved, saved.load(put, shapes)
-            except MismatchError:
-                raise
             except CheckpointError as error:
-                if step is not None:
+                self.steps = self._checkpoints.refresh()
+                is_there = candidate in self.steps
+                if step is not None or (isinstance(error, MismatchError) and is_there):
                     raise
-                logging.warning("%s; trying the one before it", error)
-        raise CheckpointError(f"none of the checkpoints {self.steps} in {self._saved} can be read")
+                (damaged if is_there else removed).append(candidate)
+                if is_there:
+                    logging.warning("%s; trying another one", error)
+        tried = f"none of the checkpoints {sorted(damaged + removed)} in {self._saved} can be read"
+        if removed:
+            tried += (
+                f": {removed} were removed while they were read. A run that is training keeps its "
+                "newest ones for longer with a higher config.training.keep_last or "
+                "config.training.checkpoint_every"
+            )
+        raise CheckpointError(tried)

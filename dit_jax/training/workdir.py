@@ -19,6 +19,7 @@ from absl import logging
 
 from dit_jax import config as config_lib
 from dit_jax.quantities import counted, format_bytes
+from dit_jax.training.checkpoints import MismatchError
 from dit_jax.untrusted import read_json_text
 
 CONFIG_FILE = "config.json"
@@ -122,6 +123,30 @@ def require_same_run(
         f"{workdir} holds a run of another configuration:\n{listed}\n"
         "Use another --workdir, the same values, or add --force to continue with the new ones"
     )
+
+
+@contextlib.contextmanager
+def mismatch_explained(workdir: Path, config: ml_collections.ConfigDict) -> Iterator[None]:
+    """Names the keys of `config` that differ where the run's checkpoints are of another network.
+
+    Raises:
+        MismatchError: as raised inside, with the keys before the arrays' shapes.
+    """
+    try:
+        yield
+    except MismatchError as error:
+        if not (workdir / CONFIG_FILE).exists():
+            raise
+        changed = _essential_differences(load_config(workdir), config)
+        listed = "".join(
+            f"  config.{key}: {old!r} there, {new!r} now\n" for key, (old, new) in changed.items()
+        )
+        if not listed:
+            raise
+        raise MismatchError(
+            f"{workdir} holds a run of another configuration, from which this one cannot continue "
+            f"(--force does not help):\n{listed}Use another --workdir, or the same values.\n{error}"
+        ) from error
 
 
 class RunFiles:

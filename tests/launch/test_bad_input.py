@@ -127,6 +127,7 @@ def test_a_checkpoint_of_another_network_is_refused_even_by_force(capsys, traine
     config = tiny_config(**{"model.dit.hidden_size": 48, "training.num_steps": 6})
     error = refusal(capsys, train.run, config, workdir, force=True)
     assert "belongs to another configuration" in error
+    assert "config.model.dit.hidden_size: 32 there, 48 now\nUse another --workdir" in error
     assert "blocks/attn/qkv/kernel: (1, 32, 96) in the checkpoint, (1, 48, 144) expected" in error
     assert (workdir / "checkpoints" / "4").is_dir()
 

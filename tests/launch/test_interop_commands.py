@@ -239,4 +239,4 @@ def test_evaluate_refuses_what_would_do_nothing(tmp_path, capsys):
     assert "--grey needs" in refusal(capsys, evaluate.main, "--workdir=x", "--grey=repeat", out)
     picture = f"--out={tmp_path / 'x.png'}"
     assert "give one of --workdir" in refusal(capsys, sample.main, picture)
-    assert not list(Path(tmp_path).iterdir())
+    assert list(Path(tmp_path).iterdir()) == [samples]

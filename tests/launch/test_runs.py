@@ -10,6 +10,7 @@ import pytest
 from dit_jax.evaluation import sample_store
 from dit_jax.training import lock, memory, workdir
 from dit_jax.training.checkpoints import Checkpoints
+from dit_jax.training.saved_weights import SavedWeights
 from launch import classifier_scores, evaluate, loading, sample, train, training, wiring
 from tests.launch.conftest import curve, tiny_config
 from tests.launch.test_bad_input import refusal
@@ -84,6 +85,21 @@ def test_a_short_run_warms_up_shortly_and_is_lengthened_when_asked(capsys, tmp_p
     assert "continuing from step 2" in capsys.readouterr().out
 
 
+def test_checkpoints_that_rotate_away_while_they_are_read_are_passed_over(
+    copy, monkeypatch, caplog
+):
+    saved, read = copy / "checkpoints", SavedWeights.read
+
+    def rotate(self, path):
+        if self.step == 4:  # the run has removed it, and written a newer one
+            (saved / "4").rename(saved / "9")
+        return read(self, path)
+
+    monkeypatch.setattr(SavedWeights, "read", rotate)
+    assert loading.load_model(copy).step == 9
+    assert "cannot be read" not in caplog.text
+
+
 def test_a_second_training_is_refused_at_once(capsys, copy):
     before = contents(copy)
     with lock.held(copy):
@@ -103,7 +119,7 @@ def test_a_workdir_removed_while_training_is_made_again(capsys, tmp_path, monkey
     monkeypatch.setattr(training, "announce", remove)
     assert train.run(tiny_config(**{"training.num_steps": 10}), directory).step == 10
     out = capsys.readouterr().out
-    assert f"warning: {directory} was removed or moved while training: config.json written" in out
+    assert f"warning: {directory} was removed or moved while training: config.json" in out
     assert out.count("warning") == 1
     assert loading.load_model(directory).step == 10
     assert sorted(curve(directory)) == [8, 10]
@@ -128,7 +144,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_made(capsys, trained, tmp
     monkeypatch.setattr(memory, "available_host_memory", lambda: 1 << 30)
     config = tiny_config(**{"training.batch_size": 8 * 10**8})
     error = refusal(capsys, train.run, config, tmp_path / "run")
-    assert "batches of 800000000 images need at least" in error and "1.0 GiB are free" in error
+    assert "batches of 800000000 images need at least" in error and "1.00 GiB are free" in error
     assert "lower config.training.batch_size" in error
     assert not (tmp_path / "run").exists()
     many = [f"--workdir={trained}", "--num_images=1000000000"]

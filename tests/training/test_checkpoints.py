@@ -12,6 +12,7 @@ from dit_jax.training.checkpoints import (
     Checkpoints,
     MismatchError,
     fingerprint,
+    reason_of,
 )
 from dit_jax.training.method import TrainState
 
@@ -199,6 +200,18 @@ def test_averages_may_be_added_and_left_out(saved):
     new, params = state.ema["ema_0.99"]["kernel"], state.params["kernel"]
     assert new.unsafe_buffer_pointer() != params.unsafe_buffer_pointer()
     assert Checkpoints(directory).restore({"state": before, "key": jnp.ones(2)}).notes == []
+
+
+def test_an_error_leaves_no_directory_that_it_made(tmp_path):
+    with pytest.raises(ValueError, match="refused"), Checkpoints(tmp_path / "new"):
+        raise ValueError("refused")
+    assert not list(tmp_path.iterdir())
+
+
+def test_reasons_are_without_the_arrays_specification():
+    text = "NOT_FOUND: Error opening: no such file [tensorstore_spec='{\"context\":{}}']\nmore"
+    assert reason_of(ValueError(text)) == "NOT_FOUND: Error opening: no such file"
+    assert reason_of(ValueError()) == "ValueError()"
 
 
 def test_an_unfinished_write_is_ignored_then_removed(saved):

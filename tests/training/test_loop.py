@@ -8,6 +8,7 @@ import pytest
 
 from dit_jax.training import loop, memory
 from dit_jax.training.checkpoints import CheckpointError, Checkpoints
+from dit_jax.training.method import TrainState
 from parallel.mesh import DataParallel
 from tests.training.conftest import MeanSeeker
 
@@ -202,10 +203,35 @@ def test_an_update_that_cannot_fit_is_refused_before_anything_changes(train, bat
     started = []
     monkeypatch.setattr(memory, "available_host_memory", lambda: 100)
     with pytest.raises(
-        memory.MemoryNeededError, match=r"an update needs .* GiB of memory, and this"
+        memory.MemoryNeededError,
+        match=r"an update needs .* of memory, beside .* of state and batch, and this",
     ):
         train(batches(), on_start=lambda: started.append(1))
     assert not started
+
+
+def test_what_is_too_large_is_named(monkeypatch):
+    monkeypatch.setattr(memory, "available_host_memory", lambda: 1 << 30)
+    shapes = {"mean": jax.ShapeDtypeStruct((1 << 28,), np.float32)}
+    state = TrainState(jax.ShapeDtypeStruct((), np.int32), shapes, {"ema_0.9": shapes}, ())
+    with pytest.raises(memory.MemoryNeededError) as error:
+        memory.require_batches(8, (8, 8, 1), state)
+    message = str(error.value)
+    assert "the training state (params 1.00 GiB, ema 1.00 GiB" in message
+    assert "2.00 GiB of memory, and 1.00 GiB are free: make the network" in message
+    with pytest.raises(memory.MemoryNeededError, match=r"free: lower config.training.batch_size="):
+        memory.require_batches(1 << 30, (8, 8, 1), {})
+
+
+def test_fewer_steps_than_are_done_are_refused(train, batches):
+    train(batches(), num_steps=4)
+    started = []
+    with pytest.raises(ValueError, match=r"num_steps=2: .* is at step 4 already.*more than 4"):
+        train(batches(), num_steps=2, strict=False, on_start=lambda: started.append(1))
+    assert not started  # so that config.json stays what it was
+    _, _, lines = train(batches(), num_steps=14, log_every=100)
+    assert any("for the" not in line and "step 14/14" in line for line in lines)
+    assert not any("0 steps left" in line for line in lines)
 
 
 @pytest.mark.parametrize(
