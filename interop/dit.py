@@ -245,8 +245,9 @@ def _heads(file: TensorFile, hidden_size: int, like: Any) -> int:
     size = str(arguments.get("model", "")).partition("-")[2].partition("/")[0]
     if size in SIZES and SIZES[size][1] == hidden_size:
         return SIZES[size][2]
-    if hidden_size not in _HEADS and like is not None and like.hidden_size == hidden_size:
-        return like.num_heads
+    own = getattr(like, "dit", like)
+    if hidden_size not in _HEADS and own is not None and own.hidden_size == hidden_size:
+        return own.num_heads
     if hidden_size not in _HEADS:
         raise InteropError(
             f"{file.path}: no tensor tells the number of attention heads, and the width "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dit_jax.quantities import counted
 from interop.tensor_file import InteropError, TensorFile
 
 # Numbers looked at at once: what is made on the way stays small beside the largest tensor.
@@ -59,7 +60,7 @@ class Finiteness:
         """What to say of tensors that were let through; () if there are none."""
         if not self.found:
             return ()
-        return (f"NaN or infinity in {len(self.found)} tensors: {self.listed()}",)
+        return (f"NaN or infinity in {counted(len(self.found), 'tensor')}: {self.listed()}",)
 
     def require(self, path: Path) -> None:
         """Refuses a source in which some were found, unless they are allowed.

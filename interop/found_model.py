@@ -34,6 +34,7 @@ class FoundModel:
         notes: what a user should know about how the file was understood.
         finiteness: what was seen of NaN and infinity in the parameters read so far.
         file_dtypes: path -> dtypes of the tensors that hold that parameter; None: float32.
+        has_choice: whether the file names its weights; a bare state dict holds one set, unnamed.
     """
 
     kind: str
@@ -48,6 +49,12 @@ class FoundModel:
     notes: tuple[str, ...] = ()
     finiteness: Finiteness = dataclasses.field(default_factory=Finiteness)
     file_dtypes: Callable[[str], set[np.dtype]] | None = None
+    has_choice: bool = True
+
+    @property
+    def chosen_weights(self) -> str:
+        """', weights ema' for messages; '' where there is one set without a name."""
+        return f", weights {self.weights}" if self.has_choice else ""
 
     @property
     def network(self) -> Network:

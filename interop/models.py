@@ -324,6 +324,7 @@ def _open_original(
         dit.original_table(network),
         file,
         weights=file.metadata.get("weights") or "ema",
+        has_choice=bool(file.metadata.get("weights")),
         notes=notes + assumed,
     )
 
@@ -365,8 +366,9 @@ def _open_edm(path: Path, kind: str, weights: str) -> FoundModel:
     shapes = parameter_shapes(experiment.build_network(config))
     prefix = edm.prefix_of(file.specs)
     table = edm.edm_table(found.network, shapes, prefix, found.process)
-    weights = file.metadata.get("weights") or "ema"
-    return _found(kind, path, config, table, file, weights=weights, notes=notes)
+    named = file.metadata.get("weights")
+    more = {"weights": named or "ema", "has_choice": bool(named), "notes": notes}
+    return _found(kind, path, config, table, file, **more)
 
 
 def _network_of_pickle(path: Path, file: TensorFile) -> edm.Preconditioned:
@@ -444,6 +446,7 @@ def _open_diffusers(path: Path, spacing: str, methods: Any) -> FoundModel:
         table,
         file,
         weights=card.get("weights", "ema"),
+        has_choice="weights" in card,
         step=card.get("step", 0),
         autoencoder=None if card.get("pixels") or not vae.is_dir() else vae,
         class_names=names,

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dit_jax.quantities import counted
 from interop.recognise import find_architectures, without_compiled
 from interop.tensor_file import InteropError, TensorFile
 
@@ -149,7 +150,7 @@ def _notes(
         groups = sorted({name.partition(".")[0] for name in left})
         shown = ", ".join(groups[:6]) + (", ..." if len(groups) > 6 else "")
         notes.append(
-            f"{len(left)} tensors outside {prefix!r} are not of the network and were left aside: "
-            f"{shown}"
+            f"left aside as not of the network: {counted(len(left), 'tensor')} outside "
+            f"{prefix!r}: {shown}"
         )
     return tuple(notes)

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Collection
 
+from dit_jax.quantities import counted
+
 ORIGINAL_DIT = "DiT or SiT in the original layout"
 DIFFUSERS_DIT = "DiT in diffusers' layout"
 EDM_UNET = "EDM U-Net"
@@ -58,7 +60,7 @@ def _prefixes(names: Collection[str], sign: str) -> list[str]:
 
 def find_architectures(names: Collection[str]) -> dict[str, str]:
     """Architectures in a file by what stands before their tensors' names, '' for nothing."""
-    names = {without_compiled(name) for name in names}
+    names = dict.fromkeys(map(without_compiled, names))  # in the file's order
     found: dict[str, str] = {}
     for architecture, signs in _SIGNS:
         for prefix in _prefixes(names, signs[0]):
@@ -86,7 +88,9 @@ def description(names: Collection[str]) -> str:
                 f"prefixes ({', '.join(map(repr, prefixes[:6]))}): save it with one or none"
             )
     some = ", ".join(sorted(names)[:3])
-    return f"its {len(names)} tensors ({some}, ...) are of no architecture known here"
+    more, verb = ", ..." if len(names) > 3 else "", "is" if len(names) == 1 else "are"
+    listed = f"{counted(len(names), 'tensor')} ({some}{more})"
+    return f"its {listed} {verb} of no architecture known here"
 
 
 def _with_article(architecture: str) -> str:

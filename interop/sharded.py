@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dit_jax.quantities import counted
 from dit_jax.untrusted import check_file_name, check_within, read_json, shown
 from interop.pt_files import open_pt
 from interop.safetensors_files import open_safetensors
@@ -80,7 +81,7 @@ def open_sharded(path: Path) -> ShardedFile:
     ]
     if unlisted:
         raise InteropError(
-            f"{path} does not list {len(unlisted)} tensors of its shards: "
+            f"{path} does not list {counted(len(unlisted), 'tensor')} of its shards: "
             f"{', '.join(unlisted[:5])}; are index and shards of the same checkpoint?"
         )
     return ShardedFile(path, {name: shards[file] for name, file in weight_map.items()}, metadata)

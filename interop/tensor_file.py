@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, Literal
 import ml_dtypes
 import numpy as np
 
+from dit_jax.quantities import counted
 from dit_jax.untrusted import FileRefusedError, open_regular, shown
 
 
@@ -93,7 +94,7 @@ class TensorFile(ABC):
             raise InteropError(
                 f"{self.path} has no tensor named {', '.join(map(repr, unknown[:5]))}"
                 f"{f' and {len(unknown) - 5} more' if len(unknown) > 5 else ''}; it has "
-                f"{len(self.specs)} tensors{hint}"
+                f"{counted(len(self.specs), 'tensor')}{hint}"
             )
         return self._read(names)
 

@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from absl import logging as absl_logging
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # How long `cleaning_up` may take to remove what was half written.
 _CLEANING_SECONDS = 2.0
@@ -39,8 +41,18 @@ def run(main: Callable[[], object]) -> None:
         sys.stdout.flush()
 
 
+class _Formatter(logging.Formatter):
+    """Messages of loggers as the commands' own: 'warning: ...'."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message after its level's name."""
+        return f"{record.levelname.lower()}: {super().format(record)}"
+
+
 def quieten() -> None:
     """Keeps libraries' remarks that are no errors off the screen; to be called before JAX loads.
+
+    What is logged all the same looks alike in all commands: 'warning: ...'.
 
     Variables that the user has set stay as they are.
     """
@@ -50,6 +62,12 @@ def quieten() -> None:
     logging.getLogger("absl").addFilter(
         lambda record: record.levelno >= logging.ERROR or "orbax" not in record.pathname
     )
+    absl_logging.get_absl_handler().setFormatter(_Formatter())  # of commands with absl's flags
+    if not logging.getLogger().handlers:  # of the others; absl takes it out where it comes in
+        handler = logging.StreamHandler()
+        handler.setLevel(logging.WARNING)
+        handler.setFormatter(_Formatter())
+        logging.getLogger().addHandler(handler)
 
 
 def listen() -> None:

@@ -86,7 +86,7 @@ def parse(argv: list[str], *, announce: bool = True) -> list[str]:
         try:
             rest = _parsed(argv)[1:]
         except flags.Error as error:
-            raise ValueError(f"{error} (see --help)") from error
+            raise ValueError(f"{_in_words(str(error))} (see --help)") from error
         if flags.FLAGS["config"].value is None:
             raise ValueError("--config is missing, for example --config=configs/digits.py")
         if rest:
@@ -105,6 +105,12 @@ def _parsed(argv: list[str]) -> list[str]:
         if any(re.fullmatch(r"--?(help\w*|\?)(=.*)?", argument) for argument in argv[1:]):
             sys.exit(0)
         raise
+
+
+def _in_words(message: str) -> str:
+    """absl's message with what Python says of a text that is no number in words."""
+    message = re.sub(r"invalid literal for int\(\).*", "expected a whole number (1000)", message)
+    return re.sub(r"could not convert string to float.*", "expected a number (0.001)", message)
 
 
 def require_config_file(arguments: list[str]) -> None:

@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
             allow_nonfinite=args.allow_nonfinite,
             time_frequency_spacing=args.time_frequency_spacing,
         )
-        print(f"read {model.path} as {model.kind}, weights {model.weights}", flush=True)
+        print(f"read {model.path} as {model.kind}{model.chosen_weights}", flush=True)
         print(f"converting to {args.kind}, {args.dtype}: {args.destination}", flush=True)
         with command.cleaning_up():
             summary = write_model(

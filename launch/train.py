@@ -38,7 +38,10 @@ _NUM_HEADS = flags.DEFINE_integer(
     "num_heads", None, "Of a .pt given to --init_from; by default config.model's where it says not."
 )
 _NUM_CLASSES = flags.DEFINE_integer(
-    "num_classes", None, "Of a .pt given to --init_from, without a null class; likewise."
+    "num_classes",
+    None,
+    "Classes of a .pt given to --init_from, the null class not counted; by default config.model's "
+    "where its class table can be read both ways.",
 )
 _ALLOW_NONFINITE = flags.DEFINE_bool(
     "allow_nonfinite", False, "Start from --init_from although it has NaN or infinity in it."

@@ -17,6 +17,7 @@ from dit_jax import config as config_lib
 from dit_jax import data as data_lib
 from dit_jax.evaluation import Panel, labelled_panel, render_panels, save_picture
 from dit_jax.models import Network
+from dit_jax.quantities import counted
 from dit_jax.training import lock, loop, memory, optimizer, workdir
 from dit_jax.training.checkpoints import Checkpoints
 from dit_jax.training.saved_weights import choose_weights
@@ -206,7 +207,7 @@ def read_initial(initial: FoundModel, records: dict[str, str], placement: DataPa
         "weights": initial.weights,
         "step": initial.step,
     }
-    announce(f"starting from {initial.kind} {initial.path}, weights {initial.weights}")
+    announce(f"starting from {initial.kind} {initial.path}{initial.chosen_weights}")
     for note in initial.notes:
         announce(f"note: {note}")
     records["init_from.json"] = json.dumps(origin, indent=2) + "\n"
@@ -232,13 +233,13 @@ def first_screen(config, directory: Path) -> str:
 def announce_start(config, abstract, source, directory: Path) -> None:
     """Says what is about to be trained, on what, where."""
     info = source.info
-    print(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
     print(
-        f"{config.name or 'experiment'}: {info.num_examples} examples of {info.name}, "
+        f"{config.name or 'experiment'}: {counted(info.num_examples, 'example')} of {info.name}, "
         f"{info.num_classes} classes, images {info.image_shape}\n"
-        f"workdir {directory}; compiling, then Ctrl-C saves and ends",
-        flush=True,
+        f"workdir {directory}; compiling, then Ctrl-C saves and ends"
     )
+    table = parameter_overview.get_parameter_overview(abstract.params, include_stats=False)
+    print(table, flush=True)
     asked = (config.optimizer.schedule, config.optimizer.warmup_steps, config.training.num_steps)
     if optimizer.fitted_warmup(*asked) != asked[1]:
         announce(

@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from dit_jax.evaluation.images import AnyArray, to_uint8
-from dit_jax.untrusted import npz_names, read_npz, shown
+from dit_jax.untrusted import check_regular, npz_names, read_npz, shown
 
 
 def check_destination(path: str | os.PathLike, *, overwrite: bool = False) -> Path:
@@ -149,8 +149,9 @@ def load_adm_npz(
         ValueError: Not an .npz, damaged, or without uint8 images [n, h, w, c] in `arr_0`.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no file {path}")
+    check_regular(path)
     try:
         arrays = read_npz(path, ("arr_0", "arr_1"))
     except (ValueError, OSError) as error:

@@ -36,7 +36,14 @@ from dit_jax.data.source import Source
 from dit_jax.evaluation.features import batches_of
 from dit_jax.evaluation.files import atomic_file
 from dit_jax.evaluation.images import AnyArray, to_uint8
-from dit_jax.untrusted import open_regular, open_zip, read_npy_header, shown, walk_files
+from dit_jax.untrusted import (
+    check_regular,
+    open_regular,
+    open_zip,
+    read_npy_header,
+    shown,
+    walk_files,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +92,9 @@ class NpzImages:
         """
         self.path = Path(path)
         self.description = str(path)
-        if not self.path.is_file():
+        if not self.path.exists():
             raise FileNotFoundError(f"no file {path}")
+        check_regular(self.path)
         self._member = f"{name}.npy"
         try:
             with open_zip(self.path) as archive:

@@ -240,6 +240,13 @@ def test_training_checkpoints_give_the_average_by_default(tmp_path):
     np.testing.assert_array_equal(found.read(bias), raw.read(bias) + 1)
 
 
+def test_a_bare_state_dict_has_no_weights_by_name(tmp_path):
+    write_model(in_memory(TINY)[0], "dit_pt", tmp_path / "x.pt")
+    assert open_model(tmp_path / "x.pt", num_heads=TINY.num_heads).chosen_weights == ""
+    torch.save({"ema": torch.load(tmp_path / "x.pt")}, tmp_path / "y.pt")
+    assert open_model(tmp_path / "y.pt", num_heads=4).chosen_weights == ", weights ema"
+
+
 def test_a_workdir_is_a_source(tmp_path):
     from dit_jax.training import workdir
     from dit_jax.training.checkpoints import Checkpoints

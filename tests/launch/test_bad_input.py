@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import dit_xl2
+from configs import digits_dmd2, digits_kd, dit_xl2
 from dit_jax import config as config_lib
 from dit_jax.evaluation import load_adm_npz
 from dit_jax.training import workdir as workdir_lib
@@ -68,6 +68,18 @@ def test_training_is_refused(capsys, tmp_path, overrides, message):
     error = refusal(capsys, train.run, tiny_config(**overrides), tmp_path / "run")
     assert message in error
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_missing_teacher_or_its_pairs_are_told_with_the_command_that_makes_them(
+    capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    error = refusal(capsys, train.run, digits_dmd2.get_config(), tmp_path / "run")
+    assert "config.teacher.path=runs/digits: there is no such model yet; train it first: " in error
+    assert "python launch/train.py --config=configs/digits.py --workdir=runs/digits," in error
+    error = refusal(capsys, train.run, digits_kd.get_config(), tmp_path / "run")
+    assert "python launch/write_pairs.py --workdir=TEACHER" in error
+    assert "--out=pairs/digits" in error
 
 
 def test_what_is_said_of_missing_latents_works(capsys, tmp_path):

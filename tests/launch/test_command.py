@@ -1,5 +1,6 @@
 """How commands start: what is imported before their flags are understood."""
 
+import logging
 import pathlib
 import random
 import signal
@@ -8,12 +9,13 @@ import sys
 import time
 
 import pytest
+from absl import logging as absl_logging
 
 from dit_jax import config as config_lib
 from dit_jax import config_help, evaluation
 from dit_jax.models import linear
 from interop import export, models
-from launch import arguments, planning, train
+from launch import arguments, command, planning, train
 from parallel import accelerators, sampling
 from tests.launch.conftest import ROOT, environment, run, tiny_config
 
@@ -32,6 +34,26 @@ def start(command):
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+
+
+def test_what_is_logged_looks_as_the_commands_own_messages(capsys):
+    root, absl = logging.getLogger(), absl_logging.get_absl_handler()
+    handlers, former, filters = (
+        root.handlers[:],
+        absl.python_handler.formatter,
+        logging.getLogger("absl").filters,
+    )
+    kept = filters[:]
+    try:
+        root.handlers[:] = []
+        command.quieten()
+        logging.getLogger("dit_jax.data").warning("skipped %d images", 2)
+        record = logging.LogRecord("absl", logging.ERROR, "x.py", 1, "disk full", (), None)
+        assert absl.format(record) == "error: disk full"
+    finally:
+        root.handlers[:], filters[:] = handlers, kept
+        absl.setFormatter(former)
+    assert capsys.readouterr().err == "warning: skipped 2 images\n"
 
 
 # Runs every command with --help and with a flag that is not there, each in a fork of this process,

@@ -94,7 +94,7 @@ def test_sample_and_evaluate_need_only_the_workdir(trained, tmp_path):
 
 @pytest.mark.parametrize("command", ["train", "sample", "evaluate"])
 def test_help(command):
-    out, err = run(command, "--help", status=1 if command == "train" else 0)  # absl's is 1
+    out, err = run(command, "--help")
     text = out + err
     assert "--workdir" in text and f"python launch/{command}.py" in text
 
@@ -109,7 +109,7 @@ def test_help(command):
         (["--noconfig.model.learn_sigm"], "did you mean config.model.dit.learn_sigma?"),
         (
             ["--config.model.dit.depth=deep"],
-            "--config.model.dit.depth=deep: invalid literal for int()",
+            "--config.model.dit.depth=deep: expected a whole number",
         ),
         (["--wrokdir=x"], "workdir"),
         (["extra"], "unexpected arguments: extra"),
@@ -132,7 +132,7 @@ def test_missing_options_and_files(tiny_file, tmp_path):
     assert "config.data.latents.path is empty" in err and "launch/extract_features.py" in err
     assert not (ROOT / "runs/dit_xl2").exists()
     _, err = run("train", "--config=configs/none.py", f"--workdir={tmp_path}", status=2)
-    assert "configs/none.py" in err and "Traceback" not in err
+    assert "--config=configs/none.py does not exist" in err and "Traceback" not in err
 
 
 def test_a_signal_saves_and_says_how_to_continue(tiny_file, tmp_path):

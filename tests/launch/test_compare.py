@@ -1,6 +1,7 @@
 """launch/compare.py, on files and on a model under two ways of sampling."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -38,6 +39,14 @@ def _short_training_of_the_classifier():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation.ClassifierSettings, "for_images", lambda shape: settings)
         yield
+
+
+def test_a_pipe_is_told_from_a_file_that_is_not_there(two_sets, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.npz")
+    for name, message in (("pipe", "pipe.npz is not a regular file: it is a"), ("x", "no images ")):
+        with pytest.raises(SystemExit):
+            compare.main([str(two_sets[0]), f"{tmp_path / name}.npz", f"--out={tmp_path}/o.html"])
+        assert message in capsys.readouterr().err
 
 
 def test_files_are_compared_by_all_that_can_be_computed(two_sets, workdir, tmp_path, capsys):
