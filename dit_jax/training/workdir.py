@@ -78,7 +78,12 @@ def _earlier_values(workdir: Path) -> dict:
     try:
         return config_lib.earlier_values(read_json_text(file))
     except ValueError as error:
-        raise WorkdirError(f"{file} cannot be used: {error}") from error
+        raise _unusable(file, error) from error
+
+
+def _unusable(file: Path, error: ValueError) -> WorkdirError:
+    named = str(file) in str(error)  # as by what reads no pipes and folders
+    return WorkdirError(str(error) if named else f"{file} cannot be used: {error}")
 
 
 def config_text(workdir: Path, config: ml_collections.ConfigDict) -> str:
@@ -247,7 +252,7 @@ def load_config(workdir: Path) -> ml_collections.ConfigDict:
     try:
         return config_lib.from_json(read_json_text(file))
     except ValueError as error:
-        raise WorkdirError(f"{file} cannot be used: {error}") from error
+        raise _unusable(file, error) from error
 
 
 def require_writable(directory: Path) -> None:

@@ -1,4 +1,5 @@
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -194,4 +195,10 @@ def test_no_run_errors(tmp_path):
         load_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model": {"dept": 3}}')
     with pytest.raises(WorkdirError, match=r"did you mean config.model.dit.depth"):
+        load_config(tmp_path)
+
+
+def test_a_config_that_is_a_pipe_is_named_once(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(WorkdirError, match=r"^[^ ]*config\.json is not a regular file: [^/]*$"):
         load_config(tmp_path)
