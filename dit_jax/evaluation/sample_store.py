@@ -91,9 +91,9 @@ class SampleStore:
         if changed or found != shape:
             listed = ", ".join(changed) or f"shape {found} instead of {shape}"
             raise FileExistsError(
-                f"an interrupted run left {done} images for {self.path}, made in another way "
-                f"({listed}): go on with its settings, give another --out, or --overwrite to "
-                "discard them"
+                f"an interrupted run left {counted(done, 'image')} for {self.path}, made in "
+                f"another way ({listed}): go on with its settings, give another --out, or "
+                "--overwrite to discard them"
             )
         return done
 

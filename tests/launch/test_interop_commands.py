@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dit_jax.evaluation import load_adm_npz
+from dit_jax.evaluation import ScoreSettings, TooFewSamplesError, load_adm_npz
 from dit_jax.evaluation.inception import parameter_shapes
 from dit_jax.models import DiTConfig
 from dit_jax.models.autoencoder_kl import AutoencoderKLConfig
@@ -17,7 +17,7 @@ from interop.inception import inception_table
 from interop.models import open_model
 from interop.table import export_arrays, export_specs, flat_shapes
 from interop.tensors import write_pt
-from launch import convert, evaluate, sample, train
+from launch import convert, evaluate, inception_scores, sample, train
 from tests.interop.test_models import assert_same, in_memory
 from tests.launch.conftest import tiny_config
 from tests.references import diffusers_autoencoder
@@ -199,9 +199,6 @@ def test_evaluate_scores_samples_beside_what_was_published(
     out = tmp_path / "scores.json"
     assert "6726825d" in refusal(capsys, evaluate.main, *model, *common, f"--out={out}")
     common.append("--other_inception_weights")
-    few = [option for option in common if option != "--allow_singular"]
-    error = refusal(capsys, evaluate.main, *model, *few, f"--out={out}")
-    assert "--num_images=9: fid needs at least 2049" in error and "--allow_singular" in error
     sampling = ["--protocol=dit_400k", "--steps=2", "--batch_size=8"]
     evaluate.main([*model, *sampling, *common, f"--out={out}"])
     text = capsys.readouterr().out
@@ -236,6 +233,10 @@ def test_evaluate_refuses_what_would_do_nothing(tmp_path, capsys):
     np.savez(samples, np.zeros((3, 8, 8, 3), np.uint8))
     error = refusal(capsys, evaluate.main, *given, "--reference=nope.npz")
     assert "--reference=nope.npz: there is no such file" in error
+    wanted = r"--num_images=9: fid needs at least 2049\. Give a larger .*--allow_singular"
+    with pytest.raises(TooFewSamplesError, match=wanted):
+        inception_scores.require_enough(9, ScoreSettings(), 2048, of_file=False)
+    inception_scores.require_enough(9, ScoreSettings(allow_singular=True), 2048, of_file=False)
     assert "--grey needs" in refusal(capsys, evaluate.main, "--workdir=x", "--grey=repeat", out)
     picture = f"--out={tmp_path / 'x.png'}"
     assert "give one of --workdir" in refusal(capsys, sample.main, picture)
