@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from dit_jax.quantities import counted
 from dit_jax.untrusted import check_within, read_json, shown
 from interop.tensor_file import InteropError, TensorFile, refusals
 
@@ -121,10 +122,10 @@ def check_counts(where: str | Path, values: Mapping[str, Any], file: TensorFile)
                 )
             most = max([len(file.specs), *stacked]) if name in _LAYERS else elements
             if number > min(most, _MAX_DEPTH if name in _LAYERS else most):
-                counted = "tensors" if name in _LAYERS else "numbers"
+                held = counted(most, "tensor" if name in _LAYERS else "number")
                 raise InteropError(
-                    f"{where}: {name}={shown(number)}, but {file.path} holds only {most} "
-                    f"{counted}: they are not of the same network"
+                    f"{where}: {name}={shown(number)}, but {file.path} holds only {held}: they are "
+                    "not of the same network"
                 )
 
 

@@ -303,7 +303,7 @@ def hub_cache_is_readable(folder):
 
 @case(
     "",
-    layers=("num_layers=1000000000, but .* holds only 1 tensors", {"num_layers": 10**9}),
+    layers=("num_layers=1000000000, but .* holds only 1 tensor:", {"num_layers": 10**9}),
     heads=("num_attention_heads=10{15}, but", {"num_attention_heads": 10**15}),
     side=("sample_size=1000000000; at most", {"sample_size": 10**9}),
     word=("num_layers='28'; expected an integer", {"num_layers": "28"}),

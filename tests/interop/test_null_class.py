@@ -128,7 +128,7 @@ def test_training_settles_it_by_its_configuration(tmp_path, capsys):
     """As --num_classes does; a configuration that says otherwise is told what to set."""
     write(dataclasses.replace(DIGITS, null_class=False), tmp_path / "x.pt", process=FLOW)
     source = f"sit_pt:{tmp_path / 'x.pt'}"
-    with pytest.raises(ConfigError, match=r"--config\.model\.null_class=False"):
+    with pytest.raises(ConfigError, match=r"--config\.model\.dit\.null_class=False"):
         loading.open_initial(source, experiment.resolve_config(tiny_config()))
     config = tiny_config(**{"model.dit.null_class": False, "method.label_dropout": 0.0})
     found = loading.open_initial(source, experiment.resolve_config(config))

@@ -191,7 +191,7 @@ def test_card_and_configuration_must_agree(tmp_path):
     card = json.loads(file.read_text())
     card["config"]["model"]["depth"] = 3
     file.write_text(json.dumps(card))
-    with pytest.raises(InteropError, match=r"model\.depth=3.*2"):
+    with pytest.raises(InteropError, match=r"model\.dit\.depth=3.*2"):
         open_model(tmp_path / "out")
 
 

@@ -156,7 +156,7 @@ def test_training_starts_from_a_checkpoint(tmp_path, capsys):
 def test_training_refuses_another_network(tmp_path):
     model, _ = in_memory(dataclasses.replace(DIGITS, depth=2), process=FLOW)
     write_model(model, "dit_jax", tmp_path / "start")
-    with pytest.raises(ValueError, match=r"--config\.model\.depth=2"):
+    with pytest.raises(ValueError, match=r"--config\.model\.dit\.depth=2"):
         train.run(tiny_config(), tmp_path / "run", init_from=str(tmp_path / "start"))
     assert not (tmp_path / "run").exists()
 
