@@ -189,7 +189,7 @@ def test_card_and_configuration_must_agree(tmp_path):
     write_model(model, "diffusers", tmp_path / "out")
     file = tmp_path / "out/dit_jax.json"
     card = json.loads(file.read_text())
-    card["config"]["model"]["depth"] = 3
+    card["config"]["model"]["dit"]["depth"] = 3
     file.write_text(json.dumps(card))
     with pytest.raises(InteropError, match=r"model\.dit\.depth=3.*2"):
         open_model(tmp_path / "out")
