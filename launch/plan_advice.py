@@ -33,10 +33,13 @@ def suggestions(config: ml_collections.ConfigDict, plan: dict[str, Any]) -> list
     if heads and tensor <= 8 and heads % tensor == 0:
         axis = next((name for name in ("fsdp", "data") if mesh[name] % 2 == 0), None)
         left = {**mesh, axis: mesh[axis] // 2} if axis else mesh
-        if axis and min(left["data"], left["fsdp"]) == 1:
+        if axis and min(left["data"], left["fsdp"]) > 1:  # with tensor a mesh that is refused
+            left = {**left, "data": 1, "fsdp": left["data"] * left["fsdp"]}
+        if axis:
+            changed = [f" --config.mesh.{k}={left[k]}" for k in left if left[k] != mesh[k]]
             of_programs.append(
-                f"--config.mesh.tensor={tensor} --config.mesh.{axis}={mesh[axis] // 2} (matrices "
-                "and their activations divided within a node)"
+                f"--config.mesh.tensor={tensor}{''.join(changed)} (matrices and their activations "
+                "divided within a node)"
             )
     larger = memory["temporary_bytes"] > held
     found = of_programs + of_state if larger else of_state + of_programs

@@ -28,7 +28,7 @@ from dit_jax.sampling import Carried, generate
 from dit_jax.training import workdir
 from launch import argument_types, classifier_scores, loading, wiring
 from parallel.sampling import ImageParallel
-from parallel.transformer import ParallelNetwork, split_rows
+from parallel.transformer import ParallelTransformer, split_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +54,13 @@ class Setting:
 
 
 @dataclasses.dataclass(frozen=True)
-class NaiveAfterWarmup(ParallelNetwork):
+class NaiveAfterWarmup(ParallelTransformer):
     """Displaced patches whose every exchange after the warm-up is left out."""
 
-    def carried(self, batch: int) -> Carried:
+    def carried(self, batch: int, size: tuple[int, int]) -> Carried:
         """The warm-up of displaced patches; what it leaves is not looked at afterwards."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(ParallelNetwork)}
-        return ParallelNetwork(**values | {"mode": "displaced"}).carried(batch)
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(ParallelTransformer)}
+        return ParallelTransformer(**values | {"mode": "displaced"}).carried(batch, size)
 
 
 def settings(devices: list[int], warmups: list[int], steps: list[int]) -> Iterator[Setting]:

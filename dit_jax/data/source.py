@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dit_jax.data.latents import LatentsHeader
 
 Example = dict[str, Any]
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ def test_grey_pngs_in_class_folders(tmp_path, write_image):
     np.testing.assert_array_equal(source[4]["image"][..., 0], pixels[1])
     assert source.describe(4) == str(tmp_path / "b" / "1.png")
     batch = next(iter(make_loader(source, batch_size=4, seed=0)))
-    assert batch["image"].shape == (4, 28, 28, 1) and batch["label"].dtype == np.int32
+    assert batch["image"].shape == (4, 28, 28, 1)
+    assert batch["conditions"]["label"].dtype == np.int32
     # As colour, by an option only.
     assert open_folder(tmp_path).info.image_shape == (28, 28, 3)
 

@@ -36,7 +36,8 @@ def test_training_reports_and_leaves_everything_in_the_workdir(trained):
     sample = ["python", "launch/sample.py", f"--workdir={workdir}", "--out=samples.png"]
     assert shlex.split(hint) == sample
     names = {path.name for path in workdir.iterdir()}
-    assert names == {"config.json", "checkpoints", "metrics.jsonl", "previews"}
+    files = {"config.json", "class_names.json", "metrics.jsonl"}
+    assert names == {"checkpoints", "previews", *files}
     assert sorted(curve(workdir)) == [4, 8, 12]
     assert {"loss", "gradient_norm", "steps_per_second", "images_per_second"} < set(
         curve(workdir)[12]

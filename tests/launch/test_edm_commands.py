@@ -44,7 +44,7 @@ def test_convert_and_sample(network_pickle, tmp_path, capsys, monkeypatch):
     assert "as edm_pkl" in out and "note: load it into EDMPrecond(img_resolution=8" in out
     convert.main(["--to=dit_jax", "a.pt", "ours"])
     assert "sigma_data" in capsys.readouterr().out
-    assert "SongUNet of EDM" in (tmp_path / "ours" / "README.md").read_text()
+    assert "DDPM++ of 8 channels" in (tmp_path / "ours" / "README.md").read_text()
     options = ["--steps=2", "--num_images=8", "--batch_size=8"]
     made = []
     for number, source in enumerate((f"edm_pkl:{network_pickle}", "a.pt", "ours")):

@@ -17,8 +17,9 @@ from dit_jax.experiment import SamplingPlan
 from dit_jax.models import Network, Request
 from dit_jax.models.edm import DhariwalUNetConfig, SongUNetConfig
 from dit_jax.sampling import Sampler, image_keys
+from parallel.network import BATCH_AXES, PATCH_AXES
 from parallel.sampling import ImageParallel
-from parallel.unet import BATCH_AXES, PATCH_AXES, UNET_MODES, ParallelUNet
+from parallel.unet import UNET_MODES, ParallelUNet
 from tests.models.conftest import random_params
 from tests.parallel.device_loop import DeviceLoop
 
