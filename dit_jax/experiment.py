@@ -466,7 +466,7 @@ def _missing_data(config: ml_collections.ConfigDict, key: str) -> str:
         f"  --{key}=latents",
     ]
     if model.name == "dit" and config.method.name == "denoising":
-        small = {"depth": 2, "hidden_size": 96, "num_heads": 4}
+        small = {"dit.depth": 2, "dit.hidden_size": 96, "dit.num_heads": 4}
         digits = {"image_size": 8, "in_channels": 1, "num_classes": 10} | small
         flags = [f"--config.model.{name}={value}" for name, value in digits.items()]
         lines += [

@@ -170,7 +170,7 @@ def test_the_state_of_another_stream_is_refused():
     iterator = iter(make_loader(numbered(20), batch_size=8, seed=0))
     take(iterator, 5)
     other = iter(make_loader(numbered(21), batch_size=4, seed=1))
-    with pytest.raises(ValueError, match=r"batch_size: 8 -> 4; seed: 0 -> 1;.*strict=False"):
+    with pytest.raises(ValueError, match=r"batch_size: 8 -> 4; seed: 0 -> 1;.*--force"):
         other.set_state(iterator.get_state())
     other.set_state(iterator.get_state(), strict=False)
     assert other.get_state()["next_batch"] == 10
