@@ -270,7 +270,7 @@ CEILING = 0.1  # of the sliced Wasserstein distance; the undistilled one step's 
 # Data's tangents are noisy, and dividing each by its own size biases their mean, which matters with
 # two values an example: a large constant keeps them nearer to proportional.
 RECIPES = {
-    "teacher": {"learning_rate": 3e-3, "tangent_constant": 0.1},
+    "teacher": {"learning_rate": 2e-3, "tangent_constant": 0.1},
     "data": {"learning_rate": 2e-3, "tangent_constant": 1.0},
 }
 
