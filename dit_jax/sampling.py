@@ -141,7 +141,7 @@ class Sampler:
             ),
         )
 
-    def _inputs(self, params, keys, conditions, times, scale, interval, nulls):
+    def _inputs(self, params, keys, conditions, times, scale, interval, nulls=None):
         """The compiled functions' arguments, checked."""
         declared = self.denoiser.network.conditions
         guided = not (np.isscalar(scale) and float(scale) == 1.0)

@@ -45,8 +45,9 @@ def test_images_are_augmented_and_the_network_is_told():
     batch = {"image": jax.random.uniform(jax.random.key(0), (64, 4, 4, 3)) * 2 - 1}
     batch["conditions"] = {"label": jnp.zeros(64, jnp.int32)}
     examples = jax.jit(method.draw_examples)(batch, jax.random.key(1))
-    assert examples["augment"].shape == (64, 9)
-    assert 0.3 < float(examples["augment"][:, 0].mean()) < 0.7  # mirrored or not
+    augment = examples["conditions"]["augment"]
+    assert augment.shape == (64, 9)
+    assert 0.3 < float(augment[:, 0].mean()) < 0.7  # mirrored or not
     assert len(np.unique(jax.random.key_data(examples["dropout_keys"]), axis=0)) == 64
     assert not np.allclose(examples["x0"], batch["image"], atol=0.1)
     np.testing.assert_array_equal(examples["conditions"]["label"], 0)  # no label dropout
@@ -60,7 +61,7 @@ def test_images_are_augmented_and_the_network_is_told():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("model.augment_dim", 8, "augmentation has 9 labels: set model.augment_dim=9"),
+        ("model.augment_dim", 8, r"augmentation has 9 labels: set config\.model\.augment_dim=9"),
         ("augmentation.hue", 1.0, "augmentation has 11 labels"),
         ("augmentation.probability", 0.0, None),
         ("model.song_unet.dropout", 1.0, "dropout=1.0"),
@@ -86,5 +87,6 @@ def test_iddpm_preconditioning_has_variance_channels():
     assert denoiser.network.config.out_channels == 6
     shapes = jax.eval_shape(denoiser.network.init, jax.random.key(0))
     x = jnp.zeros((2, 4, 4, 3))
-    out = jax.eval_shape(lambda p: denoiser.x0(p, Request(x, jnp.ones(2), {})), shapes)
+    request = Request(x, jnp.ones(2), {"label": jnp.zeros(2, jnp.int32)})
+    out = jax.eval_shape(lambda p: denoiser.x0(p, request), shapes)
     assert out.shape == x.shape
