@@ -29,7 +29,7 @@ def test_a_stopwatch_keeps_compilations_apart():
     jax.monitoring.record_event_duration_secs("/jax/core/compile/inner", 0.1)
     jax.monitoring.record_event_duration_secs("/jax/core/compile/outer", 0.3)
     jax.monitoring.record_event_duration_secs("/jax/other", 1.0)
-    assert 0.3 <= clock.compiling <= compiled + 0.31
+    assert 0.3 - 1e-6 <= clock.compiling <= compiled + 0.31
     clock.close()
     jax.monitoring.record_event_duration_secs("/jax/core/compile/later", 100.0)
     assert clock.compiling < 100
