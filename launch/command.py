@@ -125,9 +125,8 @@ def _ignore() -> None:
 
 def _leave(number: int, frame: object = None) -> None:
     """Ends the process, from whichever thread comes first."""
-    if not _leaving.acquire(blocking=False):
-        return
-    leave(signal.Signals(number))
+    if _leaving.acquire(blocking=False):
+        _end(signal.Signals(number))
 
 
 class _SignalledError(KeyboardInterrupt):
@@ -140,6 +139,12 @@ def _unwind(number: int, frame: object) -> None:
 
 def leave(number: signal.Signals) -> None:
     """Ends the process as one that a signal ended: with status 128 + number, nothing else."""
+    if not _leaving.acquire(blocking=False):
+        time.sleep(60)  # another thread is at it
+    _end(number)
+
+
+def _end(number: signal.Signals) -> None:
     word = "interrupted" if number == signal.SIGINT else "terminated"
     with contextlib.suppress(OSError):
         os.write(2, f"{word}\n".encode())
