@@ -229,7 +229,5 @@ def test_bad_images_and_settings_are_refused(digits, classifier):
 
 
 def test_a_diverging_training_says_what_to_do(digits):
-    with pytest.raises(
-        FloatingPointError, match=r"loss is .* by step 12: the training"
-    ):
+    with pytest.raises(FloatingPointError, match=r"loss is .* by step 12: the training"):
         quick(digits, settings=replace(QUICK, learning_rate=1e30))
