@@ -25,7 +25,7 @@ from launch import wiring
 from parallel.mesh import DataParallel, create_mesh
 
 SETTINGS = "extraction.json"
-DEFAULT_BATCH, DEFAULT_SHARD = 32, 4096  # images a device; images, made a multiple of the batch
+DEFAULT_BATCH = 32  # images a device
 
 
 def choose_sizes(
@@ -39,13 +39,7 @@ def choose_sizes(
     batch_size = DEFAULT_BATCH * num_devices if batch_size is None else batch_size
     if batch_size < 1 or batch_size % num_devices:
         raise ValueError(f"--batch_size={batch_size}: expected a multiple of {num_devices} devices")
-    if shard_size is None:
-        shard_size = -(-DEFAULT_SHARD // batch_size) * batch_size
-    if shard_size < 1 or shard_size % batch_size:
-        raise ValueError(
-            f"--shard_size={shard_size}: expected a multiple of the batch size, {batch_size}"
-        )
-    return batch_size, shard_size
+    return batch_size, wiring.choose_shard_size(shard_size, batch_size)
 
 
 def source_options(args: argparse.Namespace, channels: int) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from dit_jax.training import memory
 from dit_jax.training.metrics import format_duration
 from launch import arguments, loading, wiring
 
-DEFAULT_SHARD = 4096  # examples, made a multiple of the batch
 DETERMINISTIC = "ddim with eta=0, euler, heun without churn, dpmpp_2m or mean_flow"
 
 
@@ -35,13 +34,7 @@ def choose_sizes(
     if num_pairs < 1:
         raise ValueError(f"--num_pairs={num_pairs}: expected at least 1")
     batch_size = -(-batch_size // num_devices) * num_devices
-    if shard_size is None:
-        shard_size = -(-DEFAULT_SHARD // batch_size) * batch_size
-    if shard_size < 1 or shard_size % batch_size:
-        raise ValueError(
-            f"--shard_size={shard_size}: expected a multiple of the batch size, {batch_size}"
-        )
-    return batch_size, shard_size
+    return batch_size, wiring.choose_shard_size(shard_size, batch_size)
 
 
 def plan_path(

@@ -28,6 +28,7 @@ PARALLEL_FLAGS = {
     name: f"--{name}"
     for name in ("parallel", "patch_devices", "warmup_steps", "split_guidance", "ulysses_devices")
 }
+DEFAULT_SHARD = 4096  # examples of a written file, made a multiple of the batch
 
 
 def create_placement(config: ml_collections.ConfigDict) -> DataParallel:
@@ -36,6 +37,21 @@ def create_placement(config: ml_collections.ConfigDict) -> DataParallel:
     if mesh.shape["fsdp"] == mesh.shape["tensor"] == 1:
         return DataParallel(mesh)
     return ShardedPlacement(mesh, rules_for(config.model.name))
+
+
+def choose_shard_size(shard_size: int | None, batch_size: int) -> int:
+    """Examples of a written shard: as asked for, or about `DEFAULT_SHARD` in whole batches.
+
+    Raises:
+        ValueError: a shard would split a batch.
+    """
+    if shard_size is None:
+        return -(-DEFAULT_SHARD // batch_size) * batch_size
+    if shard_size < 1 or shard_size % batch_size:
+        raise ValueError(
+            f"--shard_size={shard_size}: expected a multiple of the batch size, {batch_size}"
+        )
+    return shard_size
 
 
 def override(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
