@@ -1,4 +1,4 @@
-"""Numbers as they are read: sizes in the unit that suits them, and things counted."""
+"""Numbers as they are read: sizes in the unit that suits them, things counted, tables."""
 
 
 def format_bytes(number: float) -> str:
@@ -12,3 +12,16 @@ def format_bytes(number: float) -> str:
 def counted(number: int, noun: str) -> str:
     """'1 image', '2 images'."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Aligned columns between rules, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rule = "-" * (sum(widths) + 3 * (len(widths) - 1))
+    lines = [
+        "   ".join(
+            [name.ljust(widths[0]), *(v.rjust(w) for v, w in zip(row, widths[1:], strict=True))]
+        )
+        for name, *row in rows
+    ]
+    return "\n".join([rule, *lines, rule])

@@ -232,5 +232,7 @@ def _is_users(error: Exception) -> bool:
     return isinstance(error, (CheckpointError, FloatingPointError, WorkdirError, DistributedError))
 
 
-if Path(getattr(sys.modules["__main__"], "__file__", None) or "").parent == Path(__file__).parent:
+# Folders of programs that are interrupted as one; imported elsewhere, this module changes nothing.
+_PROGRAMS = (Path(__file__).parent, Path(__file__).parents[1] / "benchmarks")
+if Path(getattr(sys.modules["__main__"], "__file__", None) or "").parent in _PROGRAMS:
     listen()

@@ -76,7 +76,7 @@ def _read_json(path: Path | None, kind: type):
 
 def show(summary: "Summary", dry_run: bool) -> str:
     """The summary as a table, and the notes."""
-    from launch import wiring
+    from dit_jax.quantities import table
 
     rows = [
         ("kind", summary.kind),
@@ -87,7 +87,7 @@ def show(summary: "Summary", dry_run: bool) -> str:
     ]
     notes = "".join(f"note: {note}\n" for note in summary.notes)
     verb = "would write" if dry_run else "wrote"
-    return f"{notes}{verb} {summary.path}\n{wiring.table(rows)}"
+    return f"{notes}{verb} {summary.path}\n{table(rows)}"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,9 +15,10 @@ import numpy as np
 
 from configs import digits, digits_cm
 from dit_jax import evaluation, experiment
+from dit_jax.quantities import table
 from dit_jax.training.metrics import format_duration
 from dit_jax.training.workdir import CONFIG_FILE
-from launch import classifier_scores, loading, training, wiring
+from launch import classifier_scores, loading, training
 from launch.timing import Stopwatch
 
 
@@ -107,7 +108,7 @@ def report(teacher: Result, student: Result, clock: Stopwatch) -> str:
 
     floor = teacher.scores["frechet_distance_floor"]
     real = teacher.scores["classifier_test_accuracy"]
-    scores = wiring.table(
+    scores = table(
         [
             ("", "teacher", "one-step student"),
             row("training steps", lambda r: f"{r.training.step}"),
@@ -135,7 +136,7 @@ def times(clock: Stopwatch) -> str:
     named["data, checkpoints and the rest"] = total - sum(named.values())
     named["everything together"] = total
     rows = [(name, format_duration(seconds)) for name, seconds in named.items()]
-    return wiring.table([("where the time went", ""), *rows])
+    return table([("where the time went", ""), *rows])
 
 
 def save_picture(path: Path, teacher, student, labels, test) -> None:

@@ -36,9 +36,9 @@ def run_with_devices(options: list[str], devices: int) -> int:
     """Runs this command in a process of its own with virtual devices; returns its exit status.
 
     The number of devices is fixed when JAX starts, and so is where XLA writes the programs that its
-    partitioner hands to the backend (`planning.compile_program`).
+    partitioner hands to the backend (`parallel.planning.programs`).
     """
-    from launch import planning
+    from parallel.planning.programs import PROGRAM_NAME
 
     with command.temporary_folder("plan-") as folder:
         xla_flags = (
@@ -46,7 +46,7 @@ def run_with_devices(options: list[str], devices: int) -> int:
             "--xla_backend_optimization_level=0",  # of machine code, which nobody will run
             f"--xla_dump_to={folder}",
             "--xla_dump_hlo_pass_re=spmd.*",
-            f"--xla_dump_hlo_module_re=jit_{planning.PROGRAM_NAME}.*",
+            f"--xla_dump_hlo_module_re=jit_{PROGRAM_NAME}.*",
         )
         root = str(Path(__file__).parents[1])
         environment = {
@@ -67,8 +67,9 @@ def main(argv: list[str]) -> None:
     del argv
     with command.readable_errors(traceback=_TRACEBACK.value):
         from dit_jax.evaluation import save_json
-        from launch import plan_report, planning
-        from parallel.accelerators import accelerator
+        from launch import planning
+        from parallel.planning.accelerators import accelerator
+        from parallel.planning.report import format_plan
 
         out = Path(_OUT.value) if _OUT.value else None
         planning.check_options(
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> None:
         device = accelerator(_ACCELERATOR.value)
         hbm_gib = _HBM_GIB.value or device.memory_gib
         plan = planning.make_plan(_CONFIG.value, _WHAT.value, device, hbm_gib, Path(folder))
-        print(plan_report.format_plan(plan))
+        print(format_plan(plan))
         if out:
             save_json(out, plan, overwrite=_OVERWRITE.value)
 

@@ -1,4 +1,4 @@
-"""What the commands share: placing on devices, sampling over them, tables."""
+"""What the commands share: placing on devices and sampling over them."""
 
 import argparse
 import contextlib
@@ -189,16 +189,3 @@ def first_screen(what: str, out: Path, time_left: str) -> str:
     """
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}, JAX {jax.__version__}"
     return f"{what}\n  on {devices}\n  into {out}\n  {time_left}"
-
-
-def table(rows: list[tuple[str, ...]]) -> str:
-    """Aligned columns between rules, the first to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rule = "-" * (sum(widths) + 3 * (len(widths) - 1))
-    lines = [
-        "   ".join(
-            [name.ljust(widths[0]), *(v.rjust(w) for v, w in zip(row, widths[1:], strict=True))]
-        )
-        for name, *row in rows
-    ]
-    return "\n".join([rule, *lines, rule])

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _FENCE = re.compile(r"```.*?```", re.DOTALL)
+_COMMAND = re.compile(r"python (?=(?:launch|benchmarks)/)")
 _LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 TINY = DiTConfig(
     image_size=8, in_channels=1, hidden_size=32, depth=1, num_heads=4, learn_sigma=False
@@ -73,24 +74,26 @@ def test_a_unet_opened_in_python_is_applied(tmp_path):
 
 
 def commands():
-    """(document, words) of every command line of launch/."""
+    """(document, words) of every command line of launch/ and benchmarks/."""
     for path in DOCUMENTS:
         text = path.read_text().replace("\\\n", " ")
         lines = [line for block in _BLOCK.finditer(text) for line in block[2].splitlines()]
-        lines += re.findall(r"`([^`\n]*python launch/[^`\n]*)`", _FENCE.sub("", text))
+        lines += re.findall(rf"`([^`\n]*{_COMMAND.pattern}[^`\n]*)`", _FENCE.sub("", text))
         for line in lines:
-            _, found, rest = line.partition("python launch/")
-            if found:
-                words = shlex.split(re.sub(r"[\[\]|<>]", " ", rest), comments=True)
+            if found := _COMMAND.search(line):
+                rest = re.sub(r"[\[\]|<>]", " ", line[found.end() :])
+                words = shlex.split(rest, comments=True)
                 yield path.relative_to(ROOT), words
 
 
 def options_of(command):
     """Names of the flags that a command defines, by itself or in a module it imports."""
-    text = (ROOT / "launch" / command).read_text()
+    text = (ROOT / command).read_text()
     imported = re.findall(r"^ *from launch import (.+)$", text, re.MULTILINE)
     for name in {name.strip() for line in imported for name in line.split(",")}:
         text += (ROOT / "launch" / f"{name}.py").read_text()
+    for name in re.findall(r"^import (benchmark_\w+)$", text, re.MULTILINE):
+        text += (ROOT / "benchmarks" / f"{name}.py").read_text()
     return set(re.findall(r"""(?:"--|DEFINE_\w+\(\s*")(\w+)""", text)) | {"help"}
 
 
@@ -98,8 +101,8 @@ def test_commands_have_the_flags_that_documents_give_them():
     keys = {f"config.{key}" for key, _ in flatten(default_config())}
     wrong, count = [], 0
     for document, (script, *words) in commands():
-        if not (ROOT / "launch" / script).is_file():
-            wrong.append(f"{document}: there is no launch/{script}")
+        if not (ROOT / script).is_file():
+            wrong.append(f"{document}: there is no {script}")
             continue
         known = options_of(script)
         for word in words:

@@ -15,6 +15,7 @@ import optax
 import pytest
 import torch
 
+from benchmark_fastgen import make_importable
 from distill.adversarial import Adversary
 from distill.discriminator import Discriminator
 from distill.dmd2 import DMD2
@@ -26,7 +27,6 @@ from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import EDM, LogNormal
 from dit_jax.diffusion.samplers import make_solver
 from dit_jax.models import Network, SongUNetConfig
-from launch.benchmark_fastgen import make_importable
 from tests.references.torch_edm_params import from_torch
 
 CHECKOUT = Path(os.environ.get("DIT_JAX_FASTGEN", ""))

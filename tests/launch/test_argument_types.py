@@ -9,8 +9,8 @@ import pytest
 from launch import argument_types, compare, evaluate, sample
 
 COMMANDS = ("sample", "evaluate", "compare", "convert", "extract_features", "write_pairs")
-COMMANDS += ("demo", "benchmark", "study_conversion", "study_displaced", "study_distillation")
-COMMANDS += ("study_speed",)
+COMMANDS += ("demo",)
+STUDIES = ("benchmark", "study_conversion", "study_displaced", "study_distillation", "study_speed")
 
 
 class Parsed(Exception):
@@ -25,7 +25,7 @@ def parser_of(monkeypatch):
         raise Parsed(parser)
 
     def find(name) -> argparse.ArgumentParser:
-        command = importlib.import_module(f"launch.{name}")
+        command = importlib.import_module(name if name in STUDIES else f"launch.{name}")
         monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", capture)
         parse = getattr(command, "parse_arguments", None) or command.main
         with pytest.raises(Parsed) as parsed:
@@ -35,7 +35,7 @@ def parser_of(monkeypatch):
     return find
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", (*COMMANDS, *STUDIES))
 def test_every_numeric_flag_is_checked_at_the_door(parser_of, name):
     parser = parser_of(name)
     for action in parser._actions:

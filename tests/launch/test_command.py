@@ -16,7 +16,8 @@ from dit_jax import config_help, evaluation
 from dit_jax.models import linear
 from interop import export, models
 from launch import arguments, command, planning, train
-from parallel import accelerators, sampling
+from parallel import sampling
+from parallel.planning import accelerators
 from tests.launch.conftest import ROOT, environment, run, tiny_config
 
 COMMANDS = ("train", "sample", "evaluate", "convert", "compare", "extract_features", "plan")
@@ -98,7 +99,7 @@ def test_help_and_mistyped_flags_are_answered_before_anything_heavy_is_imported(
         (arguments.DTYPES, export.DTYPES),
         (arguments.PARAM_DTYPES, linear.PARAM_DTYPES),
         (arguments.ACCELERATORS, accelerators.ACCELERATORS),
-        (planning.COMPILERS, ("train", "sample")),
+        (planning.KINDS_OF_RUN, ("train", "sample")),
     ],
 )
 def test_choices_of_flags_are_the_librarys(listed, known):

@@ -10,9 +10,11 @@ import pytest
 
 from configs import dit_7b, dit_xl2
 from dit_jax import experiment
-from launch import methods, plan_report, planning
-from parallel.accelerators import accelerator
+from launch import methods, planning
 from parallel.mesh import AXES, DataParallel
+from parallel.planning import programs
+from parallel.planning.accelerators import accelerator
+from parallel.planning.report import format_plan
 from tests.launch.conftest import run, tiny_config
 
 DEVICES, FSDP = 8, 4
@@ -100,7 +102,7 @@ def test_sampling_is_planned_and_reported(tmp_path, monkeypatch):
     found = plan["programs"]["sample"]
     assert 3 in found["loops"].values() and not found["collectives"]
     assert found["flops_per_device"] == pytest.approx(plan["model_flops"], rel=0.05)
-    assert "fits: " in plan_report.format_plan(plan)
+    assert "fits: " in format_plan(plan)
 
 
 def one_device():
@@ -112,10 +114,10 @@ def one_device():
 def test_teachers_have_shapes_without_files():
     config = tiny_config(**{"model.second_time": "r", "model.dtype": "float32"})
     placement = one_device()
-    teacher = planning._frozen_model(config, "teacher", placement)
+    teacher = programs._frozen_model(config, "teacher", placement)
     student = jax.eval_shape(experiment.build_network(config).init, jax.random.key(0))
     assert "r_embedder" in student and "r_embedder" not in teacher
-    assert planning.bytes_per_device(teacher) == planning.whole_bytes(teacher)
+    assert programs.bytes_per_device(teacher) == programs.whole_bytes(teacher)
     assert np.dtype(jax.tree.leaves(teacher)[0].dtype) == np.float32
 
 

@@ -10,7 +10,7 @@ from dit_jax import sampling
 from dit_jax.models import Network, Request
 from dit_jax.models.dit import DiTConfig
 from dit_jax.sampling import image_keys
-from parallel.program import Program
+from parallel.planning.program import Program
 from parallel.sampling import ImageParallel
 from parallel.sequence import exchanged_bytes
 from tests.models.conftest import random_inputs

@@ -1,4 +1,4 @@
-"""parallel/program.py on small compiled functions and on lines of every form; accelerators."""
+"""Programs: small compiled functions, lines of every form; accelerators."""
 
 import dataclasses
 import functools
@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from parallel.accelerators import ACCELERATORS, accelerator, limits
-from parallel.program import Collective, Program, replica_groups
+from parallel.planning.accelerators import ACCELERATORS, accelerator, limits
+from parallel.planning.groups import replica_groups
+from parallel.planning.program import Collective, Program
 
 LAYERS, ROWS, WIDTH = 5, 64, 16
 

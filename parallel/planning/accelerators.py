@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from parallel.program import Collective
+from parallel.planning.program import Collective
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Every method of distillation on the digits: quality at one, two and four steps, time to train.
 
-  python launch/study_distillation.py --workdir=runs/study --out=docs/results/distillation_digits
+  python benchmarks/study_distillation.py --workdir=runs/study \\
+      --out=docs/results/distillation_digits
 
 Trains the teacher (configs/digits.py), then each method's student from it or beside it, and scores
 them all by the same classifier against the same held-out digits. Writes OUT.json with all numbers,
@@ -337,7 +338,7 @@ def main() -> None:
         if args.teacher is None:
             _keep_seconds(teacher, seconds)
         found, images = score(loading.load_model(teacher), teacher, args.num_images)
-        command = shlex.join(["python", "launch/study_distillation.py", *sys.argv[1:]])
+        command = shlex.join(["python", "benchmarks/study_distillation.py", *sys.argv[1:]])
         record = {
             "command": command,
             "seed": args.seed,

@@ -1,6 +1,6 @@
 """Host memory of converting a checkpoint of a billion parameters, from and to every format.
 
-  python launch/study_conversion.py --folder=/tmp/conversion
+  python benchmarks/study_conversion.py --folder=/tmp/conversion
 
 Writes random weights of a DiT of depth 28 and width 1408 (4 GB in float32) and converts them in
 turn, each time in a process of its own, whose largest resident memory is what counts. The bound is
@@ -22,6 +22,7 @@ import numpy as np
 
 from dit_jax.evaluation import save_json
 from dit_jax.models import DiTConfig, Network
+from dit_jax.quantities import table
 from interop.dit import original_table
 from interop.table import abstract_params, export_specs, flat_shapes
 from interop.tensors import write_pt
@@ -49,9 +50,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def write_random(path: Path, config: DiTConfig) -> None:
     """A state dict in the original layout, tensor by tensor."""
-    table, generator = original_table(config), np.random.default_rng(0)
-    specs = export_specs(table, flat_shapes(abstract_params(Network(config))))
-    constants = {constant.theirs: constant.value for constant in table.constants}
+    names, generator = original_table(config), np.random.default_rng(0)
+    specs = export_specs(names, flat_shapes(abstract_params(Network(config))))
+    constants = {constant.theirs: constant.value for constant in names.constants}
     arrays = (
         constants[name]()
         if name in constants
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         rows.append(("bound: 1.3 x largest group + 1 GiB", f"{bound / GIB:.2f} GiB"))
         rows.append(("the last file equals the first", str(same)))
         print(f"{record['parameters']:,} parameters; largest group {largest}")
-        print(wiring.table(rows))
+        print(table(rows))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Time and memory of one update of every method, beside a plain denoising update's.
 
-Part of `launch/benchmark.py --case=distillation`. A method's update is measured in turns with that
-of denoising of the same network, batch and process, each compiled once beforehand. Beside it stands
-the least that arithmetic allows: the number of the network's forward passes that the update is
-worth, where a backward pass counts as two, a forward derivative (jvp) as one and gradients of
+Part of `benchmarks/benchmark.py --case=distillation`. A method's update is measured in turns with
+that of denoising of the same network, batch and process, each compiled once beforehand. Beside it
+stands the least that arithmetic allows: the number of the network's forward passes that the update
+is worth, where a backward pass counts as two, a forward derivative (jvp) as one and gradients of
 activations alone as one; denoising is worth 3. Optimizers, averages and losses count nothing.
 """
 

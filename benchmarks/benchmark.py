@@ -1,17 +1,17 @@
 """Measures this project against PyTorch: the same shapes, dtype and machine, in one run.
 
-  python launch/benchmark.py --out=docs/benchmarks/cpu.json
-  python launch/benchmark.py --case=train --model=DiT-XL/2 --batch_size=256 --dtype=bfloat16 \\
+  python benchmarks/benchmark.py --out=docs/benchmarks/cpu.json
+  python benchmarks/benchmark.py --case=train --model=DiT-XL/2 --batch_size=256 --dtype=bfloat16 \\
       --torch_compile --out=docs/benchmarks/h100.json
 
-  python launch/benchmark.py --case=distillation --fastgen=FASTGEN_CHECKOUT \\
+  python benchmarks/benchmark.py --case=distillation --fastgen=FASTGEN_CHECKOUT \\
       --out=docs/benchmarks/distillation.json
 
 Cases: `train`, one training step (DDPM loss with learned variance, AdamW, EMA); `guided`, one
 forward pass with classifier-free guidance; `compile`, how long XLA takes to compile a training
 step, without running it; `distillation`, one update of every method of distillation beside one of
-denoising (`launch/benchmark_distillation.py`) and, with --fastgen, DMD2's student beside FastGen's.
-The PyTorch side is tests/references/torch_dit.py. Rounds alternate
+denoising (`benchmarks/benchmark_distillation.py`) and, with --fastgen, DMD2's student beside
+FastGen's. The PyTorch side is tests/references/torch_dit.py. Rounds alternate
 between the two sides, each in a process of its own, whose peak memory is reported; compilation and
 warm-up are outside the timed rounds. Without --case, the project's published CPU table is made.
 """
@@ -35,6 +35,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import benchmark_distillation
+import benchmark_fastgen
 from dit_jax import conditions as conditions_lib
 from dit_jax import evaluation, experiment
 from dit_jax.config import default_config
@@ -42,7 +44,7 @@ from dit_jax.diffusion import guided
 from dit_jax.models import Request
 from dit_jax.models.dit import named_size
 from dit_jax.training.metrics import peak_flops
-from launch import argument_types, benchmark_distillation, benchmark_fastgen, wiring
+from launch import argument_types, wiring
 
 SIDES = ("jax", "torch")
 
@@ -326,7 +328,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
-        "command": shlex.join(["python", "launch/benchmark.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/benchmark.py", *sys.argv[1:]]),
     }
 
 

@@ -1,6 +1,6 @@
 """SpeeD against uniform times on the digits: Fréchet distance over training steps, several seeds.
 
-  python launch/study_speed.py --out=docs/results/speed_digits
+  python benchmarks/study_speed.py --out=docs/results/speed_digits
 
 Trains the digits model as a DDPM (SpeeD's own setting) with each distribution of times, everything
 else equal, and measures samples of the averaged weights at regular steps. Writes OUT.json with all
@@ -158,7 +158,7 @@ def main() -> None:
             for name in args.distributions
         }
         record = {
-            "command": shlex.join(["python", "launch/study_speed.py", *sys.argv[1:]]),
+            "command": shlex.join(["python", "benchmarks/study_speed.py", *sys.argv[1:]]),
             "seeds": args.seeds,
             "floor": floor,
             "curves": curves,

@@ -1,4 +1,4 @@
-"""What to change where a plan does not fit; `launch.planning` makes plans."""
+"""What to change where a plan does not fit; `parallel.planning.plan` makes plans."""
 
 from typing import Any
 

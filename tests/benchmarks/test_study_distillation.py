@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+import study_distillation as study
 from launch import methods
-from launch import study_distillation as study
 
 
 def row(distance):

@@ -1,7 +1,7 @@
 """Displaced patches on a trained model: how far from one device's image, and what it costs.
 
   python launch/train.py --config=configs/digits.py --workdir=runs/digits --config.ema.warmup=False
-  XLA_FLAGS=--xla_force_host_platform_device_count=8 python launch/study_displaced.py \\
+  XLA_FLAGS=--xla_force_host_platform_device_count=8 python benchmarks/study_displaced.py \\
       --workdir=runs/digits --devices 2 4 --out=docs/results/displaced_digits
 
 Samples the same noise on one device and on several, with displaced, naive and synchronous patches,
@@ -345,7 +345,7 @@ def main() -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         run = Run.open(args)
         record: dict[str, Any] = {
-            "command": shlex.join(["python", "launch/study_displaced.py", *sys.argv[1:]]),
+            "command": shlex.join(["python", "benchmarks/study_displaced.py", *sys.argv[1:]]),
             "sampling": run.model.config.sampling.to_dict(),
             "model": run.model.config.model.to_dict(),
             "weights": run.model.weights,

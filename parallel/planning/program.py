@@ -8,82 +8,17 @@ is that of `jax.stages.Compiled.as_text()`: the program of one device after part
 import collections
 import dataclasses
 import functools
-import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
-_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "token": 0, "opaque": 0}
-_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\]")
-_HEAD = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ")
+from parallel.planning.groups import replica_groups
+from parallel.planning.hlo import Instruction, parse_instruction
+
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
-_CALLED = re.compile(
-    r"\b(?:calls|to_apply|body|true_computation|false_computation|branch_computations)="
-    r"(\{[^}]*\}|%?[\w.\-]+)"
-)
-_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH = re.compile(
-    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)(]*(?:\([^)]*\))?)\))? *(\{[^}]*\})"
-)
-_LISTED = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})?\}")
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-
-
-@dataclasses.dataclass(frozen=True)
-class ArrayType:
-    """Element type and shape of one array."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> float:
-        """Bytes without padding."""
-        digits = re.search(r"\d+", self.dtype)
-        width = _BYTES.get(self.dtype, int(digits.group()) / 8 if digits else 0)
-        return float(self.size * width)
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One instruction.
-
-    Attributes:
-        name: unique in the program.
-        opcode: as 'dot'; 'all-gather-start' for the half that starts an asynchronous collective.
-        types: arrays of the result, in order; several where it is a tuple.
-        operands: names of instructions of the same computation.
-        text: the line, with all attributes.
-        is_root: whether it is what its computation returns.
-    """
-
-    name: str
-    opcode: str
-    types: tuple[ArrayType, ...]
-    operands: tuple[str, ...]
-    text: str
-    is_root: bool = False
-
-    @property
-    def collective(self) -> str | None:
-        """Which collective it is or starts, None for anything else (and for the '-done' half)."""
-        kind = self.opcode.removesuffix("-start")
-        return kind if kind in COLLECTIVES else None
-
-    @property
-    def called(self) -> tuple[str, ...]:
-        """Computations it runs: a fusion's, a loop's body, the branches of a conditional."""
-        if self.opcode in ("async-done", "async-update", "get-tuple-element"):
-            return ()
-        found = _CALLED.findall(self.text)
-        return tuple(name.strip(" %") for group in found for name in group.strip("{}").split(","))
+_COUNTS = ("replicas", "partitions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +26,7 @@ class Collective:
     """Communication of one instruction.
 
     Attributes:
-        kind: one of `COLLECTIVES`.
+        kind: one of `hlo.COLLECTIVES`.
         name: of the instruction.
         nbytes: of the whole array on one device: the gathered, the summed, the one before a
             reduce-scatter, the exchanged.
@@ -197,7 +132,7 @@ class Program:
                 if found:
                     current = self.computations.setdefault(found.group(2), {})
                     self.entry = found.group(2) if found.group(1) else self.entry
-            elif instruction := _parse(line):
+            elif instruction := parse_instruction(line):
                 current[instruction.name] = instruction
         if not self.entry:
             raise ValueError(
@@ -332,80 +267,6 @@ class Program:
         )
 
 
-_COUNTS = ("replicas", "partitions")
-
-
-def replica_groups(text: str, num_devices: int) -> np.ndarray:
-    """The groups of a collective, a row of device ids each.
-
-    Args:
-        text: of the instruction: groups listed ({{0,1},{2,3}}), as a reshaped and transposed range
-            ([4,2]<=[2,4]T(1,0)), as axes of a mesh (mesh['a'=2,'b'=4] {'b'}; 'b':(2)2 for a part
-            of an axis), or {} for one group of all.
-        num_devices: how many there are.
-
-    Raises:
-        ValueError: groups of different sizes, or written in another way.
-    """
-    if found := _MESH.search(text):
-        return _mesh_groups(*found.groups())
-    if found := _IOTA.search(text):
-        shape, source, order = found.groups()
-        return _range(source, order).reshape(_integers(shape))
-    found = _LISTED.search(text)
-    if found is None and "replica_groups=" in text:
-        raise ValueError(f"cannot read the groups of this collective: {text[:300]}")
-    if not found or not found.group(1):
-        return np.arange(num_devices)[None]
-    rows = [list(map(int, row.split(","))) for row in re.findall(r"\{([\d, ]+)\}", found.group(1))]
-    if len({len(row) for row in rows}) != 1:
-        raise ValueError(f"groups of different sizes: {found.group(0)}")
-    return np.array(rows)
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(",")))
-
-
-def _range(shape: str, order: str | None) -> np.ndarray:
-    """0, 1, ... in a shape ('2,4'), its axes then reordered ('1,0')."""
-    ids = np.arange(math.prod(_integers(shape))).reshape(_integers(shape))
-    return ids.transpose(_integers(order)) if order else ids
-
-
-def _mesh_groups(mesh: str, devices: str | None, axes: str) -> np.ndarray:
-    """Groups of devices along some axes of a mesh, whose devices are in order or `devices`."""
-    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
-    grouped = [
-        (name, int(before or 1), int(size or sizes[name]))
-        for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
-    ]
-    # Every axis as the parts before, inside and after what of it is grouped.
-    cuts = {name: {1, size} for name, size in sizes.items()}
-    for name, before, size in grouped:
-        cuts[name] |= {before, before * size}
-    parts = [
-        (name, low, high // low)
-        for name in sizes
-        for low, high in itertools.pairwise(sorted(cuts[name]))
-    ]
-    ids = np.arange(math.prod(sizes.values()))
-    if devices and (found := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", devices)):
-        ids = _range(*found.groups())
-    elif devices:
-        ids = np.array(_integers(devices))
-    ids = ids.reshape([size for *_, size in parts])
-    inside = [
-        i
-        for name, before, size in grouped
-        for i, (other, low, _) in enumerate(parts)
-        if other == name and before <= low < before * size
-    ]
-    outside = [i for i in range(len(parts)) if i not in inside]
-    size = math.prod(parts[i][2] for i in inside)
-    return ids.transpose(*outside, *inside).reshape(-1, size)
-
-
 def _product_flops(instruction: Instruction, body: dict[str, Instruction]) -> float:
     """Operations of a dot (2 x results x contracted) or a convolution (2 x results x window)."""
     results = instruction.types[0].size
@@ -417,38 +278,3 @@ def _product_flops(instruction: Instruction, body: dict[str, Instruction]) -> fl
     kernel = body[instruction.operands[1]].types[0].shape
     labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.text).group(1)
     return 2.0 * results * math.prod(kernel) / kernel[labels.index("o")]
-
-
-def _parse(line: str) -> Instruction | None:
-    """The instruction of a line, None for anything else."""
-    head = _HEAD.match(line)
-    if not head:
-        return None
-    rest = re.sub(r"/\*.*?\*/", "", line[head.end() :])
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-    kind = rest[:end]
-    rest = rest[end:].lstrip()
-    opcode, parenthesis, _ = rest.partition("(")
-    if not parenthesis:
-        return None
-    close = _closing(rest, len(opcode))
-    operands = ()
-    if opcode not in ("constant", "parameter", "iota"):
-        # Operands are written with or without their types, %name either way.
-        operands = tuple(re.findall(r"%([\w.\-]+)", rest[len(opcode) : close]))
-    types = tuple(
-        ArrayType(dtype, tuple(int(n.lstrip("<=")) for n in shape.split(",") if n))
-        for dtype, shape in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", kind))
-    )
-    text = line.strip()
-    return Instruction(head.group(2), opcode, types, operands, text, bool(head.group(1)))
-
-
-def _closing(text: str, start: int) -> int:
-    """Where the parenthesis opened at `start` closes."""
-    depth = 0
-    for found in re.finditer(r"[()]", text[start:]):
-        depth += 1 if found.group() == "(" else -1
-        if depth == 0:
-            return start + found.start()
-    raise ValueError(f"unbalanced parentheses in {text[:80]!r}")

@@ -1,8 +1,8 @@
-"""A plan as text for people; `launch.planning` makes it."""
+"""A plan as text for people; `parallel.planning.plan` makes it."""
 
 from typing import Any
 
-from launch import wiring
+from dit_jax.quantities import table
 
 _GIB, _MIB = 2**30, 2**20
 
@@ -38,7 +38,7 @@ def _memory(plan: dict[str, Any]) -> str:
             rows.append((name, _gib(size), _gib(memory["whole_bytes"][name])))
     rows.append(("temporaries: activations, gradients", _gib(memory["temporary_bytes"]), ""))
     rows.append(("total", _gib(memory["total_bytes"]), ""))
-    text = wiring.table(rows)
+    text = table(rows)
     text += (
         "\nThe first rows are counted by hand from shapes and shardings; temporaries are those of "
         "the program\nfor CPUs, which holds some bfloat16 as float32 and has no fused attention: "
@@ -74,7 +74,7 @@ def _program(plan: dict[str, Any], name: str, program: dict[str, Any]) -> str:
         rows.append((kind, f"{entry['count']}", f"{sent:,.1f}", f"{ms:.2f}"))
     if len(rows) == 1:
         rows.append(("none", "0", "0.0", "0.00"))
-    lines.append(wiring.table(rows))
+    lines.append(table(rows))
     limits = program["limits"]
     lines.append(
         f"  at least: arithmetic {limits['arithmetic'] * 1e3:.2f} ms, own memory "

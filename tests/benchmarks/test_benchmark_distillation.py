@@ -2,9 +2,10 @@
 
 import pytest
 
+import benchmark_distillation as benchmark
+import benchmark_fastgen
 from distill import METHODS
-from launch import benchmark_distillation as benchmark
-from launch import benchmark_fastgen, methods
+from launch import methods
 
 LEAST = {  # forward passes on the networks of one time and class
     "denoising": 3,
