@@ -1,7 +1,8 @@
 """What the demo does: a teacher, its one-step student, their scores, and where the time went.
 
-A slow machine has four minutes: half the batches of the experiments in configs/, and fewer steps of
-the teacher's solver, which is hardly worse (Fréchet 1.50 instead of 1.38).
+A slow machine has four minutes: half the batches of the experiments in configs/, half the steps at
+higher rates, and fewer steps of the teacher's solver. Fréchet distances are hardly worse (teacher
+1.51 instead of 1.38, student 1.65 instead of 1.45).
 """
 
 import dataclasses
@@ -55,18 +56,22 @@ def start_afresh(directory: Path) -> None:
 
 
 def teacher_config() -> ml_collections.ConfigDict:
-    """configs/digits.py with half its batch, sampled in a third of its steps."""
+    """configs/digits.py with half its batch and steps, sampled in a third of its steps."""
     config = digits.get_config()
     config.training.batch_size //= 2
+    config.training.num_steps = 800
+    config.optimizer.learning_rate = 3e-3
     config.sampling.steps = 8
     return _without_extras(config)
 
 
 def student_config(teacher: Path) -> ml_collections.ConfigDict:
-    """configs/digits_cm.py with half its batch, of the teacher in the workdir `teacher`."""
+    """configs/digits_cm.py with half its batch and steps, of the teacher in `teacher`."""
     config = digits_cm.get_config()
     config.training.batch_size //= 2
-    config.method.consistency.images_per_stage //= 2  # the same stages in as many steps
+    config.training.num_steps = 800
+    config.optimizer.learning_rate = 8e-4
+    config.method.consistency.images_per_stage = 3_200  # the same eight stages
     config.teacher.path = str(teacher)
     return _without_extras(config)
 
