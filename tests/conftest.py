@@ -34,7 +34,7 @@ _CHECKED = (
     "sampling",
 )
 install_import_hook(
-    [*(f"dit_jax.{room}" for room in (*_CHECKED, "sampling", "training")), "parallel"],
+    [*(f"dit_jax.{room}" for room in (*_CHECKED, "sampling", "training", "parallel")), "parallel"],
     "tests.typechecking.typechecked",
 )
 
