@@ -41,10 +41,10 @@ from dit_jax import conditions as conditions_lib
 from dit_jax import evaluation, experiment
 from dit_jax.config import default_config
 from dit_jax.diffusion import guided
+from dit_jax.launch import argument_types, wiring
 from dit_jax.models import Request
 from dit_jax.models.dit import named_size
 from dit_jax.training.metrics import peak_flops
-from launch import argument_types, wiring
 
 SIDES = ("jax", "torch")
 

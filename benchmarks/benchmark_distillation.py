@@ -21,11 +21,11 @@ import jax
 import ml_collections
 import numpy as np
 
-from configs import digits
 from dit_jax import experiment
 from dit_jax.config import default_config
+from dit_jax.configs import digits
+from dit_jax.launch import methods, wiring
 from dit_jax.models.dit import named_size
-from launch import methods, wiring
 
 JVP = {"model.custom_gradients": "off"}
 FEW_STEPS = {"sampling.solver": "consistency", "sampling.steps": 1}

@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 
 from dit_jax.evaluation import save_json
+from dit_jax.interop.dit import original_table
+from dit_jax.interop.table import abstract_params, export_specs, flat_shapes
+from dit_jax.interop.tensors import write_pt
+from dit_jax.launch import argument_types, wiring
 from dit_jax.models import DiTConfig, Network
 from dit_jax.quantities import table
-from interop.dit import original_table
-from interop.table import abstract_params, export_specs, flat_shapes
-from interop.tensors import write_pt
-from launch import argument_types, wiring
 
 # (source kind, source, destination kind, destination)
 STEPS = (
@@ -64,8 +64,8 @@ def write_random(path: Path, config: DiTConfig) -> None:
 
 def convert(kind: str, source: str, to_kind: str, destination: str) -> None:
     """One conversion; prints its time and the process's largest resident memory as JSON."""
-    from interop.export import write_model
-    from interop.models import open_model
+    from dit_jax.interop.export import write_model
+    from dit_jax.interop.models import open_model
 
     began = time.perf_counter()
     heads = {"num_heads": 16} if kind == "dit_pt" else {}

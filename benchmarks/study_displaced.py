@@ -24,11 +24,11 @@ import numpy as np
 
 from dit_jax import data as data_lib
 from dit_jax import evaluation, experiment
+from dit_jax.launch import argument_types, classifier_scores, loading, wiring
+from dit_jax.parallel.sampling import ImageParallel
+from dit_jax.parallel.transformer import ParallelTransformer, split_rows
 from dit_jax.sampling import Carried, generate
 from dit_jax.training import workdir
-from launch import argument_types, classifier_scores, loading, wiring
-from parallel.sampling import ImageParallel
-from parallel.transformer import ParallelTransformer, split_rows
 
 
 @dataclasses.dataclass(frozen=True)

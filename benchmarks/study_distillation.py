@@ -23,11 +23,19 @@ from pathlib import Path
 import ml_collections
 import numpy as np
 
-from configs import digits, digits_cm, digits_dmd2, digits_kd, digits_mean_flow, digits_scm
 from dit_jax import evaluation, experiment
 from dit_jax.config import default_config
+from dit_jax.configs import digits, digits_cm, digits_dmd2, digits_kd, digits_mean_flow, digits_scm
 from dit_jax.data.shards import HEADER
-from launch import argument_types, classifier_scores, loading, pairs, train, wiring, write_pairs
+from dit_jax.launch import (
+    argument_types,
+    classifier_scores,
+    loading,
+    pairs,
+    train,
+    wiring,
+    write_pairs,
+)
 
 STEPS = (1, 2, 4)
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from configs import digits
 from dit_jax import data as data_lib
 from dit_jax import evaluation, experiment
 from dit_jax.config import default_config
-from launch import argument_types, wiring
+from dit_jax.configs import digits
+from dit_jax.launch import argument_types, wiring
 
 DISTRIBUTIONS = ("uniform", "speed", "speed_first_release")
 

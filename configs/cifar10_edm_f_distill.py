@@ -6,8 +6,8 @@ python launch/train.py --config=configs/cifar10_edm_f_distill.py \\
 FastGen's recipe; its published FID-50K of one step: 1.85. Not reproduced here: that needs GPUs.
 """
 
-from configs import cifar10_edm_dmd2
 from dit_jax.config import default_config
+from dit_jax.configs import cifar10_edm_dmd2
 
 
 def get_config():

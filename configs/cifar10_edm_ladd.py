@@ -6,8 +6,8 @@ python launch/train.py --config=configs/cifar10_edm_ladd.py --workdir=runs/cifar
 No published result to compare with: FastGen has the method but no figures for CIFAR-10.
 """
 
-from configs import cifar10_edm_dmd2
 from dit_jax.config import default_config
+from dit_jax.configs import cifar10_edm_dmd2
 
 
 def get_config():

@@ -10,7 +10,7 @@ here: 350,000 updates of 512 images are days of 8 GPUs. Two steps:
     --config.sampling.steps=2 --config.sampling.times='(80.0, 0.821, 0.0)'
 """
 
-from configs import edm_cifar10
+from dit_jax.configs import edm_cifar10
 
 
 def get_config():

@@ -8,8 +8,8 @@ result is an FID of 2.70 with one step (2.46 in the paper, arXiv 2410.14895). 30
 not run here. Two steps: --config.sampling.steps=2 --config.sampling.times='(80.0, 1.0, 0.0)'.
 """
 
-from configs import cifar10_edm_cm
 from dit_jax.config import default_config
+from dit_jax.configs import cifar10_edm_cm
 
 
 def get_config():

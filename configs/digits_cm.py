@@ -9,7 +9,7 @@ Fréchet distances it reaches are in docs/results. From data instead of the teac
 training): --config.method.consistency.trajectory=data --config.teacher.guidance_scale=1.
 """
 
-from configs import digits
+from dit_jax.configs import digits
 
 
 def get_config():

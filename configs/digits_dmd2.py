@@ -6,7 +6,7 @@ python launch/train.py --config=configs/digits.py --workdir=runs/digits
 python launch/train.py --config=configs/digits_dmd2.py --workdir=runs/digits_dmd2
 """
 
-from configs import digits
+from dit_jax.configs import digits
 
 
 def get_config():

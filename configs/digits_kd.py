@@ -8,7 +8,7 @@ python launch/train.py --config=configs/digits_kd.py --workdir=runs/digits_kd
 For two steps write the pairs with --path_times 0.5 and train with --config.sampling.steps=2.
 """
 
-from configs import digits
+from dit_jax.configs import digits
 
 
 def get_config():

@@ -8,7 +8,7 @@ derivative of such fast time features is mostly noise. More steps at sampling:
 --config.sampling.steps=4. Improved MeanFlow: --config.method.mean_flow.direction=network.
 """
 
-from configs import digits
+from dit_jax.configs import digits
 
 
 def get_config():

@@ -8,7 +8,7 @@ Fréchet distance of one step 1.54, the teacher's 1.38: docs/results, with the c
 instead of the teacher (sCT): --config.method.scm.velocity=data --config.teacher.guidance_scale=1.
 """
 
-from configs import digits
+from dit_jax.configs import digits
 
 
 def get_config():

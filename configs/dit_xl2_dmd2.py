@@ -7,7 +7,7 @@ The paper's recipe for several steps: inputs by backward simulation, ten updates
 of the fake score. No published result for this network; not run here: that needs GPUs.
 """
 
-from configs import dit_xl2
+from dit_jax.configs import dit_xl2
 
 
 def get_config():

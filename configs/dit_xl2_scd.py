@@ -11,7 +11,7 @@ standard deviation. Meant for GPUs; runs over their memory are shortened by conf
 config.training.num_microbatches. Two steps: --config.sampling.steps=2.
 """
 
-from configs import sit_xl2
+from dit_jax.configs import sit_xl2
 
 
 def get_config():

@@ -6,8 +6,8 @@ Patches of 2 x 2 pixels, 256 tokens. Same data, noise levels, augmentation and s
 configs/edm_cifar10.py, whose U-Net of 56 million has an FID of 1.79; no published result for this.
 """
 
-from configs import edm_cifar10
 from dit_jax.config import default_config
+from dit_jax.configs import edm_cifar10
 from dit_jax.models.dit import named_size
 
 

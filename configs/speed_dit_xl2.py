@@ -8,7 +8,7 @@ here: that needs ImageNet. --config.timesteps.name=speed_first_release is the co
 --config.timesteps.speed.{asymmetric,weighted,dual}=False switches its parts off one by one.
 """
 
-from configs import dit_xl2
+from dit_jax.configs import dit_xl2
 
 
 def get_config():

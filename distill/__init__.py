@@ -3,7 +3,7 @@
 `METHODS` names them for configs, beside those of `dit_jax.experiment`.
 """
 
-from distill import consistency, dmd2, f_distill, kd, ladd, mean_flow, scm, tcm
+from dit_jax.distill import consistency, dmd2, f_distill, kd, ladd, mean_flow, scm, tcm
 
 METHODS = {
     "kd": kd.build,

@@ -14,12 +14,12 @@ import ml_collections
 import optax
 from jaxtyping import Array, Float, Key
 
-from distill.discriminator import Discriminator
-from distill.few_step import counted_config
 from dit_jax import experiment
 from dit_jax.config import AnyConfig, ConfigError, default_config
 from dit_jax.diffusion.process import Process
 from dit_jax.diffusion.timesteps import TimeDistribution
+from dit_jax.distill.discriminator import Discriminator
+from dit_jax.distill.few_step import counted_config
 from dit_jax.training.method import Metrics
 
 FEATURES_OF = ("teacher", "fake_score")

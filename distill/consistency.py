@@ -16,8 +16,12 @@ import ml_collections
 import optax
 from jaxtyping import Array, Float, Key
 
-from distill.consistency_loss import ConsistencyLoss, ECTSchedule, TimePair, TimePairs
-from distill.student import (
+from dit_jax import experiment
+from dit_jax.config import ConfigError, default_config
+from dit_jax.diffusion.conversions import expand
+from dit_jax.diffusion.timesteps import TimeDistribution
+from dit_jax.distill.consistency_loss import ConsistencyLoss, ECTSchedule, TimePair, TimePairs
+from dit_jax.distill.student import (
     DistillState,
     Student,
     Teacher,
@@ -26,10 +30,6 @@ from distill.student import (
     drift_metrics,
     nulls_of,
 )
-from dit_jax import experiment
-from dit_jax.config import ConfigError, default_config
-from dit_jax.diffusion.conversions import expand
-from dit_jax.diffusion.timesteps import TimeDistribution
 from dit_jax.models.call import Request
 from dit_jax.training.method import Batch, Metrics, OnePhase, accumulated_gradients
 

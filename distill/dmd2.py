@@ -20,18 +20,18 @@ import ml_collections
 import optax
 from jaxtyping import Array, Float, Key
 
-from distill.adversarial import (
+from dit_jax import experiment
+from dit_jax.config import ConfigError
+from dit_jax.diffusion import LOSS_WEIGHTS
+from dit_jax.diffusion.losses import LossWeight, NoWeight
+from dit_jax.distill.adversarial import (
     Adversary,
     build_adversary,
     generator_loss,
     refuse_changed,
 )
-from distill.few_step import FewStepMethod, build_few_steps, counted_config
-from distill.student import build_student, build_teacher, drift_metrics, nulls_of
-from dit_jax import experiment
-from dit_jax.config import ConfigError
-from dit_jax.diffusion import LOSS_WEIGHTS
-from dit_jax.diffusion.losses import LossWeight, NoWeight
+from dit_jax.distill.few_step import FewStepMethod, build_few_steps, counted_config
+from dit_jax.distill.student import build_student, build_teacher, drift_metrics, nulls_of
 from dit_jax.models.call import Request
 from dit_jax.training.method import Batch, Metrics
 

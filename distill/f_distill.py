@@ -15,11 +15,11 @@ import ml_collections
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from distill.adversarial import refuse_changed
-from distill.dmd2 import DMD2, dmd2_parts
-from distill.student import DistillState, Player
 from dit_jax.config import ConfigError
 from dit_jax.diffusion.process import EDM, Process
+from dit_jax.distill.adversarial import refuse_changed
+from dit_jax.distill.dmd2 import DMD2, dmd2_parts
+from dit_jax.distill.student import DistillState, Player
 from dit_jax.training.method import Metrics
 
 # Logits are clipped before the exponential.

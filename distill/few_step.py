@@ -16,12 +16,12 @@ import ml_collections
 import optax
 from jaxtyping import Array, Float, Key
 
-from distill.student import DistillState, Student, Teacher, create_player, update_player
 from dit_jax import experiment
 from dit_jax.config import ConfigError
 from dit_jax.diffusion.process import Prediction, Process
 from dit_jax.diffusion.solvers import SOLVERS, Solver, Step
 from dit_jax.diffusion.timesteps import TimeDistribution
+from dit_jax.distill.student import DistillState, Student, Teacher, create_player, update_player
 from dit_jax.models.call import Request
 from dit_jax.training import ema as ema_lib
 from dit_jax.training.method import Batch, Metrics, accumulated_gradients

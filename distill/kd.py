@@ -18,10 +18,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Key
 
-from distill.student import DistillState, Student, build_student, drift_metrics
 from dit_jax import experiment
 from dit_jax.config import ConfigError
 from dit_jax.diffusion.solvers import SOLVERS
+from dit_jax.distill.student import DistillState, Student, build_student, drift_metrics
 from dit_jax.models.call import Request
 from dit_jax.training.method import Batch, Metrics, OnePhase, accumulated_gradients
 

@@ -21,9 +21,15 @@ import ml_collections
 import optax
 from jaxtyping import Array, Float, Key
 
-from distill import mean_flow_checks
-from distill.average_velocity import GuidanceMixing, Regression, TotalDerivative, sum_pixels
-from distill.student import (
+from dit_jax import conditions as conditions_lib
+from dit_jax import experiment
+from dit_jax.data.augmentation import Augmentation
+from dit_jax.denoiser import Denoiser
+from dit_jax.diffusion.process import RectifiedFlow, expand
+from dit_jax.diffusion.timesteps import LogitNormal, TimeDistribution, Uniform
+from dit_jax.distill import mean_flow_checks
+from dit_jax.distill.average_velocity import GuidanceMixing, Regression, TotalDerivative, sum_pixels
+from dit_jax.distill.student import (
     DistillState,
     Student,
     Teacher,
@@ -32,12 +38,6 @@ from distill.student import (
     drift_metrics,
     nulls_of,
 )
-from dit_jax import conditions as conditions_lib
-from dit_jax import experiment
-from dit_jax.data.augmentation import Augmentation
-from dit_jax.denoiser import Denoiser
-from dit_jax.diffusion.process import RectifiedFlow, expand
-from dit_jax.diffusion.timesteps import LogitNormal, TimeDistribution, Uniform
 from dit_jax.models.call import Request
 from dit_jax.models.dit import resolve_dtype
 from dit_jax.training.denoising import require_augmentation

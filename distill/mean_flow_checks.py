@@ -2,8 +2,8 @@
 
 import ml_collections
 
-from distill.student import require_forward_mode
 from dit_jax.config import ConfigError, default_config
+from dit_jax.distill.student import require_forward_mode
 
 
 def check(config: ml_collections.ConfigDict) -> None:

@@ -28,8 +28,13 @@ import ml_collections
 import optax
 from jaxtyping import Array, Float, Key
 
-from distill.adaptive_weight import AdaptiveWeight, weighted
-from distill.student import (
+from dit_jax import experiment
+from dit_jax.config import ConfigError
+from dit_jax.denoiser import Denoiser
+from dit_jax.diffusion.process import expand
+from dit_jax.diffusion.timesteps import TimeDistribution
+from dit_jax.distill.adaptive_weight import AdaptiveWeight, weighted
+from dit_jax.distill.student import (
     DistillState,
     Student,
     Teacher,
@@ -41,12 +46,7 @@ from distill.student import (
     require_forward_mode,
     update_player,
 )
-from distill.trig_flow import TrigFlow
-from dit_jax import experiment
-from dit_jax.config import ConfigError
-from dit_jax.denoiser import Denoiser
-from dit_jax.diffusion.process import expand
-from dit_jax.diffusion.timesteps import TimeDistribution
+from dit_jax.distill.trig_flow import TrigFlow
 from dit_jax.models.call import Request
 from dit_jax.training.method import Batch, Metrics, OnePhase, accumulated_gradients
 

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import ml_collections
 from jaxtyping import Array, Bool, Float, Key
 
-from distill.consistency import Consistency, build_criterion, require_one_time
-from distill.consistency_loss import ECTSchedule, TimePair, TimePairs
-from distill.student import DistillState, build_student, drift_metrics
 from dit_jax import experiment
 from dit_jax.diffusion.conversions import expand
+from dit_jax.distill.consistency import Consistency, build_criterion, require_one_time
+from dit_jax.distill.consistency_loss import ECTSchedule, TimePair, TimePairs
+from dit_jax.distill.student import DistillState, build_student, drift_metrics
 from dit_jax.models.call import Request
 from dit_jax.training.method import Batch, Metrics
 

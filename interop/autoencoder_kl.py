@@ -15,15 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, Params
-from dit_jax.models.linear import resolve_param_dtype
-from dit_jax.untrusted import shown
-from interop.autoencoder_tables import diffusers_table, original_table
-from interop.claims import check_counts, check_types, read_object
-from interop.prefixes import without_prefix
-from interop.recognise import AUTOENCODERS, description
-from interop.sharded import INDEX_SUFFIXES, find_weights, shards_of
-from interop.table import (
+from dit_jax.interop.autoencoder_tables import diffusers_table, original_table
+from dit_jax.interop.claims import check_counts, check_types, read_object
+from dit_jax.interop.prefixes import without_prefix
+from dit_jax.interop.recognise import AUTOENCODERS, description
+from dit_jax.interop.sharded import INDEX_SUFFIXES, find_weights, shards_of
+from dit_jax.interop.table import (
     abstract_params,
     export_arrays,
     export_specs,
@@ -31,8 +28,11 @@ from interop.table import (
     flatten,
     load_params,
 )
-from interop.tensor_file import sha256_of
-from interop.tensors import InteropError, TensorFile, open_tensors, write_safetensors
+from dit_jax.interop.tensor_file import sha256_of
+from dit_jax.interop.tensors import InteropError, TensorFile, open_tensors, write_safetensors
+from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, Params
+from dit_jax.models.linear import resolve_param_dtype
+from dit_jax.untrusted import shown
 
 _WITHIN_DIFFUSION = "first_stage_model."
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"

@@ -7,8 +7,7 @@ there the decoder's levels are numbered from the full resolution down.
 
 from collections.abc import Iterator
 
-from dit_jax.models.autoencoder_kl import AutoencoderKLConfig
-from interop.table import (
+from dit_jax.interop.table import (
     Row,
     Table,
     affine,
@@ -17,6 +16,7 @@ from interop.table import (
     linear_or_pointwise,
     pointwise_conv,
 )
+from dit_jax.models.autoencoder_kl import AutoencoderKLConfig
 
 
 def diffusers_table(config: AutoencoderKLConfig) -> Table:

@@ -11,9 +11,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from dit_jax.interop.tensor_file import InteropError, TensorFile, refusals
 from dit_jax.quantities import counted
 from dit_jax.untrusted import check_within, read_json, shown
-from interop.tensor_file import InteropError, TensorFile, refusals
 
 # Counts of layers: each has tensors of its own.
 _LAYERS = ("num_layers", "layers_per_block", "num_blocks", "depth")

@@ -11,12 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.models import DiTConfig
-from dit_jax.models.dit import SIZES
-from dit_jax.models.layers import sincos_position_embedding
-from dit_jax.untrusted import shown
-from interop.claims import check_types
-from interop.table import (
+from dit_jax.interop.claims import check_types
+from dit_jax.interop.table import (
     Constant,
     Row,
     Table,
@@ -26,7 +22,11 @@ from interop.table import (
     padded_rows,
     patch_conv,
 )
-from interop.tensors import InteropError, TensorFile
+from dit_jax.interop.tensors import InteropError, TensorFile
+from dit_jax.models import DiTConfig
+from dit_jax.models.dit import SIZES
+from dit_jax.models.layers import sincos_position_embedding
+from dit_jax.untrusted import shown
 
 # The null class of diffusers' DiTPipeline, whatever the number of classes.
 PIPELINE_NULL_CLASS = 1000

@@ -16,8 +16,7 @@ import numpy as np
 
 from dit_jax.diffusion.preconditioning import IDDPM, VE, VP
 from dit_jax.diffusion.process import EDM
-from dit_jax.models.edm import DhariwalUNetConfig, SongUNetConfig
-from interop.table import (
+from dit_jax.interop.table import (
     Constant,
     Row,
     Shapes,
@@ -28,7 +27,8 @@ from interop.table import (
     linear,
     pointwise_conv,
 )
-from interop.tensors import InteropError, TensorFile
+from dit_jax.interop.tensors import InteropError, TensorFile
+from dit_jax.models.edm import DhariwalUNetConfig, SongUNetConfig
 
 PREFIX = "model."  # of the network within EDMPrecond
 # The classes' own defaults, in the order of their arguments.

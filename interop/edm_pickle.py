@@ -18,11 +18,17 @@ from typing import Any
 
 import numpy as np
 
+from dit_jax.interop.inert_records import (
+    PERSISTENCE,
+    STAND_INS,
+    Container,
+    PersistentObject,
+    Tensor,
+)
+from dit_jax.interop.pickle_scan import ScanError, listed, scan_pickle
+from dit_jax.interop.pt_files import LEGACY_MAGIC
+from dit_jax.interop.tensor_file import InteropError, TensorFile, TensorSpec, check_names, refusals
 from dit_jax.untrusted import open_regular, shown
-from interop.inert_records import PERSISTENCE, STAND_INS, Container, PersistentObject, Tensor
-from interop.pickle_scan import ScanError, listed, scan_pickle
-from interop.pt_files import LEGACY_MAGIC
-from interop.tensor_file import InteropError, TensorFile, TensorSpec, check_names, refusals
 
 _MAX_SETTINGS = 10_000
 

@@ -18,23 +18,23 @@ from dit_jax import __version__, experiment
 from dit_jax import config as config_lib
 from dit_jax.diffusion.process import DDPM, EDM, RectifiedFlow
 from dit_jax.evaluation.files import atomic_file, atomic_folder, check_destination
-from dit_jax.models import DhariwalUNetConfig, DiTConfig, SongUNetConfig
-from interop import dit, edm
-from interop.autoencoder_kl import load_autoencoder, save_autoencoder
-from interop.finiteness import Finiteness
-from interop.found_model import FoundModel, no_guidance
-from interop.model_card import model_card
-from interop.models import CARD, FORMAT, KINDS, WEIGHTS
-from interop.pixel_autoencoder import TOLERANCE, pixel_autoencoder
-from interop.schedulers import scheduler_config
-from interop.table import (
+from dit_jax.interop import dit, edm
+from dit_jax.interop.autoencoder_kl import load_autoencoder, save_autoencoder
+from dit_jax.interop.finiteness import Finiteness
+from dit_jax.interop.found_model import FoundModel, no_guidance
+from dit_jax.interop.model_card import model_card
+from dit_jax.interop.models import CARD, FORMAT, KINDS, WEIGHTS
+from dit_jax.interop.pixel_autoencoder import TOLERANCE, pixel_autoencoder
+from dit_jax.interop.schedulers import scheduler_config
+from dit_jax.interop.table import (
     Table,
     export_arrays,
     export_specs,
     native_table,
     parameter_shapes,
 )
-from interop.tensors import InteropError, TensorSpec, write_pt, write_safetensors
+from dit_jax.interop.tensors import InteropError, TensorSpec, write_pt, write_safetensors
+from dit_jax.models import DhariwalUNetConfig, DiTConfig, SongUNetConfig
 
 DESTINATIONS = tuple(kind for kind in KINDS if kind != "edm_pkl")
 _STATE_DICTS = ("dit_pt", "sit_pt", "edm_pt")

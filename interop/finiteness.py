@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dit_jax.interop.tensor_file import InteropError, TensorFile
 from dit_jax.quantities import counted
-from interop.tensor_file import InteropError, TensorFile
 
 # Numbers looked at at once: what is made on the way stays small beside the largest tensor.
 _PIECE = 1 << 22

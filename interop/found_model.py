@@ -11,9 +11,9 @@ import ml_collections
 import numpy as np
 
 from dit_jax import experiment
+from dit_jax.interop.finiteness import Finiteness
+from dit_jax.interop.table import parameter_dtypes, unflatten
 from dit_jax.models import Network
-from interop.finiteness import Finiteness
-from interop.table import parameter_dtypes, unflatten
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from absl import logging
 
-from interop.tensor_file import InteropError
+from dit_jax.interop.tensor_file import InteropError
 
 PREFIX = "hub:"
 ALLOWED_SUFFIXES = (".json", ".safetensors", ".pt", ".pth", ".bin", ".txt")

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from dit_jax.interop.pickle_scan import listed, scan_pickle
+from dit_jax.interop.pt_files import LEGACY_MAGIC
+from dit_jax.interop.pt_writer import STORAGES
+from dit_jax.interop.tensor_file import DTYPE_OF_TORCH, InteropError
 from dit_jax.untrusted import shown
-from interop.pickle_scan import listed, scan_pickle
-from interop.pt_files import LEGACY_MAGIC
-from interop.pt_writer import STORAGES
-from interop.tensor_file import DTYPE_OF_TORCH, InteropError
 
 PERSISTENCE = "torch_utils.persistence._reconstruct_persistent_obj"
 _VERSION = 6  # of torch_utils.persistence

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from interop.found_model import FoundModel, no_guidance
+from dit_jax.interop.found_model import FoundModel, no_guidance
 
 
 def model_card(
@@ -85,7 +85,7 @@ def _diffusers_use(guidance_scale: float) -> list[str]:
         "function; with dit-jax installed:",
         "",
         "```python",
-        "from interop.pipelines import load_pipeline",
+        "from dit_jax.interop.pipelines import load_pipeline",
         "",
         'pipeline = load_pipeline("path/to/this/folder")',
         "```",

@@ -21,26 +21,32 @@ import numpy as np
 from dit_jax import class_names, experiment
 from dit_jax.config import default_config, from_json
 from dit_jax.config import flatten as config_flatten
-from dit_jax.models import network_name
-from dit_jax.training import workdir
-from dit_jax.training.saved_weights import RunWeights
-from interop import dit, edm, hub
-from interop.claims import check_counts, check_types, read_object
-from interop.edm_pickle import looks_like_network_pickle, open_network_pickle
-from interop.finiteness import Finiteness, WatchedFile
-from interop.found_model import FoundModel
-from interop.prefixes import RenamedFile, without_prefix
-from interop.recognise import DIFFUSERS_DIT, EDM_UNET, ORIGINAL_DIT, description, find_architectures
-from interop.schedulers import process_from_scheduler
-from interop.sharded import find_weights
-from interop.table import (
+from dit_jax.interop import dit, edm, hub
+from dit_jax.interop.claims import check_counts, check_types, read_object
+from dit_jax.interop.edm_pickle import looks_like_network_pickle, open_network_pickle
+from dit_jax.interop.finiteness import Finiteness, WatchedFile
+from dit_jax.interop.found_model import FoundModel
+from dit_jax.interop.prefixes import RenamedFile, without_prefix
+from dit_jax.interop.recognise import (
+    DIFFUSERS_DIT,
+    EDM_UNET,
+    ORIGINAL_DIT,
+    description,
+    find_architectures,
+)
+from dit_jax.interop.schedulers import process_from_scheduler
+from dit_jax.interop.sharded import find_weights
+from dit_jax.interop.table import (
     ParameterReader,
     Table,
     flatten,
     native_table,
     parameter_shapes,
 )
-from interop.tensors import InteropError, TensorFile, open_tensors
+from dit_jax.interop.tensors import InteropError, TensorFile, open_tensors
+from dit_jax.models import network_name
+from dit_jax.training import workdir
+from dit_jax.training.saved_weights import RunWeights
 
 KINDS = ("dit_jax", "dit_pt", "sit_pt", "diffusers", "edm_pkl", "edm_pt")
 CARD = "dit_jax.json"  # what a folder of ours says about itself

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from interop.dit import PIPELINE_NULL_CLASS
-from interop.models import read_card
-from interop.tensors import InteropError
+from dit_jax.interop.dit import PIPELINE_NULL_CLASS
+from dit_jax.interop.models import read_card
+from dit_jax.interop.tensors import InteropError
 
 
 def load_pipeline(folder: str | Path, **options: Any) -> Any:

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from dit_jax.interop.recognise import find_architectures, without_compiled
+from dit_jax.interop.tensor_file import InteropError, TensorFile
 from dit_jax.quantities import counted
-from interop.recognise import find_architectures, without_compiled
-from interop.tensor_file import InteropError, TensorFile
 
 
 class RenamedFile(TensorFile):

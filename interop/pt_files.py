@@ -25,10 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dit_jax.untrusted import FileRefusedError, check_inflation, open_regular, open_zip, shown
-from interop.pickle_scan import NAMESPACE, PickleScan, listed, scan, unsafe_parts
-from interop.storages import read_storages
-from interop.tensor_file import (
+from dit_jax.interop.pickle_scan import NAMESPACE, PickleScan, listed, scan, unsafe_parts
+from dit_jax.interop.storages import read_storages
+from dit_jax.interop.tensor_file import (
     DTYPE_OF_TORCH,
     FileState,
     InteropError,
@@ -36,6 +35,7 @@ from interop.tensor_file import (
     TensorSpec,
     check_names,
 )
+from dit_jax.untrusted import FileRefusedError, check_inflation, open_regular, open_zip, shown
 
 if TYPE_CHECKING:
     import torch

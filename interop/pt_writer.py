@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from interop.tensor_file import (
+from dit_jax.interop.tensor_file import (
     TORCH_OF_DTYPE,
     HashingWriter,
     TensorSpec,

@@ -19,11 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.untrusted import (
-    open_regular,
-    shown,
-)
-from interop.tensor_file import (
+from dit_jax.interop.tensor_file import (
     DTYPE_OF_SAFETENSORS,
     MAX_TENSORS,
     SAFETENSORS_OF_DTYPE,
@@ -37,6 +33,10 @@ from interop.tensor_file import (
     checked_arrays,
     raw_bytes,
     sha256_of,
+)
+from dit_jax.untrusted import (
+    open_regular,
+    shown,
 )
 
 # A hundred thousand tensors of long names; the safetensors library itself reads 100 MB.

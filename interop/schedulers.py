@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from dit_jax.diffusion.process import DDPM, Process, RectifiedFlow
+from dit_jax.interop.claims import check_types
+from dit_jax.interop.tensors import InteropError
 from dit_jax.untrusted import shown
-from interop.claims import check_types
-from interop.tensors import InteropError
 
 # diffusers' name of what the network predicts, by ours.
 _PREDICTIONS = {"eps": "epsilon", "x0": "sample", "velocity": "v_prediction"}

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from dit_jax.interop.pt_files import open_pt
+from dit_jax.interop.safetensors_files import open_safetensors
+from dit_jax.interop.tensor_file import InteropError, TensorFile, check_names, refusals
 from dit_jax.quantities import counted
 from dit_jax.untrusted import check_file_name, check_within, read_json, shown
-from interop.pt_files import open_pt
-from interop.safetensors_files import open_safetensors
-from interop.tensor_file import InteropError, TensorFile, check_names, refusals
 
 PT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")

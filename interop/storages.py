@@ -12,9 +12,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
+from dit_jax.interop.pt_writer import STORAGES
+from dit_jax.interop.tensor_file import DTYPE_OF_TORCH
 from dit_jax.untrusted import shown
-from interop.pt_writer import STORAGES
-from interop.tensor_file import DTYPE_OF_TORCH
 
 # Bytes of an element by storage class; an UntypedStorage counts bytes.
 _ITEM_SIZES = {storage: DTYPE_OF_TORCH[dtype].itemsize for dtype, storage in STORAGES.items()}

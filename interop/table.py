@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from interop.finiteness import Finiteness, WatchedFile
-from interop.tensors import InteropError, TensorFile, TensorSpec
+from dit_jax.interop.finiteness import Finiteness, WatchedFile
+from dit_jax.interop.tensors import InteropError, TensorFile, TensorSpec
 
 LAYER = "{layer}"
 

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dit_jax.untrusted import FileRefusedError, check_within, open_regular
-from interop.pickle_scan import scan_pickle
-from interop.pt_files import open_pt
-from interop.pt_writer import write_pt
-from interop.safetensors_files import (
+from dit_jax.interop.pickle_scan import scan_pickle
+from dit_jax.interop.pt_files import open_pt
+from dit_jax.interop.pt_writer import write_pt
+from dit_jax.interop.safetensors_files import (
     open_safetensors,
     write_safetensors,
 )
-from interop.sharded import (
+from dit_jax.interop.sharded import (
     INDEX_SUFFIXES,
     PT_SUFFIXES,
     open_sharded,
@@ -28,7 +27,8 @@ from interop.sharded import (
     shard_place,
     shards_of,
 )
-from interop.tensor_file import InteropError, TensorFile, TensorSpec, refusals
+from dit_jax.interop.tensor_file import InteropError, TensorFile, TensorSpec, refusals
+from dit_jax.untrusted import FileRefusedError, check_within, open_regular
 
 __all__ = [
     "InteropError",

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from launch import argument_types
+from dit_jax.launch import argument_types
 
 ROUNDING_RULES = ("nearest", "truncate")  # of dit_jax.evaluation, as the two below
 PROTOCOLS = ("dit_400k", "dit_final")

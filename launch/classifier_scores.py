@@ -10,8 +10,8 @@ import numpy as np
 
 from dit_jax import data as data_lib
 from dit_jax import evaluation, experiment
+from dit_jax.launch import loading, sampling, wiring
 from dit_jax.training import workdir as workdir_lib
-from launch import loading, sampling, wiring
 
 
 def evaluate(

@@ -225,9 +225,9 @@ def _is_users(error: Exception) -> bool:
     if isinstance(error, (ValueError, OSError, ImportError)):
         return True
     # Raised by modules that are imported by now; they are not, for the sake of a mistyped flag.
+    from dit_jax.parallel.distributed import DistributedError
     from dit_jax.training.checkpoints import CheckpointError
     from dit_jax.training.workdir import WorkdirError
-    from parallel.distributed import DistributedError
 
     return isinstance(error, (CheckpointError, FloatingPointError, WorkdirError, DistributedError))
 

@@ -15,7 +15,7 @@ distance between the sets; whatever cannot be computed is said to be left out, a
 import argparse
 from pathlib import Path
 
-from launch import argument_types, arguments, command
+from dit_jax.launch import argument_types, arguments, command
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
             save_comparison_html,
             save_comparison_png,
         )
-        from launch import comparing
+        from dit_jax.launch import comparing
 
         for path in (args.out, args.picture, args.json):
             if path:

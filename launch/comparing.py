@@ -12,10 +12,10 @@ from dit_jax.evaluation.comparison import (
     open_images,
     require_same_count,
 )
+from dit_jax.interop.inception import load_extractor
+from dit_jax.launch import classifier_scores, methods, sample, wiring
+from dit_jax.parallel.mesh import create_mesh
 from dit_jax.training import workdir
-from interop.inception import load_extractor
-from launch import classifier_scores, methods, sample, wiring
-from parallel.mesh import create_mesh
 
 # Options of launch/sample.py that must be the same for both sets, and so are options here.
 _COMMON = ("out", "num_images", "labels", "overwrite", "traceback", "workdir", "init_from")

@@ -13,7 +13,7 @@ from ml_collections import config_flags
 
 from dit_jax import abbreviations
 from dit_jax import config as config_lib
-from launch import command
+from dit_jax.launch import command
 
 flags.disclaim_key_flags()  # --help lists a command's own flags, of which these are a part
 

@@ -15,10 +15,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch import argument_types, arguments, command
+from dit_jax.launch import argument_types, arguments, command
 
 if TYPE_CHECKING:
-    from interop.export import Summary
+    from dit_jax.interop.export import Summary
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -94,8 +94,8 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = parse_arguments(argv)
     with command.readable_errors(traceback=args.traceback):
-        from interop.export import write_model
-        from launch import loading, methods
+        from dit_jax.interop.export import write_model
+        from dit_jax.launch import loading, methods
 
         model = methods.open_any(
             args.source,

@@ -12,7 +12,7 @@ import argparse
 import time
 from pathlib import Path
 
-from launch import argument_types, command
+from dit_jax.launch import argument_types, command
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     with command.readable_errors(traceback=args.traceback):
         if args.num_images < 100:
             raise ValueError(f"--num_images={args.num_images}: expected at least 100, for a score")
-        from launch import demonstration
+        from dit_jax.launch import demonstration
 
         demonstration.run(args.workdir, args.num_images, started)
 

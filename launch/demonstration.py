@@ -14,13 +14,13 @@ from pathlib import Path
 import ml_collections
 import numpy as np
 
-from configs import digits, digits_cm
 from dit_jax import evaluation, experiment
+from dit_jax.configs import digits, digits_cm
+from dit_jax.launch import classifier_scores, loading, training
+from dit_jax.launch.timing import Stopwatch
 from dit_jax.quantities import table
 from dit_jax.training.metrics import format_duration
 from dit_jax.training.workdir import CONFIG_FILE
-from launch import classifier_scores, loading, training
-from launch.timing import Stopwatch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ record that says how they were made.
 import argparse
 from pathlib import Path
 
-from launch import argument_types, arguments, command
+from dit_jax.launch import argument_types, arguments, command
 
 # Options that make samples, besides those of `arguments.sampling_overrides`.
 _OF_SAMPLING = (
@@ -130,8 +130,8 @@ def main(argv: list[str] | None = None) -> None:
     with command.readable_errors(traceback=args.traceback):
         check_arguments(args)
         from dit_jax import evaluation
+        from dit_jax.launch import classifier_scores, inception_scores, loading, sampling
         from dit_jax.quantities import counted
-        from launch import classifier_scores, inception_scores, loading, sampling
 
         for path in (args.out, args.picture):
             if path:

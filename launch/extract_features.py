@@ -14,7 +14,7 @@ was, and ends with the same bits. Then train with
 import argparse
 import shlex
 
-from launch import argument_types, command
+from dit_jax.launch import argument_types, command
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = parse_arguments(argv)
     with command.readable_errors(traceback=args.traceback):
-        from launch import extraction
+        from dit_jax.launch import extraction
 
         folder, header = extraction.run(args)
         size = sum(file.stat().st_size for file in folder.iterdir())

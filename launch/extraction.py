@@ -15,14 +15,14 @@ import numpy as np
 
 from dit_jax import data as data_lib
 from dit_jax.data.shards import HEADER, UNFINISHED
+from dit_jax.interop import hub
+from dit_jax.interop.autoencoder_kl import load_autoencoder
+from dit_jax.launch import wiring
 from dit_jax.models.autoencoder_kl import AutoencoderKL
 from dit_jax.models.linear import resolve_dtype
 from dit_jax.named_options import options_named
+from dit_jax.parallel.mesh import DataParallel, create_mesh
 from dit_jax.training.metrics import format_duration
-from interop import hub
-from interop.autoencoder_kl import load_autoencoder
-from launch import wiring
-from parallel.mesh import DataParallel, create_mesh
 
 SETTINGS = "extraction.json"
 DEFAULT_BATCH = 32  # images a device

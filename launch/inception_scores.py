@@ -6,11 +6,11 @@ from typing import Any
 
 from dit_jax import evaluation, experiment
 from dit_jax.evaluation.sample_store import record_path
+from dit_jax.interop.inception import default_cache_dir, load_extractor
+from dit_jax.launch import arguments, loading, sampling, wiring
+from dit_jax.parallel.mesh import create_mesh
 from dit_jax.training.metrics import format_duration
 from dit_jax.untrusted import read_json
-from interop.inception import default_cache_dir, load_extractor
-from launch import arguments, loading, sampling, wiring
-from parallel.mesh import create_mesh
 
 
 def protocol_overrides(args: argparse.Namespace) -> dict[str, Any]:

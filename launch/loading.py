@@ -12,18 +12,18 @@ import numpy as np
 
 from dit_jax import class_names, experiment
 from dit_jax.config import default_config
+from dit_jax.interop import hub
+from dit_jax.interop.autoencoder_kl import load_autoencoder
+from dit_jax.interop.models import FoundModel
+from dit_jax.interop.table import abstract_params
+from dit_jax.launch import arguments, methods, wiring
 from dit_jax.models import Network
 from dit_jax.models.linear import resolve_param_dtype
+from dit_jax.parallel.distributed import gathered
+from dit_jax.parallel.mesh import DataParallel, put_whole
+from dit_jax.parallel.vae import RowDecoder
 from dit_jax.training import workdir
 from dit_jax.training.saved_weights import RunWeights
-from interop import hub
-from interop.autoencoder_kl import load_autoencoder
-from interop.models import FoundModel
-from interop.table import abstract_params
-from launch import arguments, methods, wiring
-from parallel.distributed import gathered
-from parallel.mesh import DataParallel, put_whole
-from parallel.vae import RowDecoder
 
 
 @dataclasses.dataclass(frozen=True)

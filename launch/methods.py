@@ -12,14 +12,13 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-import distill
-from dit_jax import experiment
+from dit_jax import distill, experiment
 from dit_jax.config import AnyConfig, ConfigError, differences
 from dit_jax.data import Pairs, Source
+from dit_jax.interop.models import KINDS, FoundModel, open_model
 from dit_jax.training import workdir
 from dit_jax.training.checkpoints import fingerprint
 from dit_jax.training.method import Method
-from interop.models import KINDS, FoundModel, open_model
 
 METHODS = ChainMap(experiment.METHODS, distill.METHODS)
 FROZEN_FILE = "frozen.json"

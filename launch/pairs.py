@@ -14,11 +14,11 @@ from dit_jax import data as data_lib
 from dit_jax import experiment
 from dit_jax.data import pairs_writer
 from dit_jax.diffusion.samplers import insert_times
+from dit_jax.launch import arguments, loading, wiring
 from dit_jax.quantities import counted, format_bytes
 from dit_jax.sampling import image_keys
 from dit_jax.training import memory
 from dit_jax.training.metrics import format_duration
-from launch import arguments, loading, wiring
 
 DETERMINISTIC = "ddim with eta=0, euler, heun without churn, dpmpp_2m or mean_flow"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from launch import arguments, command, configuration_flags
+from dit_jax.launch import arguments, command, configuration_flags
 
 _CONFIG = configuration_flags.define_config()
 _DEVICES = flags.DEFINE_integer("devices", None, "How many devices there would be.")
@@ -38,7 +38,7 @@ def run_with_devices(options: list[str], devices: int) -> int:
     The number of devices is fixed when JAX starts, and so is where XLA writes the programs that its
     partitioner hands to the backend (`parallel.planning.programs`).
     """
-    from parallel.planning.programs import PROGRAM_NAME
+    from dit_jax.parallel.planning.programs import PROGRAM_NAME
 
     with command.temporary_folder("plan-") as folder:
         xla_flags = (
@@ -67,9 +67,9 @@ def main(argv: list[str]) -> None:
     del argv
     with command.readable_errors(traceback=_TRACEBACK.value):
         from dit_jax.evaluation import save_json
-        from launch import planning
-        from parallel.planning.accelerators import accelerator
-        from parallel.planning.report import format_plan
+        from dit_jax.launch import planning
+        from dit_jax.parallel.planning.accelerators import accelerator
+        from dit_jax.parallel.planning.report import format_plan
 
         out = Path(_OUT.value) if _OUT.value else None
         planning.check_options(

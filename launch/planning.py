@@ -5,12 +5,12 @@ from typing import Any
 
 import ml_collections
 
+from dit_jax.launch import methods, wiring
 from dit_jax.output_formats import require_suffix
+from dit_jax.parallel.planning import plan as planning
+from dit_jax.parallel.planning import programs
+from dit_jax.parallel.planning.accelerators import Accelerator, accelerator
 from dit_jax.ranges import POSITIVE
-from launch import methods, wiring
-from parallel.planning import plan as planning
-from parallel.planning import programs
-from parallel.planning.accelerators import Accelerator, accelerator
 
 KINDS_OF_RUN = ("train", "sample")
 

@@ -18,7 +18,7 @@ goes on.
 
 import argparse
 
-from launch import argument_types, arguments, command
+from dit_jax.launch import argument_types, arguments, command
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     with command.readable_errors(traceback=args.traceback):
         arguments.check_model(args)
         arguments.check_parallel(args)
-        from launch import sampling
+        from dit_jax.launch import sampling
 
         sampling.run(args)
 

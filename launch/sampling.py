@@ -11,12 +11,12 @@ import numpy as np
 
 from dit_jax import class_names, evaluation, experiment
 from dit_jax.evaluation import sample_store
+from dit_jax.launch import arguments, loading, wiring
 from dit_jax.named_options import options_named
 from dit_jax.output_formats import samples_format
+from dit_jax.parallel.sampling import ImageParallel, ImagePlacement
 from dit_jax.quantities import counted
 from dit_jax.training import memory
-from launch import arguments, loading, wiring
-from parallel.sampling import ImageParallel, ImagePlacement
 
 DEFAULT_COUNT = 64  # images, where neither their number nor labels are given
 

@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launch import command, configuration_flags
-from launch.configuration_flags import flags
+from dit_jax.launch import command, configuration_flags
+from dit_jax.launch.configuration_flags import flags
 
 _CONFIG = configuration_flags.define_config()
 _WORKDIR = flags.DEFINE_string(
@@ -62,14 +62,14 @@ _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show stack traces of errors.
 
 def run(*args: Any, **options: Any) -> Any:
     """`launch.training.run`, imported when it is needed."""
-    from launch import training
+    from dit_jax.launch import training
 
     return training.run(*args, **options)
 
 
 def join_processes() -> None:
     """Joins the others where this is one of several processes; before JAX is used."""
-    from parallel import distributed
+    from dit_jax.parallel import distributed
 
     explicit = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if _DISTRIBUTED.value or any(value is not None for value in explicit):
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
     with command.readable_errors(traceback=_TRACEBACK.value):
         options = initial_options()
     directory = Path(_WORKDIR.value or Path("runs") / configuration_flags.config_name()).absolute()
-    from parallel import distributed
+    from dit_jax.parallel import distributed
 
     readable = command.readable_errors(traceback=_TRACEBACK.value)
     with distributed.ending_together(), readable:

@@ -16,17 +16,17 @@ from dit_jax import class_names, experiment
 from dit_jax import config as config_lib
 from dit_jax import data as data_lib
 from dit_jax.evaluation import Panel, labelled_panel, render_panels, save_picture
+from dit_jax.interop.models import FoundModel
+from dit_jax.launch import loading, methods, wiring
+from dit_jax.launch.run_home import RunHome
 from dit_jax.models import Network
+from dit_jax.parallel import distributed
+from dit_jax.parallel.mesh import DataParallel, put_whole
+from dit_jax.parallel.partitioning import ShardedPlacement, format_table
 from dit_jax.quantities import counted
 from dit_jax.training import lock, loop, memory, optimizer, workdir
 from dit_jax.training.checkpoints import Checkpoints
 from dit_jax.training.saved_weights import choose_weights
-from interop.models import FoundModel
-from launch import loading, methods, wiring
-from launch.run_home import RunHome
-from parallel import distributed
-from parallel.mesh import DataParallel, put_whole
-from parallel.partitioning import ShardedPlacement, format_table
 
 
 def run(

@@ -12,16 +12,16 @@ import ml_collections
 import numpy as np
 
 from dit_jax import experiment
+from dit_jax.launch import arguments
+from dit_jax.launch.command import readable_errors as readable_errors  # part of this module's face
 from dit_jax.named_options import options_named
+from dit_jax.parallel.distributed import gathered
+from dit_jax.parallel.mesh import DataParallel, create_mesh
+from dit_jax.parallel.partitioning import ShardedPlacement, rules_for
+from dit_jax.parallel.sampling import ImageParallel, ImagePlacement
 from dit_jax.quantities import counted
 from dit_jax.sampling import generate, image_keys
 from dit_jax.training import memory, metrics
-from launch import arguments
-from launch.command import readable_errors as readable_errors  # part of this module's face
-from parallel.distributed import gathered
-from parallel.mesh import DataParallel, create_mesh
-from parallel.partitioning import ShardedPlacement, rules_for
-from parallel.sampling import ImageParallel, ImagePlacement
 
 # Names of `ImageParallel`'s options, in its errors, on the command line.
 PARALLEL_FLAGS = {

@@ -17,7 +17,7 @@ on where it was, and ends with the same files. Then train with
 import argparse
 import shlex
 
-from launch import argument_types, arguments, command
+from dit_jax.launch import argument_types, arguments, command
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     with command.readable_errors(traceback=args.traceback):
         arguments.check_model(args)
-        from launch import pairs
+        from dit_jax.launch import pairs
 
         header = pairs.run(args)
         size = sum(file.stat().st_size for file in args.out.expanduser().iterdir())

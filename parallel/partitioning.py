@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from parallel.mesh import DataParallel, put_whole
+from dit_jax.parallel.mesh import DataParallel, put_whole
 
 Axes = str | tuple[str, ...] | None
 

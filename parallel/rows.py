@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from dit_jax.models.attention import Attention, LocalAttention
 from dit_jax.models.attention_options import PLAIN, AttentionOptions
 from dit_jax.models.spatial import SAME_3X3, Padding, convolve
-from parallel.patch import Patches, Synchronous
+from dit_jax.parallel.patch import Patches, Synchronous
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,16 +23,16 @@ from jaxtyping import Array
 
 from dit_jax.experiment import SamplingPlan
 from dit_jax.models import network_name
-from parallel.mesh import put_whole
-from parallel.network import BATCH_AXES, PATCH_AXES, image_network
-from parallel.partitioning import rules_for
-from parallel.transformer import (
+from dit_jax.parallel.mesh import put_whole
+from dit_jax.parallel.network import BATCH_AXES, PATCH_AXES, image_network
+from dit_jax.parallel.partitioning import rules_for
+from dit_jax.parallel.transformer import (
     DIT_MODES,
     ParallelTransformer,
     exchange_note,
     place_split,
 )
-from parallel.unet import (
+from dit_jax.parallel.unet import (
     ALIASES,
     DISPLACED_MODES,
     UNET_MODES,

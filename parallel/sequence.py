@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dit_jax.models.attention_options import PLAIN, AttentionOptions
-from parallel.patch import Patches, all_replicated, divide, finish, merge, partial_attention
+from dit_jax.parallel.patch import Patches, all_replicated, divide, finish, merge, partial_attention
 
 
 def check_heads(num_heads: int, ulysses: int) -> None:

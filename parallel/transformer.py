@@ -11,11 +11,11 @@ from dit_jax.models import Request, Result, cpu_kernels
 from dit_jax.models.attention import LocalAttention
 from dit_jax.models.attention_options import PLAIN, AttentionOptions
 from dit_jax.models.dit import DiTConfig, resolve_dtype
+from dit_jax.parallel.network import PATCH_AXES, ImageNetwork, register_image_network
+from dit_jax.parallel.partitioning import Rule, place_tree
+from dit_jax.parallel.patch import Displaced, Naive, Synchronous
+from dit_jax.parallel.sequence import UlyssesRing, check_heads, exchanged_bytes
 from dit_jax.sampling import Carried
-from parallel.network import PATCH_AXES, ImageNetwork, register_image_network
-from parallel.partitioning import Rule, place_tree
-from parallel.patch import Displaced, Naive, Synchronous
-from parallel.sequence import UlyssesRing, check_heads, exchanged_bytes
 
 DIT_MODES = ("displaced", "synchronous", "naive", "ulysses", "ring", "tensor")
 

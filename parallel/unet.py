@@ -27,10 +27,10 @@ from dit_jax.models import (
 )
 from dit_jax.models.attention import Attention, LocalAttention
 from dit_jax.models.attention_options import PLAIN, AttentionOptions
+from dit_jax.parallel.network import PATCH_AXES, ImageNetwork, register_image_network
+from dit_jax.parallel.patch import Displaced, Naive, all_replicated
+from dit_jax.parallel.rows import RowExchange, Rows
 from dit_jax.sampling import Carried
-from parallel.network import PATCH_AXES, ImageNetwork, register_image_network
-from parallel.patch import Displaced, Naive, all_replicated
-from parallel.rows import RowExchange, Rows
 
 UNET_MODES = (
     "full_sync",

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from dit_jax.models.attention import einsum_attention
 from dit_jax.models.attention_options import PLAIN, AttentionOptions
 from dit_jax.models.autoencoder_kl import AutoencoderKL
-from parallel.rows import RowExchange, Rows
+from dit_jax.parallel.rows import RowExchange, Rows
 
 AXIS = "rows"
 # Of attention's scores that exist at once. At 512 x 512 latents all of them would be 256 GiB.

@@ -38,7 +38,7 @@ def case(says, **options):
 
 def opened(path):
     """How a file of tensors is opened, and read."""
-    from interop.tensors import open_tensors
+    from dit_jax.interop.tensors import open_tensors
 
     def read():
         file = open_tensors(path)
@@ -129,7 +129,7 @@ def pickled(folder, content):
     (folder / "b.pkl").write_bytes(content)
 
     def read():
-        from interop.edm_pickle import open_network_pickle
+        from dit_jax.interop.edm_pickle import open_network_pickle
 
         messages = []
         for opening in (opened(path), lambda: open_network_pickle(folder / "b.pkl")):
@@ -218,9 +218,9 @@ def irregular(folder, make):
         from dit_jax.data.latents import LatentsHeader
         from dit_jax.evaluation.files import load_adm_npz
         from dit_jax.evaluation.reference import load_reference
+        from dit_jax.interop.edm_pickle import open_network_pickle
+        from dit_jax.interop.models import open_model
         from dit_jax.untrusted import read_json
-        from interop.edm_pickle import open_network_pickle
-        from interop.models import open_model
 
         readers = [opened(path), lambda: open_model(path), lambda: open_network_pickle(path)]
         readers += [lambda: LatentsHeader.from_file(path), lambda: load_adm_npz(path)]
@@ -239,7 +239,7 @@ def irregular(folder, make):
 
 def diffusers_folder(folder, **changes):
     """A transformer's folder of diffusers with a small weights file."""
-    from interop.tensors import TensorSpec, write_safetensors
+    from dit_jax.interop.tensors import TensorSpec, write_safetensors
 
     values = {"_class_name": "DiTTransformer2DModel", "num_layers": 1, "sample_size": 8}
     values |= {"num_attention_heads": 2, "attention_head_dim": 8} | changes
@@ -253,7 +253,7 @@ def diffusers_folder(folder, **changes):
 
 def model(path):
     def read():
-        from interop.models import open_model
+        from dit_jax.interop.models import open_model
 
         open_model(path).load()
 
@@ -293,7 +293,7 @@ def hub_cache_is_readable(folder):
         file.symlink_to(Path("../../../blobs") / file.name)
 
     def read():
-        from interop.claims import read_object
+        from dit_jax.interop.claims import read_object
 
         opened(revision / "transformer")()
         read_object(revision / "transformer" / "config.json", revision)
@@ -333,7 +333,7 @@ def autoencoder(folder, changes):
     (weights.parent / "config.json").write_text(json.dumps(values))
 
     def read():
-        from interop.autoencoder_kl import load_autoencoder
+        from dit_jax.interop.autoencoder_kl import load_autoencoder
 
         load_autoencoder(weights.parent)
 
@@ -342,7 +342,7 @@ def autoencoder(folder, changes):
 
 @case("num_train_timesteps=10{12}; at most")
 def scheduler(folder):
-    from interop.schedulers import process_from_scheduler
+    from dit_jax.interop.schedulers import process_from_scheduler
 
     return lambda: process_from_scheduler({"num_train_timesteps": 10**12}, "scheduler")
 
@@ -580,8 +580,8 @@ def main(root: Path) -> None:
     """Opens every file; see the module."""
     import torch  # noqa: F401 (before the first case, whose time it would take)
 
-    import interop.autoencoder_kl
-    import interop.models  # noqa: F401
+    import dit_jax.interop.autoencoder_kl
+    import dit_jax.interop.models  # noqa: F401
 
     chosen = sys.argv[2:] or CASES
     print(json.dumps({"begun": None}), flush=True)

@@ -8,11 +8,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from distill.student import build_teacher
 from dit_jax import abbreviations, experiment
 from dit_jax import config as config_lib
 from dit_jax.config import ConfigError, default_config, differences, resolve
-from launch import methods
+from dit_jax.distill.student import build_teacher
+from dit_jax.launch import methods
 
 EXPERIMENTS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
 
@@ -135,7 +135,7 @@ def test_errors_of_values_no_object_takes(overrides, message):
 
 
 def test_a_flags_choice_leaves_out_what_the_file_sets_for_another():
-    config = importlib.import_module("configs.digits").get_config().lock()
+    config = importlib.import_module("dit_jax.configs.digits").get_config().lock()
     flow = {"process.flow.network_convention": "flux", "process.flow.time_scale": 1000.0}
     config.process.name = "edm"
     typed = {"process.name": "edm"}
@@ -180,7 +180,7 @@ def test_differences_name_the_keys():
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_resolves_and_initialises(name):
-    config = importlib.import_module(f"configs.{name}").get_config()
+    config = importlib.import_module(f"dit_jax.configs.{name}").get_config()
     resolved = methods.resolve_config(config)
     assert config_lib.from_json(config_lib.to_json(resolved)) == resolved
     assert resolved.name == name
@@ -207,7 +207,7 @@ def test_every_experiment_resolves_and_initialises(name):
 
 
 def test_default_experiment_is_the_papers():
-    config = resolve(importlib.import_module("configs.dit_xl2").get_config())
+    config = resolve(importlib.import_module("dit_jax.configs.dit_xl2").get_config())
     network = experiment.build_network(config)
     assert network.flops_per_example / 2 == pytest.approx(118.64e9, rel=1e-3)
     assert (config.training.batch_size, config.optimizer.learning_rate) == (256, 1e-4)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from dit_jax.config import default_config, flatten
+from dit_jax.interop.export import write_model
+from dit_jax.interop.models import open_model
 from dit_jax.models import DiTConfig, Request
-from interop.export import write_model
-from interop.models import open_model
 from tests.interop.test_edm import write_pickle
 from tests.interop.test_models import in_memory
 

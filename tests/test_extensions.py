@@ -17,17 +17,17 @@ from dit_jax import data, defaults, experiment
 from dit_jax.config import ConfigError, default_config
 from dit_jax.data import registry
 from dit_jax.diffusion.solvers import SOLVERS, Euler, register_solver
+from dit_jax.interop.export import write_model
+from dit_jax.interop.models import open_model
+from dit_jax.launch import methods, training
 from dit_jax.models import NETWORK_CONFIGS, Network, register_network
 from dit_jax.models import network as network_lib
+from dit_jax.parallel import partitioning
+from dit_jax.parallel.mesh import DataParallel, create_mesh
+from dit_jax.parallel.network import IMAGE_NETWORKS
+from dit_jax.parallel.partitioning import ShardedPlacement, rules_for
+from dit_jax.parallel.sampling import ImageParallel
 from dit_jax.sampling import image_keys
-from interop.export import write_model
-from interop.models import open_model
-from launch import methods, training
-from parallel import partitioning
-from parallel.mesh import DataParallel, create_mesh
-from parallel.network import IMAGE_NETWORKS
-from parallel.partitioning import ShardedPlacement, rules_for
-from parallel.sampling import ImageParallel
 from tests.models.conftest import random_params
 from tests.toy import captions, network, rules
 

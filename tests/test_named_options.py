@@ -8,8 +8,8 @@ from ml_collections import config_flags
 
 from dit_jax import experiment
 from dit_jax.config import ConfigError, default_config
+from dit_jax.launch import configuration_flags, sample, wiring
 from dit_jax.named_options import options_named, renamed
-from launch import configuration_flags, sample, wiring
 from tests.data.conftest import write_image  # noqa: F401 (a fixture)
 
 

@@ -11,8 +11,8 @@ from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import DDPM, RectifiedFlow
 from dit_jax.diffusion.samplers import make_solver, schedule
 from dit_jax.models import DiTConfig, Network
+from dit_jax.parallel.mesh import DataParallel, create_mesh
 from dit_jax.sampling import Sampler, generate, image_keys
-from parallel.mesh import DataParallel, create_mesh
 from tests.compilations import compilations
 from tests.models.conftest import random_params
 

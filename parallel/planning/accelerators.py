@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from parallel.planning.program import Collective
+from dit_jax.parallel.planning.program import Collective
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,11 @@ import ml_collections
 import numpy as np
 
 from dit_jax import experiment
+from dit_jax.parallel.mesh import DataParallel
+from dit_jax.parallel.planning.accelerators import Accelerator, Limits, limits
+from dit_jax.parallel.planning.advice import suggestions
+from dit_jax.parallel.planning.programs import Compiled, Needs, plan_sampling, plan_training
 from dit_jax.training.method import Method
-from parallel.mesh import DataParallel
-from parallel.planning.accelerators import Accelerator, Limits, limits
-from parallel.planning.advice import suggestions
-from parallel.planning.programs import Compiled, Needs, plan_sampling, plan_training
 
 GIB = 2**30
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from parallel.planning.groups import replica_groups
-from parallel.planning.hlo import Instruction, parse_instruction
+from dit_jax.parallel.planning.groups import replica_groups
+from dit_jax.parallel.planning.hlo import Instruction, parse_instruction
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _COUNTS = ("replicas", "partitions")

@@ -19,10 +19,10 @@ import ml_collections
 import numpy as np
 
 from dit_jax import experiment
+from dit_jax.parallel.mesh import DataParallel
+from dit_jax.parallel.planning.program import Program
 from dit_jax.sampling import image_keys
 from dit_jax.training.method import Method
-from parallel.mesh import DataParallel
-from parallel.planning.program import Program
 
 _STEPS = 5040  # by which the shares of phases are counted; divisible by all periods up to 10
 PROGRAM_NAME = "planned_program"  # by which XLA's files are found

@@ -4,8 +4,8 @@ import pytest
 
 import benchmark_distillation as benchmark
 import benchmark_fastgen
-from distill import METHODS
-from launch import methods
+from dit_jax.distill import METHODS
+from dit_jax.launch import methods
 
 LEAST = {  # forward passes on the networks of one time and class
     "denoising": 3,

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import study_distillation as study
-from launch import methods
+from dit_jax.launch import methods
 
 
 def row(distance):

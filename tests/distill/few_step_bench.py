@@ -6,12 +6,12 @@ import functools
 import jax
 import optax
 
-from distill.adversarial import Adversary
-from distill.discriminator import Discriminator
-from distill.few_step import FewSteps
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import NoWeight, RectifiedFlow, Uniform
 from dit_jax.diffusion.samplers import make_solver
+from dit_jax.distill.adversarial import Adversary
+from dit_jax.distill.discriminator import Discriminator
+from dit_jax.distill.few_step import FewSteps
 from dit_jax.training.denoising import Denoising
 from tests.distill import mixture as bench
 

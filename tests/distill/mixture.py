@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from distill.student import Student, Teacher
 from dit_jax import conditions as conditions_lib
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion.process import DDPM, Process
 from dit_jax.diffusion.samplers import make_solver, schedule
+from dit_jax.distill.student import Student, Teacher
 from dit_jax.models import Result
 from dit_jax.sampling import Sampler, image_keys
 from dit_jax.training.ema import Average

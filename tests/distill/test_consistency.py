@@ -10,12 +10,12 @@ import pytest
 import scipy.special
 import torch
 
-from distill.consistency import Consistency, build
-from distill.consistency_loss import ConsistencyLoss, ECTSchedule, TimePairs
-from distill.student import Student, Teacher
 from dit_jax.config import ConfigError, default_config
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import DDPM, EDM, RectifiedFlow, TruncatedLogNormal, Uniform
+from dit_jax.distill.consistency import Consistency, build
+from dit_jax.distill.consistency_loss import ConsistencyLoss, ECTSchedule, TimePairs
+from dit_jax.distill.student import Student, Teacher
 from dit_jax.experiment import resolve_config
 from tests.distill import mixture as bench
 from tests.long import long

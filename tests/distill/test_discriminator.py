@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from distill.adversarial import (
+from dit_jax.config import ConfigError
+from dit_jax.distill.adversarial import (
     approximate_r1,
     discriminator_loss,
     feature_indices,
     generator_loss,
     saturation_metrics,
 )
-from distill.discriminator import Discriminator, group_count
-from dit_jax.config import ConfigError
+from dit_jax.distill.discriminator import Discriminator, group_count
 from tests.references import torch_dmd2
 
 

@@ -9,17 +9,17 @@ import optax
 import pytest
 import torch
 
-from distill import METHODS
-from distill.adversarial import Adversary
-from distill.discriminator import Discriminator
-from distill.dmd2 import DMD2
-from distill.f_distill import FDistill
-from distill.few_step import FewSteps
-from distill.student import Student, Teacher
 from dit_jax.config import ConfigError, default_config
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import DDPM, EDM, LogNormal, Polynomial
 from dit_jax.diffusion.samplers import make_solver
+from dit_jax.distill import METHODS
+from dit_jax.distill.adversarial import Adversary
+from dit_jax.distill.discriminator import Discriminator
+from dit_jax.distill.dmd2 import DMD2
+from dit_jax.distill.f_distill import FDistill
+from dit_jax.distill.few_step import FewSteps
+from dit_jax.distill.student import Student, Teacher
 from dit_jax.experiment import build_method, resolve_config
 from dit_jax.models import Request
 from tests.distill import few_step_bench as few

@@ -9,16 +9,16 @@ import optax
 import pytest
 import torch
 
-from distill import METHODS
-from distill.f_distill import (
+from dit_jax.config import ConfigError
+from dit_jax.diffusion import EDM
+from dit_jax.distill import METHODS
+from dit_jax.distill.f_distill import (
     DIVERGENCES,
     FDistill,
     RatioHistogram,
     density_ratio,
     weights_of,
 )
-from dit_jax.config import ConfigError
-from dit_jax.diffusion import EDM
 from dit_jax.experiment import build_method, resolve_config
 from tests.distill import few_step_bench as few
 from tests.distill.test_dmd2 import small_config

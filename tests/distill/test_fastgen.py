@@ -16,16 +16,16 @@ import pytest
 import torch
 
 from benchmark_fastgen import make_importable
-from distill.adversarial import Adversary
-from distill.discriminator import Discriminator
-from distill.dmd2 import DMD2
-from distill.f_distill import DIVERGENCES, FDistill, RatioHistogram
-from distill.few_step import FewSteps
-from distill.ladd import LADD
-from distill.student import Student, Teacher
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import EDM, LogNormal
 from dit_jax.diffusion.samplers import make_solver
+from dit_jax.distill.adversarial import Adversary
+from dit_jax.distill.discriminator import Discriminator
+from dit_jax.distill.dmd2 import DMD2
+from dit_jax.distill.f_distill import DIVERGENCES, FDistill, RatioHistogram
+from dit_jax.distill.few_step import FewSteps
+from dit_jax.distill.ladd import LADD
+from dit_jax.distill.student import Student, Teacher
 from dit_jax.models import Network, SongUNetConfig
 from tests.references.torch_edm_params import from_torch
 

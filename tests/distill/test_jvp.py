@@ -9,12 +9,12 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from distill.mean_flow import MeanFlow
-from distill.scm import SCM
-from distill.student import Student
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import EDM, RectifiedFlow
 from dit_jax.diffusion.timesteps import LogNormal, Uniform
+from dit_jax.distill.mean_flow import MeanFlow
+from dit_jax.distill.scm import SCM
+from dit_jax.distill.student import Student
 from dit_jax.models import DiTConfig, Network, Request
 from dit_jax.models.edm import SongUNetConfig
 from tests.distill.float64 import in_float64

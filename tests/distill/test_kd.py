@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from distill.kd import KnowledgeDistillation, build, default_huber_c, distance
 from dit_jax.config import ConfigError, default_config
 from dit_jax.diffusion import DDPM, EDM, RectifiedFlow
 from dit_jax.diffusion.samplers import insert_times, make_solver, schedule
+from dit_jax.distill.kd import KnowledgeDistillation, build, default_huber_c, distance
 from dit_jax.experiment import resolve_config
 from dit_jax.sampling import Sampler, image_keys
 from tests.distill import mixture as bench

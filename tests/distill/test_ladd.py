@@ -6,11 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from distill import METHODS
-from distill.adversarial import discriminator_loss, generator_loss
-from distill.ladd import LADD
-from distill.student import Teacher
 from dit_jax.config import ConfigError
+from dit_jax.distill import METHODS
+from dit_jax.distill.adversarial import discriminator_loss, generator_loss
+from dit_jax.distill.ladd import LADD
+from dit_jax.distill.student import Teacher
 from dit_jax.experiment import build_method, resolve_config
 from dit_jax.models import Request
 from tests.distill import few_step_bench as few

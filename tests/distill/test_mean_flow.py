@@ -9,14 +9,14 @@ import optax
 import pytest
 import torch
 
-from distill import mean_flow
-from distill.average_velocity import GuidanceMixing, Regression, TotalDerivative
-from distill.student import Student, Teacher
 from dit_jax.config import ConfigError, default_config, resolve
 from dit_jax.data.augmentation import Augmentation
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import EDM, RectifiedFlow
 from dit_jax.diffusion.timesteps import LogitNormal, Uniform
+from dit_jax.distill import mean_flow
+from dit_jax.distill.average_velocity import GuidanceMixing, Regression, TotalDerivative
+from dit_jax.distill.student import Student, Teacher
 from dit_jax.models import DiTConfig, Network, Request
 from tests.distill import mixture as bench
 from tests.long import long

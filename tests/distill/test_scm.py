@@ -9,15 +9,15 @@ import optax
 import pytest
 import torch
 
-from distill import scm
-from distill.adaptive_weight import AdaptiveWeight, weighted
-from distill.scm import SCM, bounded_tangent
-from distill.student import Student
-from distill.trig_flow import TrigFlow
 from dit_jax.config import ConfigError, default_config
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import DDPM, EDM, RectifiedFlow
 from dit_jax.diffusion.timesteps import LogNormal
+from dit_jax.distill import scm
+from dit_jax.distill.adaptive_weight import AdaptiveWeight, weighted
+from dit_jax.distill.scm import SCM, bounded_tangent
+from dit_jax.distill.student import Student
+from dit_jax.distill.trig_flow import TrigFlow
 from tests.distill import mixture as bench
 from tests.long import long
 from tests.references import torch_scm

@@ -9,13 +9,13 @@ import optax
 import pytest
 import torch
 
-from distill.consistency import Consistency
-from distill.consistency_loss import ConsistencyLoss, ECTSchedule, TimePairs
-from distill.student import Student
-from distill.tcm import TCM, arrange, build
 from dit_jax.config import ConfigError
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import DDPM, EDM, LogStudentT, RectifiedFlow, TruncatedLogNormal, Uniform
+from dit_jax.distill.consistency import Consistency
+from dit_jax.distill.consistency_loss import ConsistencyLoss, ECTSchedule, TimePairs
+from dit_jax.distill.student import Student
+from dit_jax.distill.tcm import TCM, arrange, build
 from dit_jax.experiment import resolve_config
 from dit_jax.training.method import accumulated_gradients
 from tests.distill import mixture as bench

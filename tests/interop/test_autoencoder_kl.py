@@ -13,8 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from interop.autoencoder_kl import (
+from dit_jax.interop.autoencoder_kl import (
     CONFIG,
     KNOWN,
     WEIGHTS,
@@ -23,9 +22,10 @@ from interop.autoencoder_kl import (
     load_autoencoder,
     save_autoencoder,
 )
-from interop.autoencoder_tables import original_table
-from interop.table import abstract_params, export_specs, flat_shapes
-from interop.tensors import InteropError
+from dit_jax.interop.autoencoder_tables import original_table
+from dit_jax.interop.table import abstract_params, export_specs, flat_shapes
+from dit_jax.interop.tensors import InteropError
+from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from tests.references import diffusers_autoencoder as reference
 
 SMALL = AutoencoderKLConfig(

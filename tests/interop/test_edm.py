@@ -22,13 +22,19 @@ from hypothesis import strategies as st
 
 from dit_jax import experiment
 from dit_jax.diffusion.process import EDM
+from dit_jax.interop import edm
+from dit_jax.interop.export import write_model
+from dit_jax.interop.models import FoundModel, open_model
+from dit_jax.interop.table import flatten
+from dit_jax.interop.tensors import (
+    InteropError,
+    TensorSpec,
+    open_tensors,
+    write_pt,
+    write_safetensors,
+)
 from dit_jax.models import DiTConfig, Network, Request
 from dit_jax.models.edm import DhariwalUNetConfig, SongUNetConfig
-from interop import edm
-from interop.export import write_model
-from interop.models import FoundModel, open_model
-from interop.table import flatten
-from interop.tensors import InteropError, TensorSpec, open_tensors, write_pt, write_safetensors
 from tests.interop.edm_originals import CASES, DATA, SIGMAS, inputs
 from tests.interop.edm_pickles import TRACE, dump, random_tensors, snapshot
 from tests.interop.test_models import assert_same, in_memory, random_params
@@ -166,7 +172,7 @@ def test_any_network_is_recognised_in_its_own_state_dict(tmp_path_factory, confi
     params = random_params(Network(config), seed)
     leaves = dict(flatten(params))
     sections = edm.sections(edm.Preconditioned(config))
-    from interop.models import _configured
+    from dit_jax.interop.models import _configured
 
     model = FoundModel(
         "dit_jax", folder / "none", _configured(**sections), leaves.__getitem__, tuple(leaves)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from interop.edm_pickle import open_network_pickle
-from interop.models import open_model
-from interop.tensors import InteropError
+from dit_jax.interop.edm_pickle import open_network_pickle
+from dit_jax.interop.models import open_model
+from dit_jax.interop.tensors import InteropError
 from tests.interop.edm_pickles import (
     TRACE,
     EasyDict,

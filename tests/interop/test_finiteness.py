@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from interop.autoencoder_kl import save_autoencoder
-from interop.export import write_model
-from interop.models import open_model
-from interop.table import flatten
-from interop.tensors import InteropError
-from launch import convert, sample, train
+from dit_jax.interop.autoencoder_kl import save_autoencoder
+from dit_jax.interop.export import write_model
+from dit_jax.interop.models import open_model
+from dit_jax.interop.table import flatten
+from dit_jax.interop.tensors import InteropError
+from dit_jax.launch import convert, sample, train
 from tests.interop.test_models import TINY, in_memory
 from tests.launch.conftest import tiny_config
 from tests.launch.test_interop_commands import DIGITS, FLOW, VAE, refusal
@@ -65,7 +65,7 @@ def test_infinities_made_by_half_precision_are_refused(tmp_path):
 
 
 def test_an_autoencoder_with_nan_is_refused(tmp_path):
-    from interop.autoencoder_kl import load_autoencoder
+    from dit_jax.interop.autoencoder_kl import load_autoencoder
 
     autoencoder, params = diffusers_autoencoder.ours(VAE, diffusers_autoencoder.create(VAE))
     params = jax.tree.map(lambda a: np.full_like(a, np.nan), params)

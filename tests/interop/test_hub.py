@@ -4,8 +4,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from interop import hub
-from interop.tensors import InteropError
+from dit_jax.interop import hub
+from dit_jax.interop.tensors import InteropError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

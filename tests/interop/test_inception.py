@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from dit_jax.evaluation.inception import parameter_shapes
-from interop import inception as subject
-from interop.inception import inception_table, load_extractor, load_inception
-from interop.table import export_arrays, export_specs, flat_shapes, flatten
-from interop.tensors import InteropError
+from dit_jax.interop import inception as subject
+from dit_jax.interop.inception import inception_table, load_extractor, load_inception
+from dit_jax.interop.table import export_arrays, export_specs, flat_shapes, flatten
+from dit_jax.interop.tensors import InteropError
 from tests.references.torch_inception import params_of, random_inception
 
 

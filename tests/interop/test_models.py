@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from dit_jax import config as config_lib
 from dit_jax import experiment
 from dit_jax.config import default_config
+from dit_jax.interop import dit
+from dit_jax.interop.export import write_model
+from dit_jax.interop.models import FoundModel, open_model
+from dit_jax.interop.table import flatten
+from dit_jax.interop.tensors import InteropError, open_tensors, write_pt, write_safetensors
 from dit_jax.models import DiTConfig, Network, Request
-from interop import dit
-from interop.export import write_model
-from interop.models import FoundModel, open_model
-from interop.table import flatten
-from interop.tensors import InteropError, open_tensors, write_pt, write_safetensors
 from tests.references import torch_dit
 
 TINY = DiTConfig(

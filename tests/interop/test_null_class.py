@@ -12,12 +12,12 @@ import torch
 
 from dit_jax import experiment
 from dit_jax.config import ConfigError
+from dit_jax.interop.export import write_model
+from dit_jax.interop.models import open_model
+from dit_jax.interop.pipelines import load_pipeline
+from dit_jax.interop.tensors import InteropError
+from dit_jax.launch import convert, loading, sample, train
 from dit_jax.models import Network, Request
-from interop.export import write_model
-from interop.models import open_model
-from interop.pipelines import load_pipeline
-from interop.tensors import InteropError
-from launch import convert, loading, sample, train
 from tests.interop.test_models import TINY, assert_same, in_memory, on_device
 from tests.launch.conftest import tiny_config
 from tests.launch.test_interop_commands import DIGITS, FLOW, refusal

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from dit_jax.interop.models import open_model
 from dit_jax.models import Request
-from interop.models import open_model
 from tests.references import torch_dit
 
 ROOT = os.environ.get("DIT_JAX_ORIGINALS", "")

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dit_jax.interop.export import write_model
+from dit_jax.interop.models import open_model
+from dit_jax.interop.table import flatten
 from dit_jax.models import DiTConfig, Network
-from interop.export import write_model
-from interop.models import open_model
-from interop.table import flatten
 from tests.interop.test_models import in_memory
 
 CONFIG = DiTConfig(image_size=8, hidden_size=128, depth=12, num_heads=4, num_classes=3)

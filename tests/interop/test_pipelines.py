@@ -15,16 +15,16 @@ from diffusers.pipelines.dit import pipeline_dit
 
 from dit_jax import experiment
 from dit_jax.evaluation import psnr
+from dit_jax.interop.autoencoder_kl import save_autoencoder
+from dit_jax.interop.export import write_model
+from dit_jax.interop.models import open_model
+from dit_jax.interop.pipelines import load_pipeline
+from dit_jax.interop.pixel_autoencoder import TOLERANCE, pixel_autoencoder
+from dit_jax.interop.tensors import InteropError
+from dit_jax.launch import loading, wiring
 from dit_jax.models import DiTConfig
 from dit_jax.models.autoencoder_kl import AutoencoderKLConfig
 from dit_jax.sampling import image_keys
-from interop.autoencoder_kl import save_autoencoder
-from interop.export import write_model
-from interop.models import open_model
-from interop.pipelines import load_pipeline
-from interop.pixel_autoencoder import TOLERANCE, pixel_autoencoder
-from interop.tensors import InteropError
-from launch import loading, wiring
 from tests.interop.test_models import assert_same, diffusers_model, in_memory
 from tests.references import diffusers_autoencoder, torch_dit
 

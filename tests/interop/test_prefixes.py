@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from interop.export import write_model
-from interop.models import open_model
-from interop.tensors import InteropError, TensorSpec, write_safetensors
-from launch import convert
+from dit_jax.interop.export import write_model
+from dit_jax.interop.models import open_model
+from dit_jax.interop.tensors import InteropError, TensorSpec, write_safetensors
+from dit_jax.launch import convert
 from tests.interop.test_models import TINY, assert_same, in_memory
 from tests.launch.test_interop_commands import refusal
 

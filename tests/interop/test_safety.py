@@ -16,8 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from interop.pickle_scan import scan_pickle, unsafe_names
-from interop.tensors import InteropError, TensorSpec, open_tensors, write_pt, write_safetensors
+from dit_jax.interop.pickle_scan import scan_pickle, unsafe_names
+from dit_jax.interop.tensors import (
+    InteropError,
+    TensorSpec,
+    open_tensors,
+    write_pt,
+    write_safetensors,
+)
 
 FLAG = "executed"
 

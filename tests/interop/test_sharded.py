@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from interop.autoencoder_kl import load_autoencoder
-from interop.models import open_model
-from interop.tensors import InteropError
+from dit_jax.interop.autoencoder_kl import load_autoencoder
+from dit_jax.interop.models import open_model
+from dit_jax.interop.tensors import InteropError
 from tests.interop.test_models import TINY, diffusers_model
 from tests.launch.test_interop_commands import VAE
 from tests.references import diffusers_autoencoder

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from interop import table as table_lib
-from interop.table import Constant, ParameterReader, Row, Table, export_arrays, export_specs
-from interop.tensors import InteropError, TensorSpec
+from dit_jax.interop import table as table_lib
+from dit_jax.interop.table import Constant, ParameterReader, Row, Table, export_arrays, export_specs
+from dit_jax.interop.tensors import InteropError, TensorSpec
 
 TRANSFORMS = {
     "identity": (table_lib.identity(), (6, 4)),

@@ -17,9 +17,15 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from interop import pt_files
-from interop.tensor_file import DTYPE_OF_TORCH, TORCH_OF_DTYPE
-from interop.tensors import InteropError, TensorSpec, open_tensors, write_pt, write_safetensors
+from dit_jax.interop import pt_files
+from dit_jax.interop.tensor_file import DTYPE_OF_TORCH, TORCH_OF_DTYPE
+from dit_jax.interop.tensors import (
+    InteropError,
+    TensorSpec,
+    open_tensors,
+    write_pt,
+    write_safetensors,
+)
 
 WRITERS = {"pt": write_pt, "safetensors": write_safetensors}
 QUICK = hypothesis.settings(
@@ -453,7 +459,7 @@ def test_a_file_changed_since_is_an_error(tmp_path, kind):
 READ_IN_GROUPS = """
 import resource, sys
 import numpy as np
-from interop.tensors import open_tensors
+from dit_jax.interop.tensors import open_tensors
 if sys.argv[1].endswith(".pt"):
     import torch
 file = open_tensors(sys.argv[1])
@@ -481,7 +487,9 @@ def test_reading_takes_the_memory_of_a_group(tmp_path, kind):
     WRITERS[kind](path, specs, (array for _ in specs))
     # A mapped .pt keeps its pages until the next mapping, of which there is one every 32 MiB here.
     script = READ_IN_GROUPS.replace(
-        "file = open", "from interop import pt_files; pt_files.REMAP_BYTES = 2**25; file = open", 1
+        "file = open",
+        "from dit_jax.interop import pt_files; pt_files.REMAP_BYTES = 2**25; file = open",
+        1,
     )
     result = subprocess.run(
         [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=False

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import argument_types, compare, evaluate, sample
+from dit_jax.launch import argument_types, compare, evaluate, sample
 
 COMMANDS = ("sample", "evaluate", "compare", "convert", "extract_features", "write_pairs")
 COMMANDS += ("demo",)
@@ -25,7 +25,7 @@ def parser_of(monkeypatch):
         raise Parsed(parser)
 
     def find(name) -> argparse.ArgumentParser:
-        command = importlib.import_module(name if name in STUDIES else f"launch.{name}")
+        command = importlib.import_module(name if name in STUDIES else f"dit_jax.launch.{name}")
         monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", capture)
         parse = getattr(command, "parse_arguments", None) or command.main
         with pytest.raises(Parsed) as parsed:

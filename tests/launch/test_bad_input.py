@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import digits_dmd2, digits_kd, dit_xl2
 from dit_jax import config as config_lib
+from dit_jax.configs import digits_dmd2, digits_kd, dit_xl2
 from dit_jax.evaluation import load_adm_npz
+from dit_jax.launch import evaluate, extract_features, loading, sample, train, wiring
 from dit_jax.training import workdir as workdir_lib
-from launch import evaluate, extract_features, loading, sample, train, wiring
 from tests.launch.conftest import tiny_config
 
 

@@ -9,9 +9,9 @@ from PIL import Image
 
 from dit_jax import class_names
 from dit_jax.evaluation import load_adm_npz
-from interop.models import open_model
-from launch import convert, sample, train
-from launch.sampling import choose_labels
+from dit_jax.interop.models import open_model
+from dit_jax.launch import convert, sample, train
+from dit_jax.launch.sampling import choose_labels
 from tests.launch.conftest import tiny_config
 from tests.launch.test_interop_commands import refusal
 

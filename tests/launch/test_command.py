@@ -13,11 +13,11 @@ from absl import logging as absl_logging
 
 from dit_jax import config as config_lib
 from dit_jax import config_help, evaluation
+from dit_jax.interop import export, models
+from dit_jax.launch import arguments, command, planning, train
 from dit_jax.models import linear
-from interop import export, models
-from launch import arguments, command, planning, train
-from parallel import sampling
-from parallel.planning import accelerators
+from dit_jax.parallel import sampling
+from dit_jax.parallel.planning import accelerators
 from tests.launch.conftest import ROOT, environment, run, tiny_config
 
 COMMANDS = ("train", "sample", "evaluate", "convert", "compare", "extract_features", "plan")
@@ -126,7 +126,7 @@ def test_help_config_explains_the_keys_that_have_a_word():
 
 # A call that Python cannot interrupt, as a compilation is; and a file that is half written.
 UNINTERRUPTIBLE = """
-from launch import command
+from dit_jax.launch import command
 command.listen()
 import hashlib, pathlib, sys, time
 half = pathlib.Path(sys.argv[1])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dit_jax import evaluation
-from launch import compare, train
+from dit_jax.launch import compare, train
 from tests.launch.conftest import tiny_config
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from dit_jax import experiment
+from dit_jax.launch import demo, demonstration
+from dit_jax.launch.timing import Stopwatch
 from dit_jax.training.loop import TrainResult
-from launch import demo, demonstration
-from launch.timing import Stopwatch
 
 
 def test_a_stopwatch_keeps_compilations_apart():

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from dit_jax.config import ConfigError
+from dit_jax.launch import loading, train, wiring
 from dit_jax.training.checkpoints import CheckpointError
-from launch import loading, train, wiring
 from tests.launch.conftest import curve, tiny_config
 
 

@@ -5,12 +5,12 @@ import pytest
 
 from dit_jax.config import default_config
 from dit_jax.evaluation import load_adm_npz
+from dit_jax.interop import edm
+from dit_jax.interop.models import open_model
+from dit_jax.interop.table import export_arrays, export_specs, flatten, parameter_shapes
+from dit_jax.launch import convert, sample, train
 from dit_jax.models import Network
 from dit_jax.models.edm import SongUNetConfig
-from interop import edm
-from interop.models import open_model
-from interop.table import export_arrays, export_specs, flatten, parameter_shapes
-from launch import convert, sample, train
 from tests.interop.edm_pickles import TRACE, dump, snapshot
 from tests.interop.test_models import assert_same, random_params
 

@@ -12,10 +12,10 @@ from PIL import Image
 
 from dit_jax.data import LatentsHeader, open_source
 from dit_jax.data.latents_writer import LatentsWriter
+from dit_jax.interop.autoencoder_kl import save_autoencoder
+from dit_jax.interop.table import abstract_params
+from dit_jax.launch import extract_features, extraction, train
 from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from interop.autoencoder_kl import save_autoencoder
-from interop.table import abstract_params
-from launch import extract_features, extraction, train
 from tests.launch.conftest import run, start, tiny_config
 
 CONFIG = AutoencoderKLConfig(

@@ -9,15 +9,15 @@ import pytest
 
 from dit_jax.evaluation import ScoreSettings, TooFewSamplesError, load_adm_npz
 from dit_jax.evaluation.inception import parameter_shapes
+from dit_jax.interop.autoencoder_kl import save_autoencoder
+from dit_jax.interop.export import write_model
+from dit_jax.interop.inception import inception_table
+from dit_jax.interop.models import open_model
+from dit_jax.interop.table import export_arrays, export_specs, flat_shapes
+from dit_jax.interop.tensors import write_pt
+from dit_jax.launch import convert, evaluate, inception_scores, sample, train
 from dit_jax.models import DiTConfig
 from dit_jax.models.autoencoder_kl import AutoencoderKLConfig
-from interop.autoencoder_kl import save_autoencoder
-from interop.export import write_model
-from interop.inception import inception_table
-from interop.models import open_model
-from interop.table import export_arrays, export_specs, flat_shapes
-from interop.tensors import write_pt
-from launch import convert, evaluate, inception_scores, sample, train
 from tests.interop.test_models import assert_same, in_memory
 from tests.launch.conftest import tiny_config
 from tests.references import diffusers_autoencoder

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dit_jax.evaluation import load_adm_npz
-from launch import sample
+from dit_jax.launch import sample
 from tests.launch.conftest import run
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from dit_jax.config import ConfigError
 from dit_jax.evaluation import load_adm_npz
-from interop.models import open_model
-from launch import convert, loading, sample, training
+from dit_jax.interop.models import open_model
+from dit_jax.launch import convert, loading, sample, training
 from tests.launch.conftest import tiny_config
 
 

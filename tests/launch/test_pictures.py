@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dit_jax.evaluation import labelled_panel, load_adm_npz, render_panels
-from launch import sample, train
+from dit_jax.launch import sample, train
 from tests.launch.conftest import tiny_config
 
 

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from configs import dit_7b, dit_xl2
 from dit_jax import experiment
-from launch import methods, planning
-from parallel.mesh import AXES, DataParallel
-from parallel.planning import programs
-from parallel.planning.accelerators import accelerator
-from parallel.planning.report import format_plan
+from dit_jax.configs import dit_7b, dit_xl2
+from dit_jax.launch import methods, planning
+from dit_jax.parallel.mesh import AXES, DataParallel
+from dit_jax.parallel.planning import programs
+from dit_jax.parallel.planning.accelerators import accelerator
+from dit_jax.parallel.planning.report import format_plan
 from tests.launch.conftest import run, tiny_config
 
 DEVICES, FSDP = 8, 4

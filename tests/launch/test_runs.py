@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from dit_jax.evaluation import sample_store
+from dit_jax.launch import classifier_scores, evaluate, loading, sample, train, training, wiring
 from dit_jax.training import lock, memory, workdir
 from dit_jax.training.checkpoints import Checkpoints
 from dit_jax.training.saved_weights import SavedWeights
-from launch import classifier_scores, evaluate, loading, sample, train, training, wiring
 from tests.launch.conftest import curve, tiny_config
 from tests.launch.test_bad_input import refusal
 

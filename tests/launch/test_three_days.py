@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dit_jax.launch import convert, sample, training
 from dit_jax.training.workdir import WorkdirError, load_config
-from launch import convert, sample, training
 from tests.launch.conftest import start
 
 diffusers = pytest.importorskip("diffusers")

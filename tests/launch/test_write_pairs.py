@@ -10,8 +10,8 @@ import pytest
 
 from dit_jax import experiment
 from dit_jax.data import open_source
-from launch import loading, train, write_pairs
-from launch import pairs as pairs_lib
+from dit_jax.launch import loading, train, write_pairs
+from dit_jax.launch import pairs as pairs_lib
 from tests.launch.conftest import curve, run, start, tiny_config
 
 

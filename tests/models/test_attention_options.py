@@ -10,7 +10,7 @@ import pytest
 from dit_jax.models import cpu_kernels
 from dit_jax.models.attention import LocalAttention, einsum_attention
 from dit_jax.models.attention_options import PLAIN, AttentionOptions
-from parallel.vae import BlockwiseAttention
+from dit_jax.parallel.vae import BlockwiseAttention
 
 B, LQ, LK, H, D = 4, 6, 7, 3, 8
 random = np.random.default_rng(0)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from dit_jax.interop.autoencoder_kl import KNOWN
 from dit_jax.models import autoencoder_layers
 from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from interop.autoencoder_kl import KNOWN
 from tests.compilations import compilations
 from tests.long import only_long
 from tests.references import diffusers_autoencoder as reference

@@ -11,9 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dit_jax.models.attention import LocalAttention, einsum_attention
 from dit_jax.models.attention_options import AttentionOptions
 from dit_jax.models.rotary import apply_rotary, grid_ids, rotary_table
-from parallel import transformer
-from parallel.patch import Displaced, Naive, Synchronous
-from parallel.sequence import UlyssesRing
+from dit_jax.parallel import transformer
+from dit_jax.parallel.patch import Displaced, Naive, Synchronous
+from dit_jax.parallel.sequence import UlyssesRing
 
 AXES = ("ulysses", "ring")
 BATCH, TEXT, IMAGE, HEADS, CHANNELS, DEVICES = 2, 5, 14, 4, 8, 4

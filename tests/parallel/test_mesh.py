@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dit_jax.launch import methods, wiring
 from dit_jax.models import layers
 from dit_jax.models.batch_axes import divided_by_rows
-from launch import methods, wiring
-from parallel.mesh import AXES, DataParallel, create_mesh, resolve_axes
-from parallel.partitioning import ShardedPlacement
+from dit_jax.parallel.mesh import AXES, DataParallel, create_mesh, resolve_axes
+from dit_jax.parallel.partitioning import ShardedPlacement
 from tests.launch.conftest import tiny_config
 
 

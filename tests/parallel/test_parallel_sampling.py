@@ -20,8 +20,8 @@ from dit_jax.diffusion.solvers import Step
 from dit_jax.experiment import SamplingPlan
 from dit_jax.models import DiTConfig, Network, Request, layers
 from dit_jax.models.attention import einsum_attention
+from dit_jax.parallel.sampling import ImageParallel
 from dit_jax.sampling import Sampler, image_keys
-from parallel.sampling import ImageParallel
 from tests.long import long
 from tests.models.conftest import random_inputs, random_params
 

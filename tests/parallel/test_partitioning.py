@@ -9,11 +9,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dit_jax import experiment
+from dit_jax.launch import methods
 from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from launch import methods
-from parallel import partitioning
-from parallel.mesh import create_mesh
-from parallel.partitioning import (
+from dit_jax.parallel import partitioning
+from dit_jax.parallel.mesh import create_mesh
+from dit_jax.parallel.partitioning import (
     PLAYERS,
     TABLES,
     VAE,
@@ -42,7 +42,7 @@ EXPERIMENTS = (
 
 def experiments():
     for name in EXPERIMENTS:
-        config = importlib.import_module(f"configs.{name}").get_config()
+        config = importlib.import_module(f"dit_jax.configs.{name}").get_config()
         if config.model.name == "song_unet":
             config.model.song_unet.num_blocks = 1
             config.teacher.path = config.teacher.path or "given"
@@ -51,7 +51,7 @@ def experiments():
 
 def variants():
     """U-Nets and DiTs with the parts that no experiment has."""
-    unet = importlib.import_module("configs.edm_cifar10").get_config
+    unet = importlib.import_module("dit_jax.configs.edm_cifar10").get_config
     for values in (
         {"encoder_type": "residual", "embedding_type": "fourier"},
         {"encoder_type": "skip", "decoder_type": "skip"},
@@ -60,7 +60,7 @@ def variants():
         config.model.song_unet.update(values, num_blocks=1)
         config.model.second_time = "r"
         yield methods.resolve_config(config)
-    config = importlib.import_module("configs.edm_imagenet64").get_config()
+    config = importlib.import_module("dit_jax.configs.edm_imagenet64").get_config()
     config.model.dhariwal_unet.num_blocks = 1
     config.model.second_time = "r"
     yield methods.resolve_config(config)

@@ -9,10 +9,10 @@ import pytest
 from dit_jax import sampling
 from dit_jax.models import Network, Request
 from dit_jax.models.dit import DiTConfig
+from dit_jax.parallel.planning.program import Program
+from dit_jax.parallel.sampling import ImageParallel
+from dit_jax.parallel.sequence import exchanged_bytes
 from dit_jax.sampling import image_keys
-from parallel.planning.program import Program
-from parallel.sampling import ImageParallel
-from parallel.sequence import exchanged_bytes
 from tests.models.conftest import random_inputs
 from tests.parallel.test_parallel_sampling import make_plan
 

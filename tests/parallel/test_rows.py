@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dit_jax.models import edm_layers
 from dit_jax.models.spatial import LOCAL
-from parallel.rows import RowExchange, Rows
+from dit_jax.parallel.rows import RowExchange, Rows
 
 FACTOR = 4  # rows of the image a unit
 

@@ -8,8 +8,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dit_jax.models.attention import einsum_attention
 from dit_jax.models.attention_options import AttentionOptions
-from parallel.patch import Displaced, Synchronous, finish, merge, partial_attention
-from parallel.sequence import UlyssesRing, check_heads, exchanged_bytes
+from dit_jax.parallel.patch import Displaced, Synchronous, finish, merge, partial_attention
+from dit_jax.parallel.sequence import UlyssesRing, check_heads, exchanged_bytes
 
 AXES = ("ulysses", "ring")
 TEXT, IMAGE, HEADS, CHANNELS = 5, 22, 4, 8

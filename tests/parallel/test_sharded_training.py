@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from launch import methods
-from parallel.mesh import AXES, DataParallel, create_mesh
-from parallel.partitioning import ShardedPlacement, rules_for
+from dit_jax.launch import methods
+from dit_jax.parallel.mesh import AXES, DataParallel, create_mesh
+from dit_jax.parallel.partitioning import ShardedPlacement, rules_for
 from tests.launch.conftest import tiny_config
 from tests.long import long
 

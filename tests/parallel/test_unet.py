@@ -16,10 +16,10 @@ from dit_jax.diffusion.samplers import make_solver, schedule
 from dit_jax.experiment import SamplingPlan
 from dit_jax.models import Network, Request
 from dit_jax.models.edm import DhariwalUNetConfig, SongUNetConfig
+from dit_jax.parallel.network import BATCH_AXES, PATCH_AXES
+from dit_jax.parallel.sampling import ImageParallel
+from dit_jax.parallel.unet import UNET_MODES, ParallelUNet
 from dit_jax.sampling import Sampler, image_keys
-from parallel.network import BATCH_AXES, PATCH_AXES
-from parallel.sampling import ImageParallel
-from parallel.unet import UNET_MODES, ParallelUNet
 from tests.models.conftest import random_params
 from tests.parallel.device_loop import DeviceLoop
 

@@ -8,11 +8,11 @@ import ml_collections
 import numpy as np
 import pytest
 
+from dit_jax.launch import loading
 from dit_jax.models.attention import einsum_attention
 from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from launch import loading
-from parallel.mesh import DataParallel, create_mesh
-from parallel.vae import BlockwiseAttention, RowDecoder
+from dit_jax.parallel.mesh import DataParallel, create_mesh
+from dit_jax.parallel.vae import BlockwiseAttention, RowDecoder
 from tests.models.conftest import random_params
 
 VAE = AutoencoderKL(

@@ -5,11 +5,11 @@ import jax
 import numpy as np
 import torch
 
+from dit_jax.interop.autoencoder_kl import config_to_diffusers
+from dit_jax.interop.autoencoder_tables import diffusers_table
+from dit_jax.interop.table import abstract_params, load_params
+from dit_jax.interop.tensors import TensorFile, TensorSpec
 from dit_jax.models.autoencoder_kl import AutoencoderKL
-from interop.autoencoder_kl import config_to_diffusers
-from interop.autoencoder_tables import diffusers_table
-from interop.table import abstract_params, load_params
-from interop.tensors import TensorFile, TensorSpec
 
 
 def create(config, seed=0):

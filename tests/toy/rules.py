@@ -1,8 +1,8 @@
 """Where the toy network's parameters live, and how one image of it is split."""
 
-from parallel.network import register_image_network
-from parallel.partitioning import BOTH, COLUMNS, ROWS, VECTOR, Rule, register_rules
-from parallel.transformer import ParallelTransformer
+from dit_jax.parallel.network import register_image_network
+from dit_jax.parallel.partitioning import BOTH, COLUMNS, ROWS, VECTOR, Rule, register_rules
+from dit_jax.parallel.transformer import ParallelTransformer
 from tests.toy.network import ToyConfig
 
 RULES = (

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dit_jax.data import ArraySource, make_loader
+from dit_jax.parallel.mesh import DataParallel, create_mesh
 from dit_jax.training.method import OnePhase, TrainState
-from parallel.mesh import DataParallel, create_mesh
 
 
 @dataclasses.dataclass(frozen=True)

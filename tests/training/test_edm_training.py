@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import edm_cifar10, edm_dit_cifar10, edm_imagenet64
 from dit_jax.config import ConfigError
+from dit_jax.configs import edm_cifar10, edm_dit_cifar10, edm_imagenet64
 from dit_jax.experiment import build_method, build_sampling, resolve_config
 from dit_jax.models import Request
 

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from dit_jax.parallel.mesh import DataParallel
 from dit_jax.training import loop, memory
 from dit_jax.training.checkpoints import CheckpointError, Checkpoints
 from dit_jax.training.method import TrainState
-from parallel.mesh import DataParallel
 from tests.training.conftest import MeanSeeker
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from parallel.planning.accelerators import ACCELERATORS, accelerator, limits
-from parallel.planning.groups import replica_groups
-from parallel.planning.program import Collective, Program
+from dit_jax.parallel.planning.accelerators import ACCELERATORS, accelerator, limits
+from dit_jax.parallel.planning.groups import replica_groups
+from dit_jax.parallel.planning.program import Collective, Program
 
 LAYERS, ROWS, WIDTH = 5, 64, 16
 
