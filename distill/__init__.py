@@ -3,7 +3,10 @@
 `METHODS` names them for configs, beside those of `dit_jax.experiment`.
 """
 
+from dit_jax import rooms
 from dit_jax.distill import consistency, dmd2, f_distill, kd, ladd, mean_flow, scm, tcm
+
+rooms.require_installed_name(__name__)
 
 METHODS = {
     "kd": kd.build,

@@ -5,9 +5,11 @@ a finder gives them the same names there: `python launch/train.py` needs no inst
 module is loaded twice.
 """
 
+import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -36,3 +38,44 @@ def find_in_checkout() -> None:
     """
     if not (_PACKAGE / "launch").is_dir():
         sys.meta_path.insert(0, CheckoutFinder())
+
+
+def require_installed_name(name: str) -> None:
+    """Refuses a room that is imported as a module of its own; rooms call it first.
+
+    Where the checkout itself is on the path, `import parallel` would find the folder and load a
+    second copy, whose classes and registries are not those of `dit_jax.parallel`.
+
+    Raises:
+        ImportError: `name` is not the one under `dit_jax`.
+    """
+    if name in ROOMS:
+        raise ImportError(f"{name} is dit_jax.{name}: import it by that name", name=name)
+
+
+def answer_to_former_name(room: str) -> None:
+    """Lets `import ROOM` and `import ROOM.x` give the modules of `dit_jax.ROOM`, not copies."""
+    sys.meta_path.insert(0, _FormerNameFinder(room))
+    sys.modules[room] = importlib.import_module(f"dit_jax.{room}")
+
+
+class _FormerNameFinder(MetaPathFinder):
+    def __init__(self, room: str):
+        self._prefix = f"{room}."
+
+    def find_spec(self, fullname, path, target=None):
+        if not fullname.startswith(self._prefix):
+            return None
+        return importlib.util.spec_from_loader(fullname, _InstalledModule())
+
+
+class _InstalledModule(Loader):
+    """Gives a module that is there already, as it is."""
+
+    def create_module(self, spec):
+        module = importlib.import_module(f"dit_jax.{spec.name}")
+        spec.loader_state = module.__spec__  # the import system replaces it by `spec`
+        return module
+
+    def exec_module(self, module):
+        module.__spec__ = module.__spec__.loader_state

@@ -2,7 +2,8 @@
 
 Parameters go from the source to the destination one at a time. A destination appears whole or not
 at all. What the other side would compute differently is an error, or, for diffusers, written into
-the model card, the summary and `dit_jax.json`, from which `interop.pipelines` mends it.
+the model card, the summary and `dit_jax.json`, from which
+`dit_jax.interop.pipelines` mends it.
 """
 
 import dataclasses
@@ -274,7 +275,7 @@ def _plan_diffusers(model: FoundModel) -> _Plan:
         notes.append(
             "INEXACT in plain diffusers: it spaces the time frequencies by 1/127, this model by "
             "1/128, and no transform of weights makes up for it. Load it with "
-            "interop.pipelines.load_pipeline, which sets the spacing"
+            "dit_jax.interop.pipelines.load_pipeline, which sets the spacing"
         )
     num_embeds = None
     count = network.num_classes

@@ -68,7 +68,7 @@ class TensorFile(ABC):
         kind: "safetensors", "pt" or "edm_pkl".
         specs: Name to shape and type, in the order of the file.
         metadata: What else the file says: the `__metadata__` of safetensors; for .pt files see
-            `interop.pt_files`.
+            `dit_jax.interop.pt_files`.
     """
 
     path: Path

@@ -7,7 +7,7 @@
 
 Solver, process and guidance stay as they are, on global arrays; only the network's evaluation runs
 inside `jax.shard_map`, on slabs of rows of the image. What a mode exchanges is its attention
-strategy (`parallel.patch`, `parallel.sequence`).
+strategy (`patch.py`, `sequence.py`).
 """
 
 import contextlib
@@ -52,7 +52,7 @@ class ImageParallel:
 
     Attributes:
         mode: 'displaced', 'synchronous', 'naive' (patches), 'ulysses', 'ring' (sequence), 'tensor'.
-            For U-Nets the first three and those of `parallel.unet`.
+            For U-Nets the first three and those of `dit_jax.parallel.unet`.
         patch_devices: devices an image (a guidance branch of it) is split over.
         warmup_steps: synchronous steps before displaced ones; None for 4. 'displaced', and U-Nets'
             modes like it, only.

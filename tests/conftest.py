@@ -31,10 +31,12 @@ _CHECKED = (
     "evaluation",
     "experiment",
     "models",
+    "parallel",
     "sampling",
+    "training",
 )
 install_import_hook(
-    [*(f"dit_jax.{room}" for room in (*_CHECKED, "sampling", "training", "parallel")), "parallel"],
+    [f"dit_jax.{name}" for name in _CHECKED],
     "tests.typechecking.typechecked",
 )
 

@@ -1,5 +1,6 @@
 """What README and docs show works: Python runs, commands have the flags given, links lead on."""
 
+import ast
 import dataclasses
 import re
 import shlex
@@ -89,9 +90,10 @@ def commands():
 def options_of(command):
     """Names of the flags that a command defines, by itself or in a module it imports."""
     text = (ROOT / command).read_text()
-    imported = re.findall(r"^ *from launch import (.+)$", text, re.MULTILINE)
-    for name in {name.strip() for line in imported for name in line.split(",")}:
-        text += (ROOT / "launch" / f"{name}.py").read_text()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module == "dit_jax.launch":
+            for name in node.names:
+                text += (ROOT / "launch" / f"{name.name}.py").read_text()
     for name in re.findall(r"^import (benchmark_\w+)$", text, re.MULTILINE):
         text += (ROOT / "benchmarks" / f"{name}.py").read_text()
     return set(re.findall(r"""(?:"--|DEFINE_\w+\(\s*")(\w+)""", text)) | {"help"}

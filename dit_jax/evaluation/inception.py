@@ -5,7 +5,7 @@ Dhariwal and Nichol (2021), "Diffusion Models Beat GANs on Image Synthesis" (ADM
 scripts. This is that computation: bytes, resized as TensorFlow 1 did it, (x - 128) / 128, the
 network of `inception_layers`, and of its activations the pool features (FID, precision, recall,
 KID), the spatial features (sFID) and the logits without bias (Inception Score). The weights come
-from `interop.inception`.
+from `dit_jax.interop.inception`.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class InceptionExtractor:
         """Puts the weights on the devices.
 
         Args:
-            params: Nested parameters, from `interop.inception.load_inception`
+            params: Nested parameters, from `dit_jax.interop.inception.load_inception`
                 (`load_extractor` there makes the whole).
             batch_size: Images computed at once, over all devices; about 10 MiB of memory an image,
                 with 200 MiB of weights on every device.
@@ -258,7 +258,7 @@ def check_params(params: Mapping[str, Any]) -> Params:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(
             f"these are not the parameters of Inception-V3: {'; '.join(wrong[:5])}{more}. Load "
-            "them with interop.inception.load_inception"
+            "them with dit_jax.interop.inception.load_inception"
         )
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(params))
 
