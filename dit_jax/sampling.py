@@ -19,26 +19,9 @@ from dit_jax import conditions as conditions_lib
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import guidance as guidance_lib
 from dit_jax.diffusion import samplers
+from dit_jax.models.call import Carried as Carried
 from dit_jax.models.call import Request
-
-
-@dataclasses.dataclass(frozen=True)
-class Carried:
-    """What sampling carries from one evaluation of a network to the next.
-
-    A network's method `carried(batch, size) -> Carried` is called while the sampler is traced, with
-    the number of examples of an evaluation, twice the images where there is guidance, and their
-    (height, width).
-
-    Attributes:
-        state: before the first evaluation; the carry of its request. None for none.
-        warmup: the network that evaluates the first steps, None for the same one.
-        warmup_steps: how many steps of the solver these are.
-    """
-
-    state: Any = None
-    warmup: Any = None
-    warmup_steps: int = 0
+from dit_jax.models.step_cache import CachedNetwork
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +29,7 @@ class Sampler:
     """A solver applied to a denoiser.
 
     A network that keeps something from one evaluation to the next (one image on many devices keeps
-    other devices' keys and values) says so by a method `carried`, see `Carried`.
+    other devices' keys and values) says so by a method `carried`, see `models.call.Carried`.
 
     Attributes:
         denoiser: network and process.
@@ -97,6 +80,33 @@ class Sampler:
                 range; guidance of a network that knows no "no condition".
         """
         return _sample(
+            self,
+            *self._inputs(
+                params, keys, conditions, times, guidance_scale, guidance_interval, nulls
+            ),
+        )
+
+    def counted(
+        self,
+        params: Any,
+        keys: Key[Array, " b"],
+        conditions: Mapping[str, Any] | Int[Array | np.ndarray, " b"] | None,
+        times: Float[Array | np.ndarray, " n"],
+        guidance_scale: float | Float[Array, ""] | Float[Array, " b"] = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        nulls: Mapping[str, Any] | None = None,
+    ) -> tuple[Float[Array, "b h w c"], Float[Array, " b"]]:
+        """As a call, of a network with a step cache; tells besides how much was computed.
+
+        Returns:
+            The samples of a call, and of each the share of evaluations in which all blocks ran.
+
+        Raises:
+            ValueError: as a call; or there is no step cache.
+        """
+        if not isinstance(self.denoiser.network, CachedNetwork):
+            raise ValueError("without a step cache all evaluations are computed: nothing to count")
+        return _sample_counted(
             self,
             *self._inputs(
                 params, keys, conditions, times, guidance_scale, guidance_interval, nulls
@@ -166,6 +176,16 @@ class Sampler:
 def _sample(sampler, guided, *inputs):
     _, start, carried = _prepare(sampler, guided, *inputs)
     return samplers.sample(sampler.solver, sampler.denoiser.process, *start, **carried)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sample_counted(sampler, guided, *inputs):
+    _, start, carried = _prepare(sampler, guided, *inputs)
+    x, carry = samplers.sample(sampler.solver, sampler.denoiser.process, *start, **carried)
+    branches = (2 if guided else 1, x.shape[0])  # the conditional examples come first
+    counts = (carry.cache.computed, carry.cache.evaluations)
+    computed, evaluations = (count.reshape(branches).sum(axis=0) for count in counts)
+    return x, computed / evaluations
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

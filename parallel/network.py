@@ -91,7 +91,7 @@ class ImageNetwork(abc.ABC):
         return ()
 
     def in_slabs(
-        self, evaluate: Any, params: Any, request: Request, padding: int, state_spec: PartitionSpec
+        self, evaluate: Any, params: Any, request: Request, padding: int, state_spec: Any
     ) -> Result:
         """Evaluates slabs of rows, each on its device.
 
@@ -100,7 +100,7 @@ class ImageNetwork(abc.ABC):
             params: on every device.
             request: of the whole images.
             padding: rows that are missing for slabs of one size.
-            state_spec: of every leaf of the carry.
+            state_spec: of the carry, a prefix of its tree.
         """
         x = request.x
         axes, height = self.batch_axes(x.shape[0]), x.shape[1]
@@ -108,7 +108,8 @@ class ImageNetwork(abc.ABC):
         examples, slabs = PartitionSpec(axes), PartitionSpec(axes, PATCH_AXES)
 
         def of_slab(params, x, t, conditions, carry):
-            return evaluate(params, Request(x, t, conditions, carry=carry))
+            slab = Request(x, t, conditions, carry=carry, step_cache=request.step_cache)
+            return evaluate(params, slab)
 
         out, carry = jax.shard_map(
             of_slab,

@@ -23,6 +23,7 @@ from jaxtyping import Array
 
 from dit_jax.experiment import SamplingPlan
 from dit_jax.models import network_name
+from dit_jax.models.step_cache import CachedNetwork
 from dit_jax.parallel.mesh import put_whole
 from dit_jax.parallel.network import BATCH_AXES, PATCH_AXES, image_network
 from dit_jax.parallel.partitioning import rules_for
@@ -132,7 +133,9 @@ class ImageParallel:
         Raises:
             ValueError: the network, the plan and the devices do not go together.
         """
-        network = plan.sampler.denoiser.network
+        network, cache = plan.sampler.denoiser.network, None
+        if isinstance(network, CachedNetwork):
+            network, cache = network.network, network.cache
         guided = not (np.isscalar(plan.guidance_scale) and plan.guidance_scale == 1.0)
         if self.split_guidance and not guided:
             raise ValueError(
@@ -152,6 +155,8 @@ class ImageParallel:
             examples = branches * max(1, batch_size // mesh.shape["data"])
             notes.append(exchange_note(network.config, *split, examples))
         placed = parallel(network, mesh, self.mode, warmup_steps)
+        if cache is not None:
+            placed = CachedNetwork(placed, cache)
         denoiser = dataclasses.replace(plan.sampler.denoiser, network=placed)
         sampler = dataclasses.replace(plan.sampler, denoiser=denoiser)
         return ImagePlacement(dataclasses.replace(plan, sampler=sampler), mesh, tuple(notes))

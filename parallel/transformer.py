@@ -11,6 +11,7 @@ from dit_jax.models import Request, Result, cpu_kernels
 from dit_jax.models.attention import LocalAttention
 from dit_jax.models.attention_options import PLAIN, AttentionOptions
 from dit_jax.models.dit import DiTConfig, resolve_dtype
+from dit_jax.models.step_cache import CachedCarry, CacheState, Everyone
 from dit_jax.parallel.network import PATCH_AXES, ImageNetwork, register_image_network
 from dit_jax.parallel.partitioning import Rule, place_tree
 from dit_jax.parallel.patch import Displaced, Naive, Synchronous
@@ -114,15 +115,24 @@ class ParallelTransformer(ImageNetwork):
         """None, or for 'displaced' zeros and the warm-up."""
         if self.mode != "displaced":
             return Carried()
-        config = self.network.config
-        rows, columns = self._grid(size)
-        length = -(-rows // self.patch_devices) * self.patch_devices * columns
+        config, length = self.network.config, self._padded_length(size)
         shape = (config.depth, batch, length, config.num_heads, config.head_dim)
         dtype = resolve_dtype(config.dtype)
         sharding = NamedSharding(self.mesh, self._state_spec(batch))
         zeros = jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
         warmup = dataclasses.replace(self, mode="synchronous", warmup_steps=0)
         return Carried({"k": zeros, "v": zeros}, warmup, self.warmup_steps)
+
+    def blank_tokens(self, batch: int, size: tuple[int, int]) -> jax.Array:
+        """As `Network.blank_tokens`, with the padding and on the devices that hold them."""
+        if self.mode == "tensor":
+            return self.network.blank_tokens(batch, size)
+        config = self.network.config
+        zeros = jnp.zeros(
+            (batch, self._padded_length(size), config.hidden_size), resolve_dtype(config.dtype)
+        )
+        spec = PartitionSpec(self.batch_axes(batch), PATCH_AXES)
+        return jax.lax.with_sharding_constraint(zeros, NamedSharding(self.mesh, spec))
 
     def evaluate(self, params: Any, request: Request) -> Result:
         """As `Network.apply`, in slabs of rows or with split matrices."""
@@ -139,6 +149,10 @@ class ParallelTransformer(ImageNetwork):
 
         padding = -rows % self.patch_devices * self.network.config.patch_size
         spec = self._state_spec(request.x.shape[0])
+        if (cache := request.step_cache) is not None:
+            everyone = Everyone(PATCH_AXES, self.mesh.axis_names)
+            request = request.replace(step_cache=dataclasses.replace(cache, everyone=everyone))
+            spec = CachedCarry(spec, self._cache_spec(request.carry.cache))
         return self.in_slabs(evaluate, params, request, padding, spec)
 
     def _evaluate_tensor(self, params: Any, request: Request) -> Result:
@@ -148,11 +162,17 @@ class ParallelTransformer(ImageNetwork):
         x, t, conditions = jax.lax.with_sharding_constraint(inputs, examples)
         heads = NamedSharding(self.mesh, PartitionSpec(axes, None, "tensor"))
         attention = _SplitHeads(heads, self._kernel)
-        return self.network.apply(params, Request(x, t, conditions, attention=attention))
+        more = {"carry": request.carry, "step_cache": request.step_cache}
+        return self.network.apply(params, Request(x, t, conditions, attention=attention, **more))
 
     def _grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """(rows, columns) of patches."""
         return tuple(side // self.network.config.patch_size for side in size)
+
+    def _padded_length(self, size: tuple[int, int]) -> int:
+        """Tokens of all devices."""
+        rows, columns = self._grid(size)
+        return -(-rows // self.patch_devices) * self.patch_devices * columns
 
     @property
     def _kernel(self) -> LocalAttention:
@@ -162,6 +182,12 @@ class ParallelTransformer(ImageNetwork):
 
     def _state_spec(self, batch: int) -> PartitionSpec:
         return PartitionSpec(None, self.batch_axes(batch), PATCH_AXES)
+
+    def _cache_spec(self, state: CacheState) -> CacheState:
+        """Tokens lie as a device's rows do, numbers an example as the examples."""
+        axes = self.batch_axes(state.evaluations.shape[0])
+        of = {1: PartitionSpec(axes), 3: PartitionSpec(axes, PATCH_AXES)}
+        return jax.tree.map(lambda leaf: of[leaf.ndim], state)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,8 @@ class Request:
             and values, moments and rows; None for strategies that keep nothing.
         attention: a strategy for the attention seam; None for local attention.
         spatial: how layers see the pixels around one (`models.spatial`); None for the whole image.
+        step_cache: when blocks are skipped (`models.step_cache`), whose carry the request then has;
+            None for never.
     """
 
     x: Any  # these are pytrees: what JAX puts into them need not be arrays
@@ -37,6 +39,7 @@ class Request:
     carry: Any = None
     attention: Attention | None = dataclasses.field(default=None, metadata=_STATIC)
     spatial: Spatial | None = dataclasses.field(default=None, metadata=_STATIC)
+    step_cache: Any = dataclasses.field(default=None, metadata=_STATIC)
 
     def replace(self, **changes: Any) -> "Request":
         """The same request with other values."""
@@ -57,3 +60,22 @@ class Result:
     out: Any
     features: Any = ()
     carry: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Carried:
+    """What sampling carries from one evaluation of a network to the next.
+
+    A network's method `carried(batch, size) -> Carried` is called while the sampler is traced, with
+    the number of examples of an evaluation, twice the images where there is guidance, and their
+    (height, width).
+
+    Attributes:
+        state: before the first evaluation; the carry of its request. None for none.
+        warmup: the network that evaluates the first steps, None for the same one.
+        warmup_steps: how many steps of the solver these are.
+    """
+
+    state: Any = None
+    warmup: Any = None
+    warmup_steps: int = 0

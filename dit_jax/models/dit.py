@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from dit_jax import conditions as conditions_lib
 from dit_jax.models import attention as attention_lib
-from dit_jax.models import cpu_kernels, layers, stack
+from dit_jax.models import cpu_kernels, layers, stack, step_cache
 from dit_jax.models.batch_axes import divided_by_rows
 from dit_jax.models.call import Request, Result
 from dit_jax.models.linear import ZEROS, Linear, Precision, precision_of, resolve_dtype
@@ -177,6 +177,11 @@ class DiTConfig:
         """See `flops_per_example`."""
         return flops_per_example(self)
 
+    def stack_shape(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(tokens, width) of the blocks' activations for an input of (height, width)."""
+        rows, columns = (side // self.patch_size for side in size)
+        return rows * columns, self.hidden_size
+
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> "DiTConfig":
         """The paper's model called `name`, for instance 'DiT-XL/2'."""
@@ -323,16 +328,15 @@ class DiT(nnx.Module):
         tokens = tokens + positions[None].astype(dtype)
         condition = self._condition(request.t, request.conditions).astype(dtype)
 
-        tokens, carry, captured = stack.run_stack(
+        tokens, carry, captured = step_cache.run_stack(
+            request,
             self.blocks,
             lambda block, tokens, state, condition: block(tokens, condition, attention, state),
             tokens,
             condition,
-            state=request.carry,
             depth=config.depth,
             layer_loop=config.layer_loop,
             remat=config.remat,
-            capture=request.features,
             prefetch=getattr(attention, "prefetch", None),
         )
         patches = self.final_layer(tokens, condition)

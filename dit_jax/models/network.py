@@ -16,6 +16,7 @@ from dit_jax import conditions as conditions_lib
 from dit_jax.defaults import register_namespace
 from dit_jax.models import dit, edm
 from dit_jax.models.call import Request, Result
+from dit_jax.models.linear import resolve_dtype
 
 Params = dict[str, Any]
 
@@ -114,6 +115,11 @@ class Network:
     def sample_shape(self) -> tuple[int, int, int]:
         """(height, width, channels) of one sample."""
         return (*self.config.input_size, self.config.in_channels)
+
+    def blank_tokens(self, batch: int, size: tuple[int, int]) -> Array:
+        """Zeros like the activations of a stack of blocks, for inputs of (height, width)."""
+        dtype = resolve_dtype(self.config.dtype)
+        return jax.numpy.zeros((batch, *self.config.stack_shape(size)), dtype)
 
     @property
     def null_class(self) -> bool:

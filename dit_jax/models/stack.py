@@ -76,6 +76,7 @@ def run_stack(
     remat: str = "none",
     capture: tuple[int, ...] = (),
     prefetch: Callable[[Any], Any] | None = None,
+    layers: tuple[int, int] | None = None,
 ) -> tuple[Any, Any, tuple[Any, ...]]:
     """Runs `x, state_l = call(block_l, x, state_l, *args)` through the layers in order.
 
@@ -91,6 +92,8 @@ def run_stack(
         capture: numbers of layers whose activations are wanted besides, ascending.
         prefetch: turns a layer's state into what `call` takes in its place; done for layer l + 1
             before layer l is computed, and once for every layer. Needs a state.
+        layers: (first, end) of the layers to run; None for all. Parameters and state are those of
+            all, and the state of the others is returned as it was.
 
     Returns:
         The last activations, the new stacked state (None if none was given), and the activations
@@ -108,13 +111,20 @@ def run_stack(
     def layer(x, parameters, state, args):
         return call(nnx.merge(graph, parameters), x, state, *args)
 
-    if scanned and prefetch is not None and state is not None:
+    if state is None:
+        prefetch = None
+    if layers not in (None, (0, depth)):
+        if capture:
+            raise ValueError(f"features {capture} of a part of the layers: expected none")
+        run = _scan_part if scanned else _unroll_part
+        return *run(layer, prefetch, x, (parameters, state), args, *layers), ()
+    if scanned and prefetch is not None:
         return _scan_prefetched(layer, prefetch, x, (parameters, state), args, capture, depth)
     if scanned:
         return _scan_segments(layer, x, (parameters, state), args, capture, depth)
     states, captured = [], []
     unstacked_states = [None] * depth if state is None else _unstack(state, depth)
-    if prefetch is not None and state is not None:
+    if prefetch is not None:
         # All of it is independent of the activations: the compiler may start each one as early as
         # it likes, the first must be there before the first layer.
         unstacked_states = [prefetch(layer_state) for layer_state in unstacked_states]
@@ -162,25 +172,13 @@ def _scan_prefetched(layer, prefetch, x, layers, args, capture, depth):
     """
     parameters, state = layers
 
-    def at(tree, index):
-        return jax.tree.map(
-            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree
-        )
-
-    def put(tree, values, index):
-        return jax.tree.map(
-            lambda leaf, value: jax.lax.dynamic_update_index_in_dim(leaf, value, index, 0),
-            tree,
-            values,
-        )
-
     def step(carry, index):
         x, ready, new_state = carry
-        following = prefetch(at(state, index + 1))
-        x, layer_state = layer(x, at(parameters, index), ready, args)
-        return (x, following, put(new_state, layer_state, index)), None
+        following = prefetch(_at(state, index + 1))
+        x, layer_state = layer(x, _at(parameters, index), ready, args)
+        return (x, following, _put(new_state, layer_state, index)), None
 
-    carry = (x, prefetch(at(state, 0)), jax.tree.map(jax.numpy.zeros_like, state))
+    carry = (x, prefetch(_at(state, 0)), jax.tree.map(jax.numpy.zeros_like, state))
     captured, start = [], 0
     for end in (*(i + 1 for i in capture if i + 1 < depth), depth - 1):
         if end > start:
@@ -188,6 +186,58 @@ def _scan_prefetched(layer, prefetch, x, layers, args, capture, depth):
         captured.append(carry[0])
         start = end
     x, ready, new_state = carry
-    x, layer_state = layer(x, at(parameters, depth - 1), ready, args)
+    x, layer_state = layer(x, _at(parameters, depth - 1), ready, args)
     captured[-1] = x
-    return x, put(new_state, layer_state, depth - 1), tuple(captured[: len(capture)])
+    return x, _put(new_state, layer_state, depth - 1), tuple(captured[: len(capture)])
+
+
+def _scan_part(layer, prefetch, x, layers, args, first, end):
+    """Layers `first` to `end` - 1, taken by index from the whole; prefetched as above."""
+    parameters, state = layers
+    ready = prefetch(_at(state, first)) if prefetch else None
+
+    def step(carry, index):
+        x, ready, new_state = carry
+        following = prefetch(_at(state, index + 1)) if prefetch else None
+        own = ready if prefetch else _at(state, index)
+        x, layer_state = layer(x, _at(parameters, index), own, args)
+        return (x, following, _put(new_state, layer_state, index)), None
+
+    # Of what is prefetched the last layer stands outside: it has nothing to prefetch.
+    scanned = end - 1 if prefetch else end
+    carry = (x, ready, state)
+    if scanned > first:
+        carry, _ = jax.lax.scan(step, carry, jax.numpy.arange(first, scanned))
+    x, ready, state = carry
+    if prefetch:
+        x, layer_state = layer(x, _at(parameters, end - 1), ready, args)
+        state = _put(state, layer_state, end - 1)
+    return x, state
+
+
+def _unroll_part(layer, prefetch, x, layers, args, first, end):
+    """Layers `first` to `end` - 1 one after the other."""
+    parameters, state = layers
+    own = [_at(state, index) for index in range(first, end)]
+    if prefetch:
+        own = [prefetch(layer_state) for layer_state in own]
+    for index in range(first, end):
+        x, layer_state = layer(x, _at(parameters, index), own[index - first], args)
+        state = _put(state, layer_state, index)
+    return x, state
+
+
+def _at(tree: Any, index: Any) -> Any:
+    """The layer number `index` of stacked leaves."""
+    return jax.tree.map(
+        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree
+    )
+
+
+def _put(tree: Any, values: Any, index: Any) -> Any:
+    """Stacked leaves with another layer number `index`."""
+    return jax.tree.map(
+        lambda leaf, value: jax.lax.dynamic_update_index_in_dim(leaf, value, index, 0),
+        tree,
+        values,
+    )
