@@ -26,7 +26,7 @@ import numpy as np
 from dit_jax import evaluation, experiment
 from dit_jax.config import default_config
 from dit_jax.configs import digits, digits_cm, digits_dmd2, digits_kd, digits_mean_flow, digits_scm
-from dit_jax.data.shards import HEADER
+from dit_jax.data.records.header import HEADER
 from dit_jax.launch import (
     argument_types,
     classifier_scores,

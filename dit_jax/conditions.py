@@ -6,6 +6,8 @@ from the declaration: what is checked, what stands for "no condition" in classif
 what is dropped in training, and which ones are times. No other room needs to know their names.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -67,6 +69,15 @@ class Condition:
             and all(axis in (None, size) for axis, size in zip(self.shape, shape, strict=True))
             and kind == _kind(np.dtype(self.dtype))
         )
+
+    def admits(self, other: Condition) -> bool:
+        """Whether arrays of another declaration can have this one's shape and kind of numbers."""
+        if len(other.shape) != len(self.shape):
+            return False
+        pairs = zip(self.shape, other.shape, strict=True)
+        return all(None in pair or pair[0] == pair[1] for pair in pairs) and _kind(
+            np.dtype(other.dtype)
+        ) == _kind(np.dtype(self.dtype))
 
 
 def _kind(dtype: Any) -> str:

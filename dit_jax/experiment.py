@@ -518,6 +518,15 @@ def open_data(config: ml_collections.ConfigDict, split: str):
             f"config.model.name={model.name!r} takes "
             f"{conditions_lib.describe(network.conditions)}: choose data and a network that fit"
         )
+    misfits = [
+        f"{key} {found.describe()}, the network takes {network.conditions[key].describe()}"
+        for key, found in info.declared.items()
+        if key in network.conditions and not network.conditions[key].admits(found)
+    ]
+    if misfits:
+        raise ConfigError(
+            f"{name} tells of an image {'; '.join(misfits)}: choose data and a network that fit"
+        )
     if info.num_classes != model.num_classes and model.num_classes:
         raise ConfigError(
             f"{name} has {info.num_classes} classes, the model {model.num_classes}: set "

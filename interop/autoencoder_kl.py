@@ -4,8 +4,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.atomic import atomic_folder
 from dit_jax.interop.autoencoder_tables import diffusers_table, original_table
 from dit_jax.interop.claims import check_counts, check_types, read_object
 from dit_jax.interop.prefixes import without_prefix
@@ -328,18 +327,11 @@ def save_autoencoder(
         raise FileExistsError(f"{folder} exists: delete it or choose another folder")
     table, shapes = tables[layout](autoencoder.config), flat_shapes(params)
     leaves = dict(flatten(params))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with atomic_folder(folder) as temporary:
         arrays = export_arrays(table, shapes, lambda path: np.asarray(leaves[path]), dtype)
         specs = export_specs(table, shapes, dtype)
         metadata = {"format": "pt"}
         digest = write_safetensors(temporary / WEIGHTS, specs, arrays, metadata=metadata)
         text = json.dumps(config_to_diffusers(autoencoder.config), indent=2)
         (temporary / CONFIG).write_text(text + "\n")
-        temporary.chmod(0o755)
-        os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return digest

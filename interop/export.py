@@ -17,8 +17,8 @@ import numpy as np
 
 from dit_jax import __version__, experiment
 from dit_jax import config as config_lib
+from dit_jax.atomic import atomic_file, atomic_folder, check_destination
 from dit_jax.diffusion.process import DDPM, EDM, RectifiedFlow
-from dit_jax.evaluation.files import atomic_file, atomic_folder, check_destination
 from dit_jax.interop import dit, edm
 from dit_jax.interop.autoencoder_kl import load_autoencoder, save_autoencoder
 from dit_jax.interop.finiteness import Finiteness

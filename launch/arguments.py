@@ -114,6 +114,30 @@ def add_parallel_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of a command that may be one of several processes."""
+    group = parser.add_argument_group("several processes (each is given the same command)")
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes, which SLURM, Open MPI or Kubernetes started",
+    )
+    group.add_argument("--coordinator_address", help="host:port of the first")
+    group.add_argument("--num_processes", type=argument_types.count, help="how many there are")
+    group.add_argument(
+        "--process_id", type=argument_types.count_or_none, help="which one this is, from 0"
+    )
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Joins the others where `add_process_arguments`' options say so; before JAX is used."""
+    explicit = (args.coordinator_address, args.num_processes, args.process_id)
+    if args.distributed or any(value is not None for value in explicit):
+        from dit_jax.parallel import distributed
+
+        distributed.initialize(*explicit)
+
+
 def check_model(args: argparse.Namespace) -> None:
     """Refuses what `add_model_arguments`' options cannot mean.
 

@@ -14,7 +14,7 @@ was, and ends with the same bits. Then train with
 import argparse
 import shlex
 
-from dit_jax.launch import argument_types, command
+from dit_jax.launch import argument_types, arguments, command
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -70,29 +70,39 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="processes that decode; 0: threads",
     )
     run.add_argument("--traceback", action="store_true", help="show stack traces of errors")
+    arguments.add_process_arguments(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = parse_arguments(argv)
-    with command.readable_errors(traceback=args.traceback):
-        from dit_jax.launch import extraction
+    from dit_jax.launch import recording
 
-        folder, header = extraction.run(args)
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        print(f"done: {folder}, {size / 2**20:.4g} MiB")
-        if header.split != "train":
-            return
-        height, _, channels = header.latent_shape
-        train = ["python", "launch/train.py", "--config=configs/dit_b2.py"]
-        train += ["--workdir=runs/latents"]
-        train += [f"--config.data.latents.path={args.out}", f"--config.model.image_size={height}"]
-        train.append(f"--config.model.in_channels={channels}")
-        train.append(f"--config.model.num_classes={header.num_classes}")
-        if header.flip != "pairs":
-            train.append("--config.data.horizontal_flip=False")
-        print(f"next: {shlex.join(train)}")
+    recording.run_command(args, extract)
+
+
+def extract(args: argparse.Namespace) -> None:
+    """Extracts, and tells what to do next."""
+    from dit_jax.launch import extraction
+    from dit_jax.parallel import distributed
+
+    folder, header = extraction.run(args)
+    if not distributed.is_first():
+        return
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"done: {folder}, {size / 2**20:.4g} MiB")
+    if header.split != "train":
+        return
+    height, _, channels = header.fields["latents"].shape
+    train = ["python", "launch/train.py", "--config=configs/dit_b2.py"]
+    train += ["--workdir=runs/latents"]
+    train += [f"--config.data.latents.path={args.out}", f"--config.model.image_size={height}"]
+    train.append(f"--config.model.in_channels={channels}")
+    train.append(f"--config.model.num_classes={header.num_classes}")
+    if args.flip != "pairs":
+        train.append("--config.data.horizontal_flip=False")
+    print(f"next: {shlex.join(train)}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,6 @@
 
 import argparse
 import functools
-import json
-import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,17 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax import data as data_lib
-from dit_jax.data.shards import HEADER, UNFINISHED
+from dit_jax.data.records import check_destination
+from dit_jax.data.records.header import LABEL
 from dit_jax.interop import hub
 from dit_jax.interop.autoencoder_kl import load_autoencoder
-from dit_jax.launch import wiring
+from dit_jax.launch import recording, wiring
 from dit_jax.models.autoencoder_kl import AutoencoderKL
 from dit_jax.models.linear import resolve_dtype
 from dit_jax.named_options import options_named
-from dit_jax.parallel.mesh import DataParallel, create_mesh
-from dit_jax.training.metrics import format_duration
+from dit_jax.parallel.mesh import DataParallel, create_mesh, put_whole
 
-SETTINGS = "extraction.json"
 DEFAULT_BATCH = 32  # images a device
 
 
@@ -106,70 +102,55 @@ def open_images(args: argparse.Namespace, autoencoder: AutoencoderKL) -> data_li
 
 
 def make_header(
-    args: argparse.Namespace, autoencoder: AutoencoderKL, sha256: str, info: data_lib.DatasetInfo
-) -> data_lib.LatentsHeader:
+    args: argparse.Namespace,
+    autoencoder: AutoencoderKL,
+    sha256: str,
+    source: data_lib.Source,
+    shard_size: int,
+) -> data_lib.Header:
     """What the latents will be."""
     vae = Path(args.vae).expanduser().absolute()
-    name = vae.parent.name if vae.name == "vae" else vae.name
-    return data_lib.LatentsHeader(
-        vae_name=name,
-        vae_sha256=sha256,
+    info = source.info
+    settings = {
+        "data": args.data,
+        "split": args.split,
+        "image_size": args.image_size,
+        "seed": args.seed,
+        "compute_dtype": resolve_dtype(args.compute_dtype).name,
+    }
+    return data_lib.latents_header(
+        autoencoder.latent_shape(*info.image_shape[:2]),
         scaling_factor=autoencoder.config.scaling_factor,
         shift_factor=autoencoder.config.shift_factor,
-        latent_shape=autoencoder.latent_shape(*info.image_shape[:2]),
-        num_classes=info.num_classes,
-        class_names=info.class_names,
         dtype=args.dtype,
         kind=args.kind,
         flip=args.flip,
+        conditions=condition_fields(source),
+        provenance={
+            "vae_name": vae.parent.name if vae.name == "vae" else vae.name,
+            "vae_sha256": sha256,
+            "source_name": info.name,
+            "source_fingerprint": info.fingerprint,
+            "settings": settings,
+        },
+        num_classes=info.num_classes,
+        class_names=info.class_names,
         # TFDS has other names, slices too; the format knows these two.
         split="train" if args.split.startswith("train") else "test",
-        source_name=info.name,
-        source_fingerprint=info.fingerprint,
+        shard_size=shard_size,
     )
 
 
-def check_destination(folder: Path) -> None:
-    """Refuses early what would be refused after the VAE and the images were opened.
-
-    Raises:
-        FileExistsError: finished latents, or other files, are there.
-    """
-    if (folder / HEADER).exists():
-        raise FileExistsError(
-            f"{folder} holds a finished set of latents: delete it or choose another --out"
-        )
-    foreign = folder.is_dir() and {path.stem for path in folder.iterdir()} - {Path(SETTINGS).stem}
-    if folder.exists() and (not folder.is_dir() or (foreign and not (folder / SETTINGS).exists())):
-        raise FileExistsError(
-            f"{folder} exists and was not begun by this command: choose another --out"
-        )
-
-
-def check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Records what decides the bits and is not in the header, or compares it with the record.
-
-    Raises:
-        ValueError: the extraction was begun with other settings.
-    """
-    path = folder / SETTINGS
-    if path.exists() and (folder / UNFINISHED).exists():
-        begun = json.loads(path.read_text())
-        differing = [
-            f"{name}: {begun.get(name)!r} -> {value!r}"
-            for name, value in settings.items()
-            if begun.get(name) != value
-        ]
-        if differing:
-            raise ValueError(
-                f"{folder} was begun with other settings ({'; '.join(differing)}): use those, or "
-                f"another --out"
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(settings, indent=1) + "\n")
-    os.replace(temporary, path)
+def condition_fields(source: data_lib.Source) -> dict[str, data_lib.Field]:
+    """What the images' conditions are stored as; their shapes are those of the first example."""
+    names = source.info.conditions
+    fields = {"label": LABEL} if "label" in names else {}
+    others = [name for name in names if name not in fields]
+    example = source.batch(np.array([0])) if others else {}
+    for name in others:
+        values = example[name]
+        fields[name] = data_lib.Field(values.shape[1:], values.dtype.name, condition=True)
+    return fields
 
 
 def make_encoder(
@@ -177,7 +158,7 @@ def make_encoder(
 ) -> Callable[[Any, np.ndarray, np.ndarray], jax.Array]:
     """A function (params, images float32 [b, h, w, c], their numbers int32 [b]) -> stored values.
 
-    The values are those of `LatentsHeader.record_shape`, split over the devices as the images are.
+    The values are those of the field "latents" on disk, split over the devices as the images are.
     Noise depends on the seed and an image's number only, not on batches and devices.
     """
     key = jax.random.key(seed)
@@ -196,19 +177,22 @@ def make_encoder(
         noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
         return mean + jnp.exp(0.5 * logvar) * noise
 
-    def run(params, images, numbers):
-        images, numbers = jax.device_put((images, numbers), placement.split)
-        return encode(params, images, numbers)
-
-    return run
+    return encode
 
 
 def read_batches(
     source: data_lib.Source, batch_size: int, *, start: int, num_workers: int
-) -> Iterator[data_lib.Batch]:
-    """Batches in the source's order from image `start` on, decoded ahead by threads or workers."""
+) -> Iterator[tuple[np.ndarray, data_lib.Batch]]:
+    """This process's share of batches in the source's order from image `start` on.
+
+    They are decoded ahead by threads or workers. The last is filled up: one compiled shape.
+
+    Yields:
+        The numbers of all processes' images of the batch, and the batch with its conditions.
+    """
     if start >= len(source):  # killed between the last shard and the header
         return
+    count = jax.process_count()
     loader = data_lib.make_loader(
         source,
         batch_size=batch_size,
@@ -217,97 +201,62 @@ def read_batches(
         repeat=False,
         drop_remainder=False,
         num_workers=num_workers,
+        process_index=jax.process_index(),
+        process_count=count,
     )
     batches = iter(loader)
     batches.set_state({**batches.get_state(), "next_batch": start // batch_size})
+
+    def filled(array: np.ndarray) -> np.ndarray:
+        missing = batch_size // count - len(array)
+        return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) if missing else array
+
     try:
-        yield from batches
+        for number, batch in enumerate(batches):
+            batch = jax.tree.map(filled, {"image": batch["image"], **batch["conditions"]})
+            yield np.arange(batch_size, dtype=np.int32) + (start + number * batch_size), batch
     finally:
         batches.close()
 
 
-def extract(
-    batches: Iterator[data_lib.Batch],
-    encode: Callable[[np.ndarray, np.ndarray], jax.Array],
-    writer: data_lib.LatentsWriter,
-    *,
-    batch_size: int,
-    total: int,
-    seconds_between_reports: float = 10.0,
-) -> None:
-    """Encodes and writes what `writer` lacks.
-
-    While the devices encode a batch, threads decode the next ones and this one writes the last.
-    """
-    first = number = writer.count
-    begun = reported = time.perf_counter()
-    pending: tuple[jax.Array, np.ndarray] | None = None
-
-    def store() -> None:
-        latents, labels = pending
-        writer.add(np.asarray(latents)[: len(labels)], labels)
-
-    for batch in batches:
-        images, labels = batch["image"], batch["conditions"]["label"]
-        missing = batch_size - len(images)  # the last batch is filled up: one compiled shape
-        images = np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)], mode="edge")
-        encoded = encode(images, np.arange(number, number + batch_size, dtype=np.int32))
-        encoded.copy_to_host_async()
-        if pending:
-            store()
-            done, now = number - first, time.perf_counter()
-            if now - reported >= seconds_between_reports:
-                rate = done / (now - begun)
-                left = format_duration((total - number) / rate)
-                print(f"encoded {number}/{total}  {rate:.4g} images/s  ETA {left}", flush=True)
-                reported = now
-        pending = encoded, labels
-        number += len(labels)
-    if pending:
-        store()
-    seconds = time.perf_counter() - begun
-    print(f"encoded {number}/{total}  {(number - first) / seconds:.4g} images/s", flush=True)
-
-
-def run(args: argparse.Namespace) -> tuple[Path, data_lib.LatentsHeader]:
+def run(args: argparse.Namespace) -> tuple[Path, data_lib.Header]:
     """Extracts the latents of one split; returns their folder and what they are."""
-    if jax.process_count() > 1:
-        raise ValueError("extraction runs in one process, over all of its devices")
     folder = args.out.expanduser() / ("train" if args.split.startswith("train") else "test")
-    check_destination(folder)
+    check_destination(folder, "latents", "another --out")
     placement = DataParallel(create_mesh())
     batch_size, shard_size = choose_sizes(args.batch_size, args.shard_size, placement.num_devices)
+    several = jax.process_count() > 1  # each reads it, and what they read becomes one array
     autoencoder, params, sha256 = load_autoencoder(
-        hub.resolve(args.vae), dtype=args.compute_dtype, sharding=placement.replicated
+        hub.resolve(args.vae),
+        dtype=args.compute_dtype,
+        sharding=None if several else placement.replicated,
     )
+    if several:
+        params = jax.tree.map(lambda array: put_whole(array, placement.replicated), params)
     source = open_images(args, autoencoder)
-    header = make_header(args, autoencoder, sha256, source.info)
-    settings = {
-        "data": args.data,
-        "split": args.split,
-        "image_size": args.image_size,
-        "shard_size": shard_size,
-        "seed": args.seed,
-        "compute_dtype": resolve_dtype(args.compute_dtype).name,
-    }
-    check_settings(folder, settings)
-    total = len(source)
-    with data_lib.LatentsWriter(folder, header, shard_size=shard_size, resume=True) as writer:
-        what = (
-            f"{total} images of {source.info.name}, {args.split} -> {args.kind} of "
-            f"{header.latent_shape}, flip {args.flip}, with {header.vae_name}"
-        )
-        print(wiring.first_screen(what, folder, "time left: every 10 seconds"), flush=True)
-        if writer.count:
-            print(f"continuing after {writer.count} images", flush=True)
-        encode = make_encoder(
-            autoencoder, placement, kind=args.kind, flip=args.flip, seed=args.seed
-        )
-        extract(
-            read_batches(source, batch_size, start=writer.count, num_workers=args.num_workers),
-            functools.partial(encode, params),
-            writer,
-            batch_size=batch_size,
-            total=total,
-        )
+    header = make_header(args, autoencoder, sha256, source, shard_size)
+    encode = make_encoder(autoencoder, placement, kind=args.kind, flip=args.flip, seed=args.seed)
+
+    def compute(given) -> dict[str, jax.Array]:
+        numbers, batch = given
+        batch = placement.put_batch(batch)
+        latents = encode(params, batch.pop("image"), put_whole(numbers, placement.split))
+        latents.copy_to_host_async()
+        return {"latents": latents, **batch}
+
+    size = "x".join(map(str, header.fields["latents"].shape))
+    header = recording.record(
+        folder,
+        header,
+        lambda start: read_batches(source, batch_size, start=start, num_workers=args.num_workers),
+        compute,
+        what=f"{len(source)} images of {source.info.name}, {args.split} -> {args.kind} of {size}, "
+        f"flip {args.flip}, with {header.provenance['vae_name']}",
+        done="encoded",
+        unit="image",
+        total=len(source),
+        batch_size=batch_size,
+        nulls=source.info.null_conditions,
+        remedy="--dtype=float16 halves that, --kind=samples too",
+    )
     return folder, header

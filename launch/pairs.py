@@ -1,24 +1,22 @@
 """Sampling a teacher into a folder of pairs: the work of launch/write_pairs.py."""
 
 import argparse
-import shutil
-import time
-from collections.abc import Callable
-from pathlib import Path
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
+from dit_jax import conditions as conditions_lib
 from dit_jax import data as data_lib
 from dit_jax import experiment
-from dit_jax.data import pairs_writer
+from dit_jax.data.records import check_destination
+from dit_jax.data.records.header import LABEL
+from dit_jax.data.source import fingerprint
 from dit_jax.diffusion.samplers import insert_times
-from dit_jax.launch import arguments, loading, wiring
-from dit_jax.quantities import counted, format_bytes
+from dit_jax.launch import arguments, loading, recording, wiring
 from dit_jax.sampling import image_keys
-from dit_jax.training import memory
-from dit_jax.training.metrics import format_duration
 
 DETERMINISTIC = "ddim with eta=0, euler, heun without churn, dpmpp_2m or mean_flow"
 
@@ -58,13 +56,73 @@ def plan_path(
         raise ValueError(f"--path_times: {error}") from error
 
 
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What the teacher is told of each pair.
+
+    Attributes:
+        fields: what is stored of it.
+        of: numbers of pairs [b] -> arrays by name, the batch leading.
+        nulls: "no condition", where the network does not know it by itself.
+        fingerprint: of the records it comes from; "" for classes in turn.
+    """
+
+    fields: dict[str, data_lib.Field]
+    of: Callable[[np.ndarray], dict[str, np.ndarray]]
+    nulls: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    fingerprint: str = ""
+
+
+def told(args: argparse.Namespace, model: loading.TrainedModel) -> Told:
+    """Classes in turn, or what the records of --conditions hold, in turn.
+
+    Raises:
+        ValueError: the teacher is not told such things, or more than these.
+    """
+    declared, num_classes = model.network.conditions, model.config.model.num_classes
+    if args.conditions is None:
+        needed = [name for name, c in declared.items() if c.required and name != "label"]
+        if needed:
+            raise ValueError(
+                f"the teacher has to be told {', '.join(needed)}: give --conditions=DIR, records "
+                f"of {conditions_lib.describe(declared)} (docs/data.md)"
+            )
+        count = max(num_classes, 1)
+        return Told({"label": LABEL}, lambda numbers: {"label": (numbers % count).astype(np.int32)})
+    records = data_lib.open_records(
+        args.conditions,
+        "embeddings",
+        how="docs/data.md shows how they are written",
+        command="write them again",
+    )
+    first, fields = {}, {}
+    for name, field in records.header.fields.items():
+        shapes = list(records.shapes(name))
+        if not field.condition or len(shapes) != 1:
+            raise ValueError(
+                f"--conditions={args.conditions}: {name} is no condition of one shape, but of "
+                f"{len(shapes)}: {shapes[:8]}"
+            )
+        first[name] = records.read(name, np.array([0]))
+        fields[name] = data_lib.Field(shapes[0], field.dtype, condition=True)
+    conditions_lib.check(declared, first)
+    return Told(
+        fields,
+        lambda numbers: {name: records.read(name, numbers % len(records)) for name in fields},
+        {name: records.null(name) for name in records.header.nulls},
+        fingerprint("conditions", records.text),
+    )
+
+
 def make_header(
     args: argparse.Namespace,
     model: loading.TrainedModel,
     times: np.ndarray,
     kept: tuple[int, ...],
+    conditions: Told,
     batch_size: int,
-) -> data_lib.PairsHeader:
+    shard_size: int,
+) -> data_lib.Header:
     """What the pairs will be."""
     config, process = model.config, experiment.build_process(model.config)
     sampling = config.sampling.to_dict()
@@ -74,7 +132,7 @@ def make_header(
     }
     for name in ("batch_size", "weights"):
         solver.pop(name)
-    return data_lib.PairsHeader(
+    teaching = data_lib.Teaching(
         teacher_source=f"{model.source} ({model.weights}, step {model.step})",
         teacher_hash=model.weights_hash(),
         process={"name": config.process.name, **config.process[config.process.name].to_dict()},
@@ -84,27 +142,16 @@ def make_header(
         start_scale=float(process.start_scale(jax.numpy.float32(times[0]))),
         seed=args.seed,
         batch_size=batch_size,
-        sample_shape=model.network.sample_shape,
-        num_classes=config.model.num_classes,
-        dtype=args.dtype,
+        conditions=conditions.fingerprint,
     )
-
-
-def require_space(folder: Path, header: data_lib.PairsHeader, missing: int) -> None:
-    """Refuses a disk that the pairs do not fit.
-
-    Raises:
-        OSError: how much there is, and how much is needed.
-    """
-    arrays = header.arrays(missing).values()
-    wanted = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in arrays)
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if wanted > free:
-        raise OSError(
-            f"{folder} has {format_bytes(free)} free; {counted(missing, 'pair')} need "
-            f"{format_bytes(wanted)} (--dtype=float16 halves that)"
-        )
+    return data_lib.pairs_header(
+        model.network.sample_shape,
+        teaching,
+        dtype=args.dtype,
+        conditions=conditions.fields,
+        num_classes=config.model.num_classes,
+        shard_size=shard_size,
+    )
 
 
 def pair_keys(seed: int, indices: np.ndarray) -> jax.Array:
@@ -115,66 +162,12 @@ def pair_keys(seed: int, indices: np.ndarray) -> jax.Array:
     return jax.vmap(lambda key: jax.random.fold_in(key, 2))(image_keys(seed, indices))
 
 
-def write(
-    sample: Callable[[Any, np.ndarray], tuple[jax.Array, jax.Array, jax.Array]],
-    writer: data_lib.PairsWriter,
-    *,
-    seed: int,
-    num_pairs: int,
-    num_classes: int,
-    batch_size: int,
-    seconds_between_reports: float = 10.0,
-) -> None:
-    """Samples and writes what `writer` lacks; the devices sample while the last batch is written.
-
-    Args:
-        sample: (keys, labels) -> (noise, samples, states).
-        writer: has the first examples already.
-        seed: example i depends on it and i only.
-        num_pairs: examples in all.
-        num_classes: labels are 0, 1, ... in turn.
-        batch_size: examples a call of `sample`, the last one filled up.
-        seconds_between_reports: of progress.
-    """
-    first = writer.count
-    labels = wiring.balanced_labels(num_pairs + batch_size, num_classes)
-    begun = reported = time.perf_counter()
-    pending: tuple[int, Any] | None = None
-
-    def store() -> int:
-        start, arrays = pending
-        rows = slice(start, min(start + batch_size, num_pairs))
-        noise, x0, path = (np.asarray(array)[: rows.stop - start] for array in arrays)
-        writer.add(noise, x0, labels[rows], path if path.shape[1] else None)
-        return rows.stop
-
-    for start in range(first, num_pairs, batch_size):
-        indices = np.arange(start, start + batch_size)
-        arrays = sample(pair_keys(seed, indices), labels[indices])
-        if pending:
-            done, now = store(), time.perf_counter()
-            if now - reported >= seconds_between_reports:
-                rate = (done - first) / (now - begun)
-                left = format_duration((num_pairs - done) / rate)
-                print(f"sampled {done}/{num_pairs}  {rate:.4g} pairs/s  ETA {left}", flush=True)
-                reported = now
-        pending = start, arrays
-    if pending:
-        store()
-    seconds = time.perf_counter() - begun
-    print(
-        f"sampled {num_pairs}/{num_pairs}  {(num_pairs - first) / seconds:.4g} pairs/s", flush=True
-    )
-
-
-def run(args: argparse.Namespace) -> data_lib.PairsHeader:
+def run(args: argparse.Namespace) -> data_lib.Header:
     """Writes a set of pairs; returns what it is."""
-    if jax.process_count() > 1:
-        raise ValueError("pairs are written in one process, over all of its devices")
     if args.vae:
         raise ValueError("--vae does nothing: pairs are kept as the model makes them, undecoded")
     folder = args.out.expanduser()
-    pairs_writer.check_destination(folder)
+    check_destination(folder, "pairs", "another --out")
     model = loading.load_from_arguments(args, arguments.sampling_overrides(args))
     placement = wiring.create_placement(model.config)
     batch_size, shard_size = choose_sizes(
@@ -182,45 +175,49 @@ def run(args: argparse.Namespace) -> data_lib.PairsHeader:
     )
     plan = experiment.build_sampling(model.config)
     times, kept = plan_path(plan, args.path_times)
-    header = make_header(args, model, times, kept, batch_size)
-    labels = 8 * args.num_pairs
-    memory.require_host_memory(labels, f"{args.num_pairs} pairs", "lower --num_pairs")
-    writer = data_lib.PairsWriter(folder, header, shard_size=shard_size)
-    if writer.count > args.num_pairs or (
-        writer.count % batch_size and writer.count < args.num_pairs
-    ):
-        raise ValueError(
-            f"{folder} has {writer.count} pairs already, written for another --num_pairs than "
-            f"{args.num_pairs}: give that one, or another --out"
-        )
-    require_space(folder, header, args.num_pairs - writer.count)
-    what = f"sampling {args.num_pairs} pairs of {header.teacher_source}"
-    print(wiring.first_screen(what, folder, "time left: every 10 seconds"), flush=True)
-    if writer.count:
-        print(f"continuing after {writer.count} pairs", flush=True)
+    conditions = told(args, model)
+    header = make_header(args, model, times, kept, conditions, batch_size, shard_size)
 
-    def sample(keys, labels):
-        keys = jax.device_put(keys, placement.split)
-        return plan.sampler.path(
-            model.params, keys, labels, times, kept, plan.guidance_scale, plan.guidance_interval
+    def batches(start: int) -> Iterator[np.ndarray]:
+        for first in range(start, args.num_pairs, batch_size):
+            yield np.arange(first, first + batch_size)
+
+    def compute(indices: np.ndarray) -> dict[str, Any]:
+        keys, given = placement.put_keys(pair_keys(args.seed, indices)), conditions.of(indices)
+        noise, x0, path = plan.sampler.path(
+            model.params,
+            keys,
+            given if args.conditions else given["label"],
+            times,
+            kept,
+            plan.guidance_scale,
+            plan.guidance_interval,
+            conditions.nulls,
         )
+        states = {"path": path} if kept else {}
+        return {"noise": noise, "x0": x0, **given, **states}
 
     with wiring.sampling_memory(batch_size):
-        write(
-            sample,
-            writer,
-            seed=args.seed,
-            num_pairs=args.num_pairs,
-            num_classes=model.config.model.num_classes,
+        return recording.record(
+            folder,
+            header,
+            batches,
+            compute,
+            what=f"sampling {args.num_pairs} pairs of {header.provenance['teacher_source']}",
+            done="sampled",
+            unit="pair",
+            total=args.num_pairs,
             batch_size=batch_size,
+            nulls=conditions.nulls,
+            remedy="--dtype=float16 halves that",
         )
-    return writer.finish()
 
 
-def student_times(header: data_lib.PairsHeader) -> list[str]:
+def student_times(header: data_lib.Header) -> list[str]:
     """The flags of a student that takes a step at every stored time; none for one step."""
-    if len(header.path_times) == 1:
+    made = header.provenance
+    if len(made["path_times"]) == 1:
         return []
-    listed = ",".join(f"{time:g}" for time in (*header.path_times, header.times[-1]))
-    steps = len(header.path_times)
+    listed = ",".join(f"{time:g}" for time in (*made["path_times"], made["times"][-1]))
+    steps = len(made["path_times"])
     return [f"--config.sampling.steps={steps}", f"--config.sampling.times=({listed})"]

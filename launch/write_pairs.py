@@ -35,11 +35,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="T",
         help="process times between noise and data of which the states are kept",
     )
+    out.add_argument(
+        "--conditions",
+        type=argument_types.folder,
+        help="records of what the teacher is told, given in turn; default: its classes in turn",
+    )
     out.add_argument("--dtype", default="float32", choices=["float32", "float16"])
     out.add_argument(
         "--shard_size", type=argument_types.count, help="pairs a file, a multiple of the batch size"
     )
     out.add_argument("--out", type=argument_types.folder, required=True, help="folder")
+    arguments.add_process_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -48,15 +54,25 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     with command.readable_errors(traceback=args.traceback):
         arguments.check_model(args)
-        from dit_jax.launch import pairs
+    from dit_jax.launch import recording
 
-        header = pairs.run(args)
-        size = sum(file.stat().st_size for file in args.out.expanduser().iterdir())
-        print(f"done: {header.count} pairs in {args.out}, {size / 2**20:.4g} MiB")
-        train = ["python", "launch/train.py", "--config=FILE", "--workdir=DIR"]
-        train += ["--config.method.name=kd", "--config.data.name=pairs"]
-        train.append(f"--config.data.pairs.path={args.out}")
-        print(f"next: {shlex.join([*train, *pairs.student_times(header)])}")
+    recording.run_command(args, write)
+
+
+def write(args: argparse.Namespace) -> None:
+    """Writes the pairs, and tells what to do next."""
+    from dit_jax.launch import pairs
+    from dit_jax.parallel import distributed
+
+    header = pairs.run(args)
+    if not distributed.is_first():
+        return
+    size = sum(file.stat().st_size for file in args.out.expanduser().iterdir())
+    print(f"done: {header.count} pairs in {args.out}, {size / 2**20:.4g} MiB")
+    train = ["python", "launch/train.py", "--config=FILE", "--workdir=DIR"]
+    train += ["--config.method.name=kd", "--config.data.name=pairs"]
+    train.append(f"--config.data.pairs.path={args.out}")
+    print(f"next: {shlex.join([*train, *pairs.student_times(header)])}")
 
 
 if __name__ == "__main__":

@@ -135,6 +135,20 @@ def on_first(action: Callable[[], T]) -> T | None:
     return result
 
 
+def from_first(number: int) -> int:
+    """The first process's number, in all of them."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def any_says(flag: bool) -> bool:
+    """Whether any process says yes; all of them have to ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.int32(flag))))
+
+
 def wait_for_all(name: str) -> None:
     """Returns when every process has come here."""
     multihost_utils.sync_global_devices(name)

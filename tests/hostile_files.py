@@ -215,7 +215,7 @@ def irregular(folder, make):
     make(path)
 
     def read():
-        from dit_jax.data.latents import LatentsHeader
+        from dit_jax.data.records.reader import read_header
         from dit_jax.evaluation.files import load_adm_npz
         from dit_jax.evaluation.reference import load_reference
         from dit_jax.interop.edm_pickle import open_network_pickle
@@ -223,7 +223,7 @@ def irregular(folder, make):
         from dit_jax.untrusted import read_json
 
         readers = [opened(path), lambda: open_model(path), lambda: open_network_pickle(path)]
-        readers += [lambda: LatentsHeader.from_file(path), lambda: load_adm_npz(path)]
+        readers += [lambda: read_header(path), lambda: load_adm_npz(path)]
         readers += [lambda: load_reference(path, None), lambda: read_json(path)]
         messages = []
         for reader in readers:
@@ -453,6 +453,105 @@ def latents_shard(folder, what):
         os.mkfifo(shard)
     else:
         shard.write_bytes(b"\x80\x02cposix\nsystem\n".ljust(size, b"."))
+    return open_set(folder)
+
+
+def records_header():
+    """A set of one shard as it should be, of the format of now."""
+    stored = {"bytes": 0, "sha256": "0" * 64}
+    plain = {"versions": [], "posterior": False, "shift": 0.0, "scale": 1.0, "condition": False}
+    return {
+        "format": "dit_jax.records",
+        "version": 1,
+        "kind": "latents",
+        "fields": {
+            "latents": plain | {"shape": [2, 2, 1], "dtype": "float32"},
+            "label": plain | {"shape": [], "dtype": "int32", "condition": True},
+            "text": plain | {"shape": [None, 2], "dtype": "bfloat16", "condition": True},
+        },
+        "provenance": {},
+        "split": "train",
+        "num_classes": 2,
+        "class_names": [],
+        "shard_size": 2,
+        "nulls": {"text": {"file": stored | {"name": "n.npy"}, "shape": [1, 2]}},
+        "count": 2,
+        "shards": [
+            {
+                "count": 2,
+                "files": {n: stored | {"name": f"{n}.npy"} for n in ("latents", "label", "text")},
+                "shapes": {"text": [3, 2]},
+            }
+        ],
+    }
+
+
+SHARD, FIELD = ("shards", 0), ("fields", "latents")
+
+
+@case(
+    "",
+    sound=("", (), None),
+    listed=("holds a list; expected an object", None, None),
+    later=("version 2; this code reads version 1", ("version",), 2),
+    format=("is not the header of a set of records", ("format",), ["dit_jax.records"]),
+    other=("the header says", (*FIELD, "shape"), [2, 2]),
+    kind=("holds pairs, not latents", ("kind",), "pairs"),
+    path=("small letters, digits and _", ("kind",), "../pairs"),
+    field=("expected an object", (*FIELD,), 3),
+    no_field=("missing fields", ("fields",), {}),
+    many=("more than 32 fields", ("fields",), {f"a{i}": {} for i in range(10**4)}),
+    dtype=("dtype must be one of", (*FIELD, "dtype"), "object"),
+    shape=("shape is .*; expected a list of at most", (*FIELD, "shape"), [2**40, 2, 1]),
+    axes=("shape is .*; expected a list of at most", (*FIELD, "shape"), [1] * 20),
+    negative=("shape is .*; expected a list of at most", (*FIELD, "shape"), [-2, 2, 1]),
+    large=("beyond any use", (*FIELD, "shape"), [2**14, 2**14, 4]),
+    nan=("scale is nan; expected a finite number", (*FIELD, "scale"), float("nan")),
+    zero=("make nothing of a number", (*FIELD, "scale"), 0.0),
+    shift=("shift is inf; expected a finite number", (*FIELD, "shift"), float("inf")),
+    posterior=("posterior is 1; expected true or false", (*FIELD, "posterior"), 1),
+    versions=("versions of a record", (*FIELD, "versions"), ["x"] * 10**4),
+    label=("the field label must be", ("fields", "label", "dtype"), "float32"),
+    count=("expected an integer from", (*SHARD, "count"), 10**15),
+    counts=("counts 10 records, its shards 2", ("count",), 10),
+    classes=("num_classes is", ("num_classes",), 10**12),
+    names=("1 class_names for 2 classes", ("class_names",), ["a"]),
+    strings=("expected a list of objects", ("shards",), ["x"]),
+    file=("expected an object", (*SHARD, "files", "label"), "label.npy"),
+    outside=("lie in its own folder", (*SHARD, "files", "label", "name"), "../outside.npy"),
+    absolute=("lie in its own folder", (*SHARD, "files", "text", "name"), "/etc/passwd"),
+    bytes=("contradicts itself", (*SHARD, "files", "latents", "bytes"), 10**9),
+    no_shape=("missing fields", (*SHARD, "shapes"), {}),
+    other_shape=("the field's shape is", (*SHARD, "shapes", "text"), [3, 5]),
+    open_shape=("the field's shape is", (*SHARD, "shapes", "text"), [None, 2]),
+    large_text=("beyond any use", (*SHARD, "shapes", "text"), [2**14, 2]),
+    null=("lie in its own folder", ("nulls", "text", "file", "name"), "../outside.npy"),
+    null_shape=("null value of", ("nulls", "text", "shape"), [2]),
+    null_size=("the header says", ("nulls", "text", "shape"), [10, 2]),
+    null_of=("null value of shape", ("nulls",), {"x": {"file": {}, "shape": [1]}}),
+)
+def records(folder, place, value):
+    content = records_header()
+    if place and place[-1] == "text" and value == [2**14, 2]:
+        content["fields"]["text"]["shape"] = [None, 2**14]
+        value = [2**14, 2**14]
+    shard = content["shards"][0]["files"]
+    for name, array in (
+        ("latents", np.zeros((2, 2, 2, 1), np.float32)),
+        ("label", np.zeros(2, np.int32)),
+        ("text", np.zeros((2, 3, 2), np.uint16)),
+        ("n", np.zeros((1, 2), np.uint16)),
+    ):
+        np.save(folder / f"{name}.npy", array)
+        stored = shard[name] if name in shard else content["nulls"]["text"]["file"]
+        stored["bytes"] = (folder / f"{name}.npy").stat().st_size
+    if place:
+        *parents, last = place
+        part = content
+        for key in parents:
+            part = part[key]
+        part[last] = value
+    (folder / "header.json").write_text(json.dumps([] if place is None else content))
     return open_set(folder)
 
 

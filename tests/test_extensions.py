@@ -19,7 +19,7 @@ from dit_jax.data import registry
 from dit_jax.diffusion.solvers import SOLVERS, Euler, register_solver
 from dit_jax.interop.export import write_model
 from dit_jax.interop.models import open_model
-from dit_jax.launch import methods, training
+from dit_jax.launch import methods, pairs, training, write_pairs
 from dit_jax.models import NETWORK_CONFIGS, Network, register_network
 from dit_jax.models import network as network_lib
 from dit_jax.parallel import partitioning
@@ -143,6 +143,37 @@ def test_every_family_of_methods_distils_it(name):
             lambda batch: method.update(state, batch, jax.random.key(1), frozen, method.phases[0]),
             wrong,
         )
+
+
+def test_its_texts_become_records_and_its_samples_pairs_to_distil_from(run, tmp_path):
+    directory, _ = run
+    shapes = {"text": ((3, 4), "bfloat16"), "text_mask": ((3,), "bool")}
+    fields = {name: data.Field(*given, condition=True) for name, given in shapes.items()}
+    writer = data.RecordWriter(
+        tmp_path / "texts",
+        data.Header("embeddings", fields, {"encoder": "two words"}),
+        nulls={"text": captions.EMPTY},
+    )
+    writer.add(**texts(4))
+    writer.finish()
+    arguments = [f"--workdir={directory}", "--num_pairs=12", "--batch_size=8", "--shard_size=8"]
+    arguments.append(f"--out={tmp_path / 'pairs'}")
+    with pytest.raises(ValueError, match=r"has to be told text, text_mask: give --conditions=DIR"):
+        pairs.run(write_pairs.parse_arguments(arguments))
+    arguments.append(f"--conditions={tmp_path / 'texts'}")
+    pairs.run(write_pairs.parse_arguments(arguments))
+    overrides = {"data.name": "pairs", "data.pairs.path": str(tmp_path / "pairs")}
+    overrides |= {"method.name": "kd", "sampling.steps": 1, "sampling.guidance_scale": 1.0}
+    source = experiment.open_data(methods.resolve_config(config_of(**overrides)), "train")
+    batch = source.batch(np.arange(12))
+    np.testing.assert_array_equal(batch["text"], np.tile(texts(2)["text"], (6, 1, 1)))
+    np.testing.assert_array_equal(source.info.null_conditions["text"], captions.EMPTY)
+    assert batch["image"][::2].mean() < -0.3 and batch["image"][1::2].mean() > 0.3
+    assert training.run(config_of(**overrides), tmp_path / "student").step == 2
+
+    wide = {**overrides, "model.toy.text_dim": 5}
+    with pytest.raises(ConfigError, match=r"text float32 \[b, 3, 4\], the network takes .*any, 5"):
+        experiment.open_data(methods.resolve_config(config_of(**wide)), "train")
 
 
 @pytest.mark.parametrize("axes", [{"data": 4, "fsdp": 2}, {"fsdp": 4, "tensor": 2}])

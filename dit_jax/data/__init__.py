@@ -1,10 +1,9 @@
 """Batches for training and evaluation, from images or from latents extracted beforehand."""
 
-from dit_jax.data.latents import Latents, LatentsHeader, open_latents
-from dit_jax.data.latents_writer import LatentsWriter
-from dit_jax.data.pairs import Pairs, PairsHeader, open_pairs
-from dit_jax.data.pairs_writer import PairsWriter
+from dit_jax.data.latents import Latents, latents_header, open_latents
+from dit_jax.data.pairs import Pairs, Teaching, open_pairs, pairs_header
 from dit_jax.data.pipeline import BatchIterator, Loader, make_loader
+from dit_jax.data.records import Field, Header, RecordWriter, open_records
 from dit_jax.data.registry import open_source, options_of, register_source
 from dit_jax.data.source import (
     ArraySource,
@@ -23,19 +22,22 @@ __all__ = [
     "BatchIterator",
     "DatasetInfo",
     "Example",
+    "Field",
+    "Header",
     "Latents",
-    "LatentsHeader",
-    "LatentsWriter",
     "Loader",
     "Pairs",
-    "PairsHeader",
-    "PairsWriter",
+    "RecordWriter",
     "Source",
+    "Teaching",
+    "latents_header",
     "make_loader",
     "open_latents",
     "open_pairs",
+    "open_records",
     "open_source",
     "options_of",
+    "pairs_header",
     "register_source",
     "to_arrays",
     "to_float",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -16,6 +15,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 from PIL import UnidentifiedImageError
 
+from dit_jax.atomic import atomic_file
 from dit_jax.data.images import (
     DECODE_ERRORS,
     FORMATS,
@@ -146,15 +146,12 @@ def _recall(cache: Path, key: str, count: int) -> tuple[np.ndarray, dict[int, st
 def _keep(
     cache: Path, key: str, sizes: np.ndarray, reasons: dict[int, str], *, required: bool
 ) -> None:
-    # Several processes may do this at once: each writes its own file and renames it into place.
-    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        os.stat(cache.parent)  # a folder that is not there is a mistake
+        # Several processes may do this at once: each writes its own file and renames it into place.
+        with atomic_file(cache, overwrite=True) as file:
             np.savez(file, key=np.array(key), sizes=sizes, reasons=np.array(json.dumps(reasons)))
-        os.replace(temporary, cache)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         if required:
             raise OSError(
                 f"cannot write the index file index_cache={str(cache)!r}: {error}. Give a path "

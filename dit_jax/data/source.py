@@ -6,7 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from jaxtyping import Int, Int32, Integer, Shaped, UInt8, UInt64
 from dit_jax.data.transforms import flip_where, random_bit
 
 if TYPE_CHECKING:
-    from dit_jax.data.latents import LatentsHeader
+    from dit_jax.conditions import Condition
+    from dit_jax.data.records import Header
 
 Example = dict[str, Any]
 Batch = dict[str, Any]
@@ -39,6 +40,7 @@ class DatasetInfo:
         conditions: Which of an example's arrays tell the network what it shows, by name.
         null_conditions: What stands for their absence, for those whose network does not know it by
             itself (the embedding of an empty prompt).
+        declared: Shape and kind of numbers of conditions, as far as they are known without reading.
     """
 
     name: str
@@ -48,9 +50,10 @@ class DatasetInfo:
     num_examples: int
     class_names: tuple[str, ...]
     fingerprint: str
-    latents: LatentsHeader | None = None
+    latents: Header | None = None
     conditions: tuple[str, ...] = ("label",)
     null_conditions: Mapping[str, np.ndarray] | None = None
+    declared: Mapping[str, Condition] = field(default_factory=dict)
 
 
 class Source(ABC):

@@ -1,5 +1,6 @@
 """Measuring samples: FID and its kin, similarity, label accuracy, memorisation, image files."""
 
+from dit_jax.atomic import check_destination
 from dit_jax.evaluation.classifier import CIFAR10, DIGITS, GREY_28, Classifier, ClassifierSettings
 from dit_jax.evaluation.classifier_training import train_classifier
 from dit_jax.evaluation.feature_scores import (
@@ -19,7 +20,6 @@ from dit_jax.evaluation.features import (
     feature_statistics,
 )
 from dit_jax.evaluation.files import (
-    check_destination,
     load_adm_npz,
     save_adm_npz,
     save_json,

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Shaped
 
+from dit_jax.atomic import atomic_file, check_destination
 from dit_jax.evaluation.classifier import (
     ARCHITECTURE,
     Classifier,
@@ -24,7 +25,6 @@ from dit_jax.evaluation.classifier import (
     description_of,
     fingerprint_of,
 )
-from dit_jax.evaluation.files import atomic_file, check_destination
 from dit_jax.evaluation.images import AnyArray, check_images
 from dit_jax.evaluation.record import content_hash
 from dit_jax.untrusted import parse_json, read_npz

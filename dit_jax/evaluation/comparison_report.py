@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
+from dit_jax.atomic import atomic_file
 from dit_jax.evaluation.comparison import Comparison, amplification, decibels, difference_maps
-from dit_jax.evaluation.files import atomic_file, to_pil
+from dit_jax.evaluation.files import to_pil
 from dit_jax.evaluation.grid import save_grid
 
 _COLUMNS = 8

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dit_jax.evaluation.files import atomic_file, to_pil
+from dit_jax.atomic import atomic_file
+from dit_jax.evaluation.files import to_pil
 from dit_jax.evaluation.images import AnyArray, to_uint8
 from dit_jax.output_formats import picture_format
 

@@ -23,6 +23,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
+from dit_jax.atomic import atomic_file
 from dit_jax.data.images import (
     DECODE_ERRORS,
     MAX_PIXELS,
@@ -34,7 +35,6 @@ from dit_jax.data.images import (
 )
 from dit_jax.data.source import Source
 from dit_jax.evaluation.features import batches_of
-from dit_jax.evaluation.files import atomic_file
 from dit_jax.evaluation.images import AnyArray, to_uint8
 from dit_jax.untrusted import (
     check_regular,

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from dit_jax.atomic import atomic_file
 from dit_jax.data.registry import open_source
 from dit_jax.evaluation.feature_summary import (
     InceptionLike,
@@ -24,7 +25,6 @@ from dit_jax.evaluation.feature_summary import (
     spatial_fingerprint,
     summarise,
 )
-from dit_jax.evaluation.files import atomic_file
 from dit_jax.evaluation.frechet import FeatureMismatchError, GaussianStatistics
 from dit_jax.evaluation.image_streams import (
     FolderImages,

@@ -8,7 +8,6 @@ images.
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +16,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from dit_jax.evaluation.files import (
-    atomic_file,
-    check_destination,
-    save_json,
-    save_png_folder,
-)
+from dit_jax.atomic import atomic_file, check_destination, save_text
+from dit_jax.evaluation.files import save_json, save_png_folder
 from dit_jax.output_formats import is_npz
 from dit_jax.quantities import counted, format_bytes
 
@@ -98,9 +93,7 @@ class SampleStore:
         return done
 
     def _note(self) -> None:
-        temporary = self._progress.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"done": self.done, "record": self.record}))
-        os.replace(temporary, self._progress)
+        save_text(self._progress, json.dumps({"done": self.done, "record": self.record}))
 
     def append(self, images: UInt8[np.ndarray, "b h w c"]) -> None:
         """Adds the next images; they are safe on disk when it returns."""

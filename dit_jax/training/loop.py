@@ -7,8 +7,6 @@ been dispatched, so the device never waits for the host.
 
 import contextlib
 import dataclasses
-import os
-import signal
 import time
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -21,6 +19,7 @@ from dit_jax.quantities import counted
 from dit_jax.training import memory
 from dit_jax.training import metrics as metrics_lib
 from dit_jax.training.checkpoints import CheckpointError, Checkpoints
+from dit_jax.training.interruption import Interruption
 from dit_jax.training.method import Method
 
 
@@ -115,47 +114,6 @@ class NonFiniteError(FloatingPointError):
     """A loss, gradient norm or other metric became NaN or infinite."""
 
 
-class _Interruption:
-    """Turns the first SIGINT or SIGTERM into a flag; a second one acts as it did before.
-
-    Around the steps only: until the first one there is nothing to save, and a compilation would
-    keep the flag waiting.
-    """
-
-    def __init__(self):
-        self.signal: int | None = None
-
-    def __enter__(self):
-        self._previous = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous[number] = signal.signal(number, self._handle)
-            except ValueError:  # not the main thread: signals are the caller's business
-                break
-        return self
-
-    def _handle(self, number, frame):
-        if self.signal is not None:
-            self._pass_on(number, frame)
-            return
-        self.signal = number
-        name = signal.Signals(number).name
-        print(f"{name}: saving after this step (a second one ends at once) ...", flush=True)
-
-    def _pass_on(self, number, frame):
-        """Acts as without this class; its handler stays, so that it is seen to have them."""
-        previous = self._previous[number]
-        if callable(previous):
-            previous(number, frame)
-        elif previous == signal.SIG_DFL:
-            signal.signal(number, previous)
-            os.kill(os.getpid(), number)
-
-    def __exit__(self, *exception):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
 def train(
     method: Method,
     data: DataIterator,
@@ -227,7 +185,7 @@ def train(
     host_batch = next(data)
     updates.compile(state, host_batch, key)
     on_start()
-    with _Interruption() as interruption:
+    with Interruption("step") as interruption:
         run = _Run(
             method,
             key,

@@ -10,6 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
+from dit_jax.atomic import save_text
+
 # Dense peaks of one device, bfloat16, FLOP/s (vendors' data sheets), by JAX's device kind.
 PEAK_FLOPS = {
     "NVIDIA A100": 312e12,
@@ -55,9 +57,7 @@ class JsonLinesWriter:
         self._path = path
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if _step(line) <= resumed_at]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in lines))
-            temporary.replace(path)
+            save_text(path, "".join(line + "\n" for line in lines))
         self._file = path.open("a")
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:

@@ -18,6 +18,7 @@ import ml_collections
 from absl import logging
 
 from dit_jax import config as config_lib
+from dit_jax.atomic import save_text
 from dit_jax.quantities import counted, format_bytes
 from dit_jax.training.checkpoints import MismatchError
 from dit_jax.untrusted import read_json_text
@@ -168,10 +169,7 @@ class RunFiles:
     def write(self, name: str, text: str) -> None:
         """Writes a file, whole or not at all."""
         self._texts[name] = text
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        temporary = self.workdir / f"{name}.tmp"
-        temporary.write_text(text)
-        temporary.replace(self.workdir / name)
+        save_text(self.workdir / name, text)
 
     def mend(self) -> list[str]:
         """Writes those again that are no longer there, and names them."""

@@ -163,6 +163,25 @@ class Fields:
             raise self._refusal(name, value, expected)
         return tuple(value)
 
+    def axes(self, name: str, longest: int, most: int) -> tuple[int | None, ...]:
+        """A shape: at most `longest` sizes from 1 to `most`, or null for one that is not fixed."""
+        expected = f"a list of at most {longest} sizes from 1 to {most}, or null"
+        value = self._get(name, expected)
+        if (
+            not isinstance(value, list)
+            or len(value) > longest
+            or not all(i is None or (type(i) is int and 1 <= i <= most) for i in value)
+        ):
+            raise self._refusal(name, value, expected)
+        return tuple(value)
+
+    def flag(self, name: str) -> bool:
+        """True or false."""
+        value = self._get(name, "true or false")
+        if not isinstance(value, bool):
+            raise self._refusal(name, value, "true or false")
+        return value
+
     def number(self, name: str) -> float:
         """A finite number."""
         value = self._get(name, "a finite number")

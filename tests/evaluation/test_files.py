@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dit_jax.atomic import atomic_file, atomic_folder
 from dit_jax.evaluation import (
     check_destination,
     load_adm_npz,
@@ -13,7 +14,6 @@ from dit_jax.evaluation import (
     save_json,
     save_png_folder,
 )
-from dit_jax.evaluation.files import atomic_file, atomic_folder
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_jax.data import LatentsHeader, open_source
-from dit_jax.data.latents_writer import LatentsWriter
+from dit_jax.data import RecordWriter, open_source
+from dit_jax.data.records import writer as writer_lib
 from dit_jax.interop.autoencoder_kl import save_autoencoder
 from dit_jax.interop.table import abstract_params
 from dit_jax.launch import extract_features, extraction, train
@@ -103,12 +103,12 @@ def test_latents_are_the_encoded_images(images, vae, extracted):
         expected = np.concatenate(jax.jit(autoencoder.encode)(params, x), axis=-1)
         assert expected.std() > 0.2
         np.testing.assert_allclose(latents[:, flip], expected, atol=1e-4)
-    header = LatentsHeader.from_file(extracted / "header.json")
-    assert header.vae_name == "tiny-vae" and len(header.vae_sha256) == 64
-    assert (header.scaling_factor, header.shift_factor) == (0.5, 0.25)
-    assert header.latent_shape == (8, 8, 4) and header.class_names == ("a", "b")
-    assert header.source_fingerprint == source.info.fingerprint
     read = open_source("latents", "train", path=str(extracted.parent), verify_checksums=True)
+    made, field = read.header.provenance, read.header.fields["latents"]
+    assert made["vae_name"] == "tiny-vae" and len(made["vae_sha256"]) == 64
+    assert made["source_fingerprint"] == source.info.fingerprint
+    assert (field.scale, field.shift, field.shape) == (0.5, 0.25, (8, 8, 4))
+    assert read.header.class_names == ("a", "b")
     labels = [read[i]["label"] for i in range(COUNT)]
     assert labels == [source[i]["label"] for i in range(COUNT)]
     mean = latents[:, 0, ..., :4]
@@ -119,16 +119,16 @@ def test_latents_are_the_encoded_images(images, vae, extracted):
 def test_after_a_failure_the_same_command_ends_with_the_same_bits(
     images, vae, extracted, tmp_path, monkeypatch, capsys, failing_call
 ):
-    calls, add = [], LatentsWriter.add
+    calls, add = [], RecordWriter.add
 
-    def failing(self, *args):
+    def failing(self, **arrays):
         calls.append(1)
         if len(calls) == failing_call:
             raise OSError("disk full")
-        add(self, *args)
+        add(self, **arrays)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LatentsWriter, "add", failing)
+        patch.setattr(RecordWriter, "add", failing)
         with pytest.raises(OSError, match="disk full"):
             extract(images, vae, tmp_path)
     assert not (tmp_path / "train" / "header.json").exists()
@@ -142,15 +142,15 @@ def test_after_a_failure_the_same_command_ends_with_the_same_bits(
 def test_killed_before_the_header_is_written_it_ends_with_the_same_bits(
     images, vae, extracted, tmp_path, monkeypatch
 ):
-    write_header = LatentsWriter._write_header
+    save_text = writer_lib.save_text
 
-    def failing(self, name):
-        if name == "header.json":
+    def failing(path, text):
+        if path.name == "header.json":
             raise OSError("disk full")
-        write_header(self, name)
+        save_text(path, text)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LatentsWriter, "_write_header", failing)
+        patch.setattr(writer_lib, "save_text", failing)
         with pytest.raises(OSError, match="disk full"):
             extract(images, vae, tmp_path)
     extract(images, vae, tmp_path)
@@ -164,7 +164,7 @@ def test_killed_as_a_process_it_ends_with_the_same_bits(images, vae, tmp_path):
     assert "encoded 44/44" in out and "images/s" in out and "--config.model.in_channels=4" in out
     process = start("extract_features", *arguments(images, vae, killed, **options))
     deadline = time.time() + 120
-    while time.time() < deadline and not list((killed / "train").glob("shard-0000[3-9].labels*")):
+    while time.time() < deadline and not list((killed / "train").glob("shard-0000[3-9].label*")):
         time.sleep(0.002)
     process.kill()
     process.communicate()
@@ -271,15 +271,15 @@ def test_existing_folders_are_refused(images, vae, extracted, tmp_path, monkeypa
         extract(images, vae, extracted.parent)
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "thesis.txt").write_text("")
-    with pytest.raises(FileExistsError, match="was not begun by this command"):
+    with pytest.raises(FileExistsError, match="holds other things: choose another --out"):
         extract(images, vae, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(LatentsWriter, "add", lambda *_: 1 / 0)
+        patch.setattr(RecordWriter, "add", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             extract(images, vae, tmp_path / "begun")
     with pytest.raises(ValueError, match=r"other settings \(seed: 0 -> 1\)"):
         extract(images, vae, tmp_path / "begun", seed=1)
-    with pytest.raises(ValueError, match=r"other settings \(kind: 'moments' -> 'samples'\)"):
+    with pytest.raises(ValueError, match=r"other settings \(posterior: True -> False\)"):
         extract(images, vae, tmp_path / "begun", kind="samples")
 
 
@@ -313,5 +313,6 @@ def test_tfds_is_extracted(vae, tmp_path):
     options = {"data": "tfds", "dataset": "extracted_tiny", "split": "train[:10]"}
     folder = extract(data, vae, tmp_path / "out", **options)
     assert folder.name == "train" and stored(folder).shape == (10, 2, 8, 8, 8)
-    header = LatentsHeader.from_file(folder / "header.json")
-    assert header.class_names == ("ant", "bee") and header.source_name == "tfds/extracted_tiny"
+    header = open_source("latents", "train", path=str(folder)).header
+    assert header.class_names == ("ant", "bee")
+    assert header.provenance["source_name"] == "tfds/extracted_tiny"
