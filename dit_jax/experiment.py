@@ -23,6 +23,7 @@ from dit_jax.diffusion.process import DDPM, Process
 from dit_jax.diffusion.samplers import Solver, make_solver, schedule
 from dit_jax.models import NETWORK_CONFIGS, Network
 from dit_jax.named_options import options_named, renamed
+from dit_jax.programs import Program
 from dit_jax.ranges import INTERVALS
 from dit_jax.sampling import Sampler
 from dit_jax.training import ema, optimizer
@@ -341,6 +342,26 @@ class SamplingPlan:
         """A function (keys, conditions) -> images; see `Sampler` for the arguments."""
         how = (self.times, self.guidance_scale, self.guidance_interval, nulls)
         return lambda keys, conditions: self.sampler(params, keys, conditions, *how)
+
+    def program(
+        self,
+        params: Any,
+        seed: int,
+        indices: Any,
+        conditions: Any,
+        nulls: Mapping[str, Any] | None = None,
+    ) -> Program:
+        """Sampling as one program, keys included.
+
+        Args:
+            params: the network's, on the devices.
+            seed: of the images.
+            indices: their numbers, on the devices that are to make them.
+            conditions: of every image: labels, or arrays by name.
+            nulls: "no condition" where the network does not know it by itself.
+        """
+        how = (self.times, self.guidance_scale, self.guidance_interval, nulls)
+        return self.sampler.program(params, seed, indices, conditions, *how)
 
 
 def unguidable(config: ml_collections.ConfigDict) -> str:

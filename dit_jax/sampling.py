@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Integer, Key
 
 from dit_jax import conditions as conditions_lib
 from dit_jax.denoiser import Denoiser
@@ -22,6 +22,7 @@ from dit_jax.diffusion import samplers
 from dit_jax.models.call import Carried as Carried
 from dit_jax.models.call import Request
 from dit_jax.models.step_cache import CachedNetwork
+from dit_jax.programs import Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +152,40 @@ class Sampler:
             ),
         )
 
+    def program(
+        self,
+        params: Any,
+        seed: int,
+        indices: Integer[Array | np.ndarray, " b"],
+        conditions: Mapping[str, Any] | Int[Array | np.ndarray, " b"] | None,
+        times: Float[Array | np.ndarray, " n"],
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        nulls: Mapping[str, Any] | None = None,
+    ) -> Program:
+        """The program of the images number `indices` under `seed`.
+
+        The keys (`image_keys`) are made in the program: it is all there is to compile.
+
+        Args:
+            params: as for a call, like all that is not named here.
+            seed: of 32 bits.
+            indices: numbers of images, on the devices that are to make them.
+            conditions: what the network declares.
+            times: the solver's times.
+            guidance_scale: 1 for no guidance.
+            guidance_interval: (low, high), or None.
+            nulls: "no condition" where the network does not know it by itself.
+        """
+        guided, params, _, *more = self._inputs(
+            params, None, conditions, times, guidance_scale, guidance_interval, nulls
+        )
+        seed = np.asarray(seed, np.int64).astype(np.int32)
+        names = "params seed indices conditions nulls times guidance_scale guidance_interval"
+        inputs = dict(zip(names.split(), (params, seed, indices, *more), strict=True))
+        function = functools.partial(_sample_by_number, self, guided)
+        return Program("sample", function, {"sampler": self, "guided": guided}, inputs)
+
     def _inputs(self, params, keys, conditions, times, scale, interval, nulls=None):
         """The compiled functions' arguments, checked."""
         declared = self.denoiser.network.conditions
@@ -164,18 +199,27 @@ class Sampler:
             guided,
             params,
             keys,
-            {name: jnp.asarray(value) for name, value in conditions.items()},
+            {name: _as_input(value) for name, value in conditions.items()},
             conditions_lib.null_values(declared, nulls) if guided else {},
-            jnp.asarray(times, jnp.float32),
-            jnp.asarray(scale, jnp.float32),
-            interval and jnp.asarray(interval, jnp.float32),
+            _as_input(times, np.float32),
+            _as_input(scale, np.float32),
+            interval and _as_input(interval, np.float32),
         )
+
+
+def _as_input(value: Any, dtype: Any = None) -> Array | np.ndarray:
+    """An input of a program: converted by NumPy, as JAX would compile a program for it."""
+    return (jnp if isinstance(value, jax.Array) else np).asarray(value, dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _sample(sampler, guided, *inputs):
     _, start, carried = _prepare(sampler, guided, *inputs)
     return samplers.sample(sampler.solver, sampler.denoiser.process, *start, **carried)[0]
+
+
+def _sample_by_number(sampler, guided, params, seed, indices, *more):
+    return _sample(sampler, guided, params, image_keys(seed, indices), *more)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -238,7 +282,9 @@ def _prepare(sampler, guided, params, keys, conditions, nulls, times, scale, int
     return noise, (denoise_with(denoiser), x, times, solver_keys), more
 
 
-def image_keys(seed: int, indices: Int[np.ndarray, " b"]) -> Key[Array, " b"]:
+def image_keys(
+    seed: int | Int[Array, ""], indices: Integer[np.ndarray | Array, " b"]
+) -> Key[Array, " b"]:
     """The keys of images number `indices` under `seed`: image i depends on seed and i only."""
     root = jax.random.key(seed)
     return jax.vmap(lambda i: jax.random.fold_in(root, i))(jnp.asarray(indices, jnp.uint32))
@@ -252,6 +298,7 @@ def generate(
     batch_size: int,
     start: int = 0,
     progress: Callable[[int, float], None] | None = None,
+    keys: Callable[[int, Int[np.ndarray, " b"]], Any] = image_keys,
 ) -> Iterator[np.ndarray]:
     """Yields images number `start` to n - 1 in batches that fit the memory.
 
@@ -266,6 +313,7 @@ def generate(
         batch_size: images a call.
         start: number of the first image wanted (resuming).
         progress: called with (images done, seconds) after every batch.
+        keys: what `sample` takes for keys, of seed and numbers.
     """
     began = time.perf_counter()
     count = len(jax.tree.leaves(conditions)[0])
@@ -274,7 +322,7 @@ def generate(
         kept = min(batch_size, count - first)
         places = np.minimum(indices, count - 1)
         chosen = jax.tree.map(lambda values: values[places], conditions)  # noqa: B023
-        images = np.asarray(sample(image_keys(seed, indices), chosen))[:kept]
+        images = np.asarray(sample(keys(seed, indices), chosen))[:kept]
         if progress:
             progress(first + kept, time.perf_counter() - began)
         yield images

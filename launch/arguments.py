@@ -90,6 +90,39 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
 
 
+def add_samples_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, how, on what devices, and which images: what decides the program of samples."""
+    add_model_arguments(parser)
+    add_sampling_arguments(parser)
+    add_parallel_arguments(parser)
+    parser.add_argument(
+        "--vae_devices",
+        type=argument_types.count,
+        help="devices over which the VAE splits an image's rows",
+    )
+    parser.add_argument(
+        "--num_images", type=argument_types.count, help="default: 64, or one a label of --labels"
+    )
+    parser.add_argument(
+        "--labels",
+        type=argument_types.label,
+        nargs="+",
+        help="classes (numbers, names), one an image (--num_images: in turn); default: all in turn",
+    )
+
+
+def add_programs_argument(parser: argparse.ArgumentParser, **options: Any) -> None:
+    """The folder of compiled programs."""
+    parser.add_argument(
+        "--programs",
+        type=Path,
+        metavar="FOLDER",
+        help="of compiled programs, found there or kept there; they are code: name only a folder "
+        "that you trust",
+        **options,
+    )
+
+
 def add_parallel_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of one image on many devices."""
     group = parser.add_argument_group("one image on many devices (docs/parallel_sampling.md)")

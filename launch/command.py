@@ -35,6 +35,7 @@ def run(main: Callable[[], object]) -> None:
     if not _listening:
         listen()
     quieten()
+    keep_compiled()
     main()
     # Whoever reads through a pipe, as `| head`, may have gone.
     with contextlib.suppress(BrokenPipeError):
@@ -68,6 +69,20 @@ def quieten() -> None:
         handler.setLevel(logging.WARNING)
         handler.setFormatter(_Formatter())
         logging.getLogger().addHandler(handler)
+
+
+def keep_compiled() -> None:
+    """Lets XLA keep what it compiles from one process to the next; to be called before JAX loads.
+
+    In JAX_COMPILATION_CACHE_DIR if that is set (to nothing: not at all), else in the user's cache.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(base) / "dit_jax" / "xla"
+    with contextlib.suppress(OSError):  # no home, or one that cannot be written: not kept
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
 
 
 def listen() -> None:

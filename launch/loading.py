@@ -22,6 +22,7 @@ from dit_jax.models.linear import resolve_param_dtype
 from dit_jax.parallel.distributed import gathered
 from dit_jax.parallel.mesh import DataParallel, put_whole
 from dit_jax.parallel.vae import RowDecoder
+from dit_jax.programs import Program, Programs
 from dit_jax.training import workdir
 from dit_jax.training.saved_weights import RunWeights
 
@@ -191,6 +192,7 @@ class Decoder:
         placement: the devices.
         row_devices: split the rows of every image over so many devices, instead of the images over
             all (`parallel.vae`); None for the latter.
+        programs: where the compiled decoder is found or kept; None: it is compiled here.
 
     Raises:
         ValueError: latents and no VAE, or one of another number of channels; rows of pictures that
@@ -204,9 +206,11 @@ class Decoder:
         placement: DataParallel,
         *,
         row_devices: int | None = None,
+        programs: Programs | None = None,
     ):
-        channels = config.model.in_channels
+        channels, self._programs = config.model.in_channels, programs
         self._settings, self._placement, self.path = config.autoencoder, placement, path
+        self._latent_shape = experiment.build_network(config).sample_shape
         self.autoencoder, self.fingerprint, self._by_rows = None, "", None
         if row_devices is not None and (path is None or self._settings.tile):
             reason = "there is no VAE" if path is None else "autoencoder.tile decodes in tiles"
@@ -234,7 +238,32 @@ class Decoder:
         if row_devices is not None:
             self._by_rows = RowDecoder(self.autoencoder, row_devices)
             self._params = jax.device_put(self._params, self._by_rows.replicated)
+        if programs and self._settings.tile:
+            raise ValueError("autoencoder.tile decodes by several programs: leave --programs out")
         self._decode = jax.jit(self._decode_batch)
+
+    def make_ready(self) -> None:
+        """Finds or compiles the program of a batch before there is one."""
+        if self.autoencoder is not None:
+            sharding, size = self._batches()
+            latents = np.zeros((size, *self._latent_shape), np.float32)
+            self._programs.ready(self._program(put_whole(latents, sharding)))
+
+    def _program(self, latents: jax.Array) -> Program:
+        compiled_in = {"autoencoder": self.autoencoder.config, "rows": self._by_rows}
+        inputs = {"params": self._params, "latents": latents}
+        return Program("decode", self._decode_batch, compiled_in, inputs)
+
+    def _batches(self) -> tuple[Any, int]:
+        """Where latents go that are decoded at once, and how many they are."""
+        devices = 1 if self._by_rows else self._placement.num_devices
+        sharding = self._by_rows.replicated if self._by_rows else self._placement.split
+        return sharding, -(-self._settings.batch_size // devices) * devices
+
+    def _run(self, latents: jax.Array) -> jax.Array:
+        if self._programs:
+            return self._programs.call(self._program(latents))
+        return self._decode(self._params, latents)
 
     def _decode_batch(self, params, latents):
         decode = self._by_rows or self.autoencoder.decode
@@ -254,15 +283,13 @@ class Decoder:
         if self._settings.tile:
             raw = self.autoencoder.from_latents(samples)
             return self.autoencoder.decode_tiled(self._params, raw, tile=self._settings.tile)
-        devices = 1 if self._by_rows else self._placement.num_devices
-        sharding = self._by_rows.replicated if self._by_rows else self._placement.split
-        size = -(-self._settings.batch_size // devices) * devices
+        sharding, size = self._batches()
         pictures = []
         for start in range(0, len(samples), size):
             part = samples[start : start + size]
             filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
             placed = put_whole(filled, sharding)
-            pictures.append(gathered(self._decode(self._params, placed))[: len(part)])
+            pictures.append(gathered(self._run(placed))[: len(part)])
         return np.concatenate(pictures)
 
 

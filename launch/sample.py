@@ -14,6 +14,9 @@ What --out names decides the format: a .png (or .jpg, .webp) is a grid, a .npz t
 format (arr_0 images, arr_1 labels), anything else a folder of numbered PNG files. A .npz or folder
 is written as images are made, with a .json beside it that says how; interrupted, the same command
 goes on.
+
+With --programs=FOLDER the compiled sampler is kept, and later runs start without compiling
+(launch/compile.py makes it ahead of time).
 """
 
 import argparse
@@ -24,23 +27,8 @@ from dit_jax.launch import argument_types, arguments, command
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argument_types.Parser(description=__doc__)
-    arguments.add_model_arguments(parser)
-    arguments.add_sampling_arguments(parser)
-    arguments.add_parallel_arguments(parser)
-    parser.add_argument(
-        "--vae_devices",
-        type=argument_types.count,
-        help="devices over which the VAE splits an image's rows",
-    )
-    parser.add_argument(
-        "--num_images", type=argument_types.count, help="default: 64, or one a label of --labels"
-    )
-    parser.add_argument(
-        "--labels",
-        type=argument_types.label,
-        nargs="+",
-        help="classes (numbers, names), one an image (--num_images: in turn); default: all in turn",
-    )
+    arguments.add_samples_arguments(parser)
+    arguments.add_programs_argument(parser)
     parser.add_argument(
         "--out",
         type=argument_types.samples,

@@ -6,7 +6,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 
 from dit_jax import class_names, evaluation, experiment
@@ -15,6 +17,7 @@ from dit_jax.launch import arguments, loading, wiring
 from dit_jax.named_options import options_named
 from dit_jax.output_formats import samples_format
 from dit_jax.parallel.sampling import ImageParallel, ImagePlacement
+from dit_jax.programs import Programs
 from dit_jax.quantities import counted
 from dit_jax.training import memory
 
@@ -137,17 +140,57 @@ def describe(model: loading.TrainedModel, count: int, out: Path) -> str:
     return wiring.first_screen(what, out, "time left: known after the first batch")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Samples what the command line asks for, into its --out."""
-    evaluation.check_destination(args.out, overwrite=args.overwrite)
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """All that a command line of samples chooses.
+
+    Attributes:
+        model: what is sampled.
+        labels: one an image.
+        plan: how, on `placement`.
+        params: the model's, placed.
+        decoder: from samples to pictures.
+        shape: of a picture.
+        programs: the folder of compiled programs, or None.
+        record: how images were made.
+    """
+
+    model: loading.TrainedModel
+    labels: np.ndarray
+    plan: experiment.SamplingPlan
+    params: Any
+    placement: Any
+    decoder: loading.Decoder
+    shape: tuple[int, int, int]
+    programs: Programs | None
+    record: dict[str, Any]
+
+
+def prepare(
+    args: argparse.Namespace, check: Callable[[tuple[int, int, int]], None] = lambda shape: None
+) -> Prepared:
+    """Loads the model and places it.
+
+    Args:
+        args: the command line.
+        check: told the shape of a picture before anything is placed.
+
+    Raises:
+        ValueError: options that do not go together.
+    """
     parallel = wiring.image_parallel(args)
+    programs = open_programs(args.programs)
     model = loading.load_from_arguments(args, arguments.sampling_overrides(args))
     placement = wiring.create_placement(model.config)
     decoder = loading.Decoder(
-        model.config, model.autoencoder, placement, row_devices=args.vae_devices
+        model.config,
+        model.autoencoder,
+        placement,
+        row_devices=args.vae_devices,
+        programs=programs,
     )
     shape = decoder.image_shape(model.network.sample_shape)
-    require_room(args, shape)
+    check(shape)
     labels = choose_labels(args, model.config.model.num_classes, model.class_names)
     plan, params = experiment.build_sampling(model.config), model.params
     record = loading.provenance(model, decoder)
@@ -160,16 +203,58 @@ def run(args: argparse.Namespace) -> None:
             "warmup_steps": plan.sampler.denoiser.network.warmup_steps,
             "devices": placement.mesh.size,
         }
+    return Prepared(model, labels, plan, params, placement, decoder, shape, programs, record)
+
+
+def open_programs(folder: Path | None) -> Programs | None:
+    """The folder of --programs.
+
+    Raises:
+        ValueError: it is no folder; several processes.
+    """
+    if folder is None:
+        return None
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--programs={folder} is a file: give a folder")
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"--programs: compiled programs are kept by one process, and there are "
+            f"{jax.process_count()}: leave it out"
+        )
+    return Programs(folder, lambda line: print(line, flush=True))
+
+
+def compile_programs(args: argparse.Namespace) -> None:
+    """Keeps the programs of a command line of samples: the work of launch/compile.py."""
+    ready = prepare(args)
+    batch_size = ready.model.config.sampling.batch_size
+    batch = np.arange(wiring.whole_batch(ready.labels, batch_size, ready.placement))
+    labels = ready.labels[batch % len(ready.labels)]
+    with ready.placement.tracing():
+        numbers = wiring.numbers(ready.placement, args.seed, batch)
+        ready.programs.ready(ready.plan.program(ready.params, *numbers, labels))
+    ready.decoder.make_ready()
+    print(f"samples of {counted(len(batch), 'image')} at once start from {args.programs}")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Samples what the command line asks for, into its --out."""
+    evaluation.check_destination(args.out, overwrite=args.overwrite)
+    ready = prepare(args, lambda shape: require_room(args, shape))
+    model, labels = ready.model, ready.labels
     options = {
         "seed": args.seed,
-        "placement": placement,
+        "placement": ready.placement,
         "batch_size": model.config.sampling.batch_size,
-        "decode": decoder,
+        "decode": ready.decoder,
+        "programs": ready.programs,
     }
     print(describe(model, len(labels), args.out), flush=True)
     stream = Stream(
-        lambda start: wiring.stream_images(plan, params, labels, start=start, **options),
-        record,
+        lambda start: wiring.stream_images(
+            ready.plan, ready.params, labels, start=start, **options
+        ),
+        ready.record,
     )
     if samples_format(args.out) == "picture":
         images = np.concatenate(list(stream(0)))
@@ -178,6 +263,6 @@ def run(args: argparse.Namespace) -> None:
             panel = evaluation.labelled_panel(images, labels)
         evaluation.save_panels(args.out, [panel], rounding=args.rounding, overwrite=args.overwrite)
     else:
-        sample_to_store(args, model, labels, stream, shape)
+        sample_to_store(args, model, labels, stream, ready.shape)
     made = counted(len(labels), "image")
     print(f"{made} of {model.weights}, step {model.step}: {args.out}")

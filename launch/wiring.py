@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,9 +17,10 @@ from dit_jax.launch import arguments
 from dit_jax.launch.command import readable_errors as readable_errors  # part of this module's face
 from dit_jax.named_options import options_named
 from dit_jax.parallel.distributed import gathered
-from dit_jax.parallel.mesh import DataParallel, create_mesh
+from dit_jax.parallel.mesh import DataParallel, create_mesh, put_whole
 from dit_jax.parallel.partitioning import ShardedPlacement, rules_for
 from dit_jax.parallel.sampling import ImageParallel, ImagePlacement
+from dit_jax.programs import Programs
 from dit_jax.quantities import counted
 from dit_jax.sampling import generate, image_keys
 from dit_jax.training import memory, metrics
@@ -85,6 +87,7 @@ def stream_images(
     start: int = 0,
     announce: bool = True,
     nulls: Mapping[str, Any] | None = None,
+    programs: Programs | None = None,
 ) -> Iterator[np.ndarray]:
     """Samples images, in batches over all devices; every process gets all images.
 
@@ -99,17 +102,22 @@ def stream_images(
         start: number of the first image wanted.
         announce: print progress.
         nulls: "no condition" where the network does not know it by itself.
+        programs: where the compiled sampler is found or kept; None: it is compiled here.
 
     Yields:
         float32 [b, h, w, c], images `start` to the last.
     """
+    batch_size = whole_batch(conditions, batch_size, placement)
     count = len(jax.tree.leaves(conditions)[0])
-    batch_size = -(-min(batch_size, count) // placement.num_devices) * placement.num_devices
     draw = plan.bind(params, nulls)
 
     def sample(keys, conditions):
         with placement.tracing():
-            samples = gathered(draw(placement.put_keys(keys), conditions))
+            if programs:
+                program = plan.program(params, *keys, conditions, nulls)
+                samples = gathered(programs.call(program))
+            else:
+                samples = gathered(draw(placement.put_keys(keys), conditions))
         return decode(samples) if decode else samples
 
     def progress(done: int, seconds: float) -> None:
@@ -125,7 +133,19 @@ def stream_images(
             batch_size=batch_size,
             start=start,
             progress=progress if announce else None,
+            keys=functools.partial(numbers, placement) if programs else image_keys,
         )
+
+
+def whole_batch(conditions: Any, batch_size: int, placement: DataParallel | ImagePlacement) -> int:
+    """Images at once: a multiple of the devices."""
+    count = len(jax.tree.leaves(conditions)[0])
+    return -(-min(batch_size, count) // placement.num_devices) * placement.num_devices
+
+
+def numbers(placement: DataParallel | ImagePlacement, seed: int, indices: np.ndarray) -> Any:
+    """Seed and numbers of images as `SamplingPlan.program` takes them."""
+    return seed, put_whole(indices.astype(np.uint32), placement.split)
 
 
 def sampling_memory(batch_size: int) -> contextlib.AbstractContextManager:

@@ -1,0 +1,37 @@
+"""Compiles a model's sampler ahead of time: a later launch/sample.py starts at once.
+
+  python launch/compile.py --workdir=runs/digits --num_images=100 --programs=programs
+  python launch/sample.py --workdir=runs/digits --num_images=100 --programs=programs --out=x.png
+
+Give the options of launch/sample.py: the number of images at once, the solver and its steps, the
+devices and the checkpoint's shapes decide the program; its weights, the seed, labels and the
+guidance's scale do not. A program is used on the same kind of device by the same versions of JAX
+and dit_jax; where one is missing sample.py says what differs, compiles and keeps it.
+"""
+
+import argparse
+
+from dit_jax.launch import argument_types, arguments, command
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argument_types.Parser(description=__doc__)
+    arguments.add_samples_arguments(parser)
+    arguments.add_programs_argument(parser, required=True)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    args = parse_arguments(argv)
+    with command.readable_errors(traceback=args.traceback):
+        arguments.check_model(args)
+        arguments.check_parallel(args)
+        from dit_jax.launch import sampling
+
+        sampling.compile_programs(args)
+
+
+if __name__ == "__main__":
+    command.run(main)
