@@ -71,13 +71,11 @@ def evaluate(
         )
     with phase("scoring"):
         record = evaluation.evaluate_samples(
+            classifier,
             samples,
             labels,
-            extractor=classifier,
-            train_images=train[0],
-            train_labels=train[1],
-            test_images=test[0],
-            test_labels=test[1],
+            train=train,
+            test=test,
             rounding=rounding,
             seeds=seed,
             provenance=loading.provenance(model),

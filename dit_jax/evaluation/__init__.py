@@ -1,8 +1,10 @@
 """Measuring samples: FID and its kin, similarity, label accuracy, memorisation, image files."""
 
 from dit_jax.atomic import check_destination
-from dit_jax.evaluation.classifier import CIFAR10, DIGITS, GREY_28, Classifier, ClassifierSettings
-from dit_jax.evaluation.classifier_training import train_classifier
+from dit_jax.evaluation.digits.classifier import Classifier, train_classifier
+from dit_jax.evaluation.digits.memorization import memorization_summary, nearest_neighbours
+from dit_jax.evaluation.digits.network import CIFAR10, DIGITS, GREY_28, ClassifierSettings
+from dit_jax.evaluation.digits.scores import evaluate_samples, label_accuracy
 from dit_jax.evaluation.feature_scores import (
     InceptionScore,
     InceptionScoreAccumulator,
@@ -54,13 +56,6 @@ from dit_jax.evaluation.inception_evaluation import (
     evaluate_images,
     format_scores,
 )
-from dit_jax.evaluation.memorization import (
-    MemorizationSummary,
-    NearestNeighbours,
-    memorization_summary,
-    nearest_neighbours,
-)
-from dit_jax.evaluation.metrics import evaluate_samples, label_accuracy
 from dit_jax.evaluation.published import (
     PROTOCOLS,
     Protocol,
@@ -104,8 +99,6 @@ __all__ = [
     "InceptionScore",
     "InceptionScoreAccumulator",
     "KernelDistance",
-    "MemorizationSummary",
-    "NearestNeighbours",
     "NpzImages",
     "Panel",
     "PerceptualDistance",

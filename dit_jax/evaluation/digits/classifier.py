@@ -1,36 +1,105 @@
-"""Training the small-image classifier: deterministic, cached on disk, one compiled loop."""
+"""Training the judge's classifier, deterministic and kept on disk, and asking it."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from functools import cache, partial
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
 from dit_jax.atomic import atomic_file, check_destination
-from dit_jax.evaluation.classifier import (
+from dit_jax.evaluation.digits.network import (
     ARCHITECTURE,
-    Classifier,
     ClassifierSettings,
     NetworkDefinition,
     Params,
-    check_labels,
-    description_of,
-    fingerprint_of,
 )
-from dit_jax.evaluation.images import AnyArray, check_images
+from dit_jax.evaluation.images import AnyArray, check_images, to_float
 from dit_jax.evaluation.record import content_hash
 from dit_jax.untrusted import parse_json, read_npz
 
 STEPS_PER_CALL = 100
+INFERENCE_BATCH = 500
 _LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A trained classifier, and a `FeatureExtractor` through its penultimate layer.
+
+    Attributes:
+        definition: The network without its parameters.
+        params: Dotted names to float32 arrays.
+        train_accuracy: Fraction of the training images classified right, without augmentation.
+        test_accuracy: The same on the held-out images given at training, None if there were none.
+        name: For records.
+    """
+
+    definition: NetworkDefinition
+    params: Mapping[str, AnyArray] = field(repr=False)
+    train_accuracy: float = float("nan")
+    test_accuracy: float | None = None
+    name: str = "small-image-classifier"
+
+    @property
+    def dim(self) -> int:
+        """Number of features."""
+        return self.definition.settings.feature_dim
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over architecture, settings and every weight."""
+        return self.definition.fingerprint(self.params)
+
+    def __call__(self, images: AnyArray) -> Float[np.ndarray, "n dim"]:
+        """Penultimate activations (after the GELU) of uint8 or [-1, 1] images [n, h, w, c].
+
+        Raises:
+            ValueError: The images have another shape than those it was trained on.
+        """
+        return self._run(images)[0]
+
+    def predict(self, images: AnyArray) -> Int[np.ndarray, " n"]:
+        """The most probable class of each image, int32; raises as a call."""
+        return self._run(images)[1].argmax(axis=1).astype(np.int32)
+
+    def accuracy(self, images: AnyArray, labels: AnyArray) -> float:
+        """Fraction of images whose predicted class is their label."""
+        labels = check_labels(labels, len(images), self.definition.num_classes)
+        if len(images) == 0:
+            raise ValueError("the accuracy on no images is undefined")
+        return float((self.predict(images) == labels).mean())
+
+    def _run(self, images: AnyArray) -> tuple[np.ndarray, np.ndarray]:
+        images, definition = check_images(images), self.definition
+        if images.shape[1:] != definition.image_shape:
+            raise ValueError(
+                f"this classifier was trained on images of shape {definition.image_shape}, "
+                f"got {images.shape[1:]}"
+            )
+        parts = [[np.zeros((0, n), np.float32) for n in (self.dim, definition.num_classes)]]
+        for start in range(0, len(images), INFERENCE_BATCH):
+            batch = to_float(images[start : start + INFERENCE_BATCH])
+            # One batch shape: one compilation, and an image's features do not depend on the others.
+            padding = ((0, INFERENCE_BATCH - len(batch)), (0, 0), (0, 0), (0, 0))
+            outputs = _forward(definition, dict(self.params), np.pad(batch, padding))
+            parts.append([np.asarray(output)[: len(batch)] for output in outputs])
+        features, logits = zip(*parts, strict=True)
+        return np.concatenate(features), np.concatenate(logits)
+
+
+@partial(jax.jit, static_argnums=0)
+def _forward(definition, params, images):
+    return definition.apply(params, images)
 
 
 def train_classifier(
@@ -73,11 +142,10 @@ def train_classifier(
         raise ValueError(f"training needs at least 2 images, got {len(images)}")
     if (test_images is None) != (test_labels is None):
         raise ValueError("give test_images and test_labels together, or neither")
-    settings = settings or ClassifierSettings.for_images(images.shape[1:])
-    definition = NetworkDefinition(tuple(map(int, images.shape[1:])), num_classes, settings)
-
-    path = None
-    params: Params | None = None
+    shape = tuple(map(int, images.shape[1:]))
+    settings = settings or ClassifierSettings.for_images(shape)
+    definition = NetworkDefinition(shape, num_classes, settings)
+    params, path = None, None
     if cache_dir is not None:
         path = Path(cache_dir) / f"classifier-{_cache_key(definition, images, labels, seed)}.npz"
         params = _load(path, definition)
@@ -87,22 +155,30 @@ def train_classifier(
         params = _train(definition, images, labels, seed)
         if path is not None:
             _save(path, definition, params)
-    return _with_accuracies(
-        definition,
-        params,
-        (images, labels),
-        None if test_images is None else (test_images, test_labels),
-    )
+    trained = Classifier(definition, params)
+    test = None if test_images is None else trained.accuracy(test_images, test_labels)
+    return replace(trained, train_accuracy=trained.accuracy(images, labels), test_accuracy=test)
 
 
-def _with_accuracies(definition, params, train, test) -> Classifier:
-    classifier = Classifier(definition, params, train_accuracy=float("nan"))
-    return Classifier(
-        definition,
-        params,
-        train_accuracy=classifier.accuracy(*train),
-        test_accuracy=None if test is None else classifier.accuracy(*test),
-    )
+def check_labels(labels: AnyArray, count: int, num_classes: int) -> Int[np.ndarray, " n"]:
+    """Returns labels as int32 [count] after checking that they are classes.
+
+    Raises:
+        ValueError: Not `count` integers, or one outside 0..num_classes - 1 (the first is named).
+    """
+    array = np.asarray(labels)
+    if array.shape != (count,) or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(
+            f"expected {count} integer labels, one an image; got {array.dtype} "
+            f"of shape {array.shape}"
+        )
+    wrong = np.flatnonzero((array < 0) | (array >= num_classes))
+    if wrong.size:
+        raise ValueError(
+            f"label {array[wrong[0]]} of image {wrong[0]} is out of range: "
+            f"{num_classes} classes are 0..{num_classes - 1}"
+        )
+    return array.astype(np.int32)
 
 
 def _train(
@@ -178,18 +254,14 @@ def _run_steps(definition, state, key, steps, indices, images, labels):
         params, optimizer_state = state
         step, index = inputs
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, step))
-        x = augment(augment_key, _on_device_float(images[index]), settings)
+        x = images[index].astype(jnp.float32)
+        x = x / 127.5 - 1.0 if images.dtype == jnp.uint8 else jnp.clip(x, -1.0, 1.0)
+        x = augment(augment_key, x, settings)
         loss, gradients = jax.value_and_grad(loss_of)(params, x, labels[index], dropout_key)
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
         return (optax.apply_updates(params, updates), optimizer_state), loss
 
     return jax.lax.scan(update, state, (steps, indices))
-
-
-def _on_device_float(images: Shaped[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    if images.dtype == jnp.uint8:
-        return images.astype(jnp.float32) / 127.5 - 1.0
-    return jnp.clip(images.astype(jnp.float32), -1.0, 1.0)
 
 
 def augment(
@@ -214,17 +286,19 @@ def augment(
 def _cache_key(
     definition: NetworkDefinition, images: np.ndarray, labels: np.ndarray, seed: int
 ) -> str:
-    parts = [description_of(definition), str(seed), jax.__version__, jax.default_backend()]
-    encoded = np.frombuffer(json.dumps(parts).encode(), np.uint8)
-    return content_hash(images, labels, encoded)[:24]
+    parts = [definition.description, str(seed), jax.__version__, jax.default_backend()]
+    return content_hash(images, labels, _json_bytes(parts))[:24]
+
+
+def _json_bytes(value: object) -> np.ndarray:
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
 def _save(path: Path, definition: NetworkDefinition, params: Params) -> None:
     """Parameters under their names and a JSON header, in one file: never half of a pair."""
-    header = {"format": ARCHITECTURE, "fingerprint": fingerprint_of(definition, params)}
-    encoded = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    header = {"format": ARCHITECTURE, "fingerprint": definition.fingerprint(params)}
     with atomic_file(path, overwrite=True) as file:
-        np.savez(file, header=encoded, **params)
+        np.savez(file, header=_json_bytes(header), **params)
 
 
 def _load(path: Path, definition: NetworkDefinition) -> Params | None:
@@ -236,7 +310,7 @@ def _load(path: Path, definition: NetworkDefinition) -> Params | None:
         header = parse_json(arrays.pop("header").tobytes(), path)
         if {name: array.shape for name, array in arrays.items()} != definition.shapes():
             raise ValueError("its arrays are not those of this network")
-        if header["fingerprint"] != fingerprint_of(definition, arrays):
+        if header["fingerprint"] != definition.fingerprint(arrays):
             raise ValueError("its contents do not match its fingerprint")
     # zipfile, zlib, NumPy and json each raise their own kinds for a damaged file.
     except Exception as error:

@@ -16,8 +16,8 @@ from dit_jax.evaluation import (
     to_uint8,
     train_classifier,
 )
-from dit_jax.evaluation.classifier import Convolution, NetworkDefinition
-from dit_jax.evaluation.classifier_training import augment
+from dit_jax.evaluation.digits.classifier import augment
+from dit_jax.evaluation.digits.network import NetworkDefinition, neighbourhoods
 
 QUICK = replace(DIGITS, stages=((4,),), feature_dim=8, steps=12, batch_size=16)
 
@@ -64,7 +64,7 @@ def test_a_second_training_is_read_from_the_cache(
     def fail(*_):
         raise AssertionError("trained although cached")
 
-    monkeypatch.setattr("dit_jax.evaluation.classifier_training._train", fail)
+    monkeypatch.setattr("dit_jax.evaluation.digits.classifier._train", fail)
     again = train_classifier(
         digits.train_images, digits.train_labels, 10, seed=0, cache_dir=classifier_cache
     )
@@ -72,7 +72,7 @@ def test_a_second_training_is_read_from_the_cache(
     assert again.train_accuracy == classifier.train_accuracy
     assert again.test_accuracy is None
     images = digits.test_images[:50]
-    np.testing.assert_array_equal(again.features(images), classifier.features(images))
+    np.testing.assert_array_equal(again(images), classifier(images))
 
 
 def test_training_is_deterministic_and_depends_on_seed_data_and_settings(digits):
@@ -86,7 +86,7 @@ def test_training_is_deterministic_and_depends_on_seed_data_and_settings(digits)
 def test_every_input_has_a_cache_file_of_its_own(digits, tmp_path, monkeypatch):
     # Initial weights stand for trained ones: the names of the files are what is looked at.
     monkeypatch.setattr(
-        "dit_jax.evaluation.classifier_training._train",
+        "dit_jax.evaluation.digits.classifier._train",
         lambda definition, images, labels, seed: definition.init(jax.random.key(seed)),
     )
     options = {"cache_dir": tmp_path / "cache"}
@@ -123,7 +123,7 @@ def test_a_damaged_cache_file_is_replaced_with_a_warning(digits, tmp_path, caplo
 
 
 def test_an_unwritable_cache_fails_before_training(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr("dit_jax.evaluation.classifier_training._train", lambda *_: 1 / 0)
+    monkeypatch.setattr("dit_jax.evaluation.digits.classifier._train", lambda *_: 1 / 0)
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="cannot write"):
         quick(digits, cache_dir=tmp_path / "file")
@@ -131,27 +131,49 @@ def test_an_unwritable_cache_fails_before_training(digits, tmp_path, monkeypatch
 
 def test_an_images_features_do_not_depend_on_its_batch(digits, classifier):
     images = np.concatenate([digits.test_images, digits.train_images[:300]])
-    whole = classifier.features(images)
+    whole = classifier(images)
     assert whole.shape == (660, 64)
-    np.testing.assert_array_equal(classifier.features(images[370:391]), whole[370:391])
-    assert classifier.features(images[:0]).shape == (0, 64)
-    as_bytes = classifier.features(to_uint8(images))
+    np.testing.assert_array_equal(classifier(images[370:391]), whole[370:391])
+    assert classifier(images[:0]).shape == (0, 64)
+    as_bytes = classifier(to_uint8(images))
     np.testing.assert_allclose(as_bytes, whole, atol=0.1 * np.abs(whole).max())
-    np.testing.assert_array_equal(classifier.features(jnp.asarray(images[:9])), whole[:9])
+    np.testing.assert_array_equal(classifier(jnp.asarray(images[:9])), whole[:9])
 
 
 def test_convolution_equals_xlas():
-    from flax import nnx
-
-    layer = Convolution(3, 5, normalize=False, rngs=nnx.Rngs(0))
-    layer.linear.bias[...] = jax.random.normal(jax.random.key(1), (5,))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 5))
     x = jax.random.normal(jax.random.key(2), (2, 7, 6, 3))
-    kernel = layer.linear.kernel[...].reshape(3, 3, 3, 5)
     expected = jax.lax.conv_general_dilated(
         x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    expected = nnx.gelu(expected + layer.linear.bias[...].reshape(1, 1, 1, 5))
-    np.testing.assert_allclose(layer(x), expected, atol=1e-5)
+    found = (neighbourhoods(x) @ kernel.reshape(27, 5)).reshape(2, 7, 6, 5)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_dropout_is_on_with_a_key_alone(normalize):
+    settings = replace(QUICK, normalize=normalize)
+    definition = NetworkDefinition((8, 8, 1), 3, settings)
+    random = np.random.default_rng(0)
+    params = {
+        name: random.normal(size=shape).astype(np.float32)
+        for name, shape in definition.shapes().items()
+    }
+    x = jnp.asarray(random.normal(size=(4, 8, 8, 1)), jnp.float32)
+    still, again = (definition.apply(params, x)[1] for _ in range(2))
+    first, second = (definition.apply(params, x, jax.random.key(i))[1] for i in range(2))
+    np.testing.assert_array_equal(still, again)
+    assert np.abs(first - still).max() > 0.01 and np.abs(first - second).max() > 0.01
+
+
+def test_initial_weights_are_those_published_scores_began_with():
+    settings = replace(QUICK, normalize=True, steps=3)
+    params = NetworkDefinition((8, 8, 1), 10, settings).init(jax.random.key(0))
+    sums = {name: float(np.abs(value).sum()) for name, value in params.items()}
+    expected = {"stages.0.0.linear.kernel": 16.964071, "stages.0.0.norm.scale": 4.0}
+    expected |= {"penultimate.kernel": 71.944336, "head.kernel": 26.120998}
+    zeros = {name: 0.0 for name in params if name.endswith("bias")}
+    assert sums == pytest.approx({**expected, **zeros}, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from dit_jax.evaluation import (
+    DIGITS,
+    Classifier,
     TooFewSamplesError,
     content_hash,
     evaluate_samples,
@@ -16,7 +18,15 @@ from dit_jax.evaluation import (
     save_json,
     to_uint8,
 )
+from dit_jax.evaluation.digits.network import NetworkDefinition
 from dit_jax.evaluation.record import code_version
+
+
+def sets_of(digits):
+    return {
+        "train": (digits.train_images, digits.train_labels),
+        "test": (digits.test_images, digits.test_labels),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +36,10 @@ def record(digits, classifier):
     labels = digits.train_labels[:200].copy()
     labels[:40] = (labels[:40] + 1) % 10
     return evaluate_samples(
+        classifier,
         samples,
         labels,
-        extractor=classifier,
-        train_images=digits.train_images,
-        test_images=digits.test_images,
-        train_labels=digits.train_labels,
-        test_labels=digits.test_labels,
+        **sets_of(digits),
         rounding="truncate",
         seeds=[3, 4],
         provenance={"solver": "ddim", "guidance_scale": 1.5},
@@ -77,40 +84,18 @@ def test_the_record_is_stamped_and_json(record, classifier, tmp_path):
     assert json.loads(path.read_text()) == record
 
 
-def test_another_extractor_and_no_labels(digits, classifier):
-    class Means:
-        name, fingerprint, dim = "row-means", "row-means/1", 8
-
-        def __call__(self, images):
-            return np.asarray(images, np.float64).mean(axis=(2, 3))
-
-    sets = {"train_images": digits.train_images, "test_images": digits.test_images}
-    scores = evaluate_samples(digits.train_images[:50], extractor=Means(), **sets)["scores"]
-    assert scores["label_accuracy"] is None
-    assert scores["classifier_test_accuracy"] is None
-    judged = evaluate_samples(
-        digits.train_images[:50], digits.train_labels[:50],
-        extractor=Means(), classifier=classifier, **sets,
-    )  # fmt: skip
-    assert judged["scores"]["label_accuracy"]["overall"] > 0.9
-    assert judged["scores"]["frechet_distance"] == scores["frechet_distance"]
-    assert judged["provenance"]["feature_extractor"]["name"] == "row-means"
-
-
 def test_what_cannot_be_scored_is_refused(digits, classifier):
-    sets = {"train_images": digits.train_images, "test_images": digits.test_images}
+    sets, labels = sets_of(digits), digits.train_labels
     few = digits.train_images[:20]
     with pytest.raises(TooFewSamplesError, match="n=20 samples of d=64"):
-        evaluate_samples(few, extractor=classifier, **sets)
-    singular = evaluate_samples(few, extractor=classifier, allow_singular=True, **sets)
-    assert singular["provenance"]["allow_singular"] is True
+        evaluate_samples(classifier, few, labels[:20], **sets)
     with pytest.raises(ValueError, match="20 samples with labels of shape"):
-        evaluate_samples(few, digits.train_labels[:9], extractor=classifier, **sets)
-    with pytest.raises(ValueError, match="images of different shapes"):
-        evaluate_samples(np.zeros((99, 9, 9, 1)), extractor=classifier, **sets)
+        evaluate_samples(classifier, few, labels[:9], **sets)
+    with pytest.raises(ValueError, match="images of different shapes: samples"):
+        evaluate_samples(classifier, np.zeros((99, 9, 9, 1)), labels[:99], **sets)
     with pytest.raises(ValueError, match=r"may not set \['seeds'\]"):
         evaluate_samples(
-            digits.train_images[:99], extractor=classifier, provenance={"seeds": 1}, **sets
+            classifier, digits.train_images[:99], labels[:99], provenance={"seeds": 1}, **sets
         )
 
 
@@ -130,14 +115,15 @@ def test_psnr_is_the_formula_for_bytes_and_floats():
 
 
 def test_label_accuracy_counts_by_class():
-    class Constant:
+    class Constant(Classifier):
         def predict(self, images):
             return np.ones(len(images), np.int32)
 
-    result = label_accuracy(Constant(), np.zeros((4, 2, 2, 1)), np.array([1, 1, 1, 2]))
+    constant = Constant(NetworkDefinition((2, 2, 1), 3, DIGITS), {})
+    result = label_accuracy(constant, np.zeros((4, 2, 2, 1)), np.array([1, 1, 1, 2]))
     assert result == {"overall": 0.75, "per_class": {"1": 1.0, "2": 0.0}}
     with pytest.raises(ValueError, match="as many labels as images"):
-        label_accuracy(Constant(), np.zeros((4, 2, 2, 1)), np.array([1]))
+        label_accuracy(constant, np.zeros((4, 2, 2, 1)), np.array([1]))
 
 
 def test_content_hash_sees_values_shapes_and_types():
