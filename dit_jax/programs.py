@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import pickle
@@ -150,9 +151,9 @@ def _describe(leaf: Any) -> str:
 @functools.cache
 def _sources() -> str:
     """A hash of the library's code: what it computes may change without its version."""
-    import dit_jax.parallel  # wherever the checkout or installation has it
-
-    folders = [Path(module.__file__).parent for module in (dit_jax, dit_jax.parallel)]
+    # Found, not imported: wherever the checkout or installation has them.
+    found = (importlib.util.find_spec(name) for name in ("dit_jax", "dit_jax.parallel"))
+    folders = [Path(spec.origin).parent for spec in found]
     files = sorted({path for folder in folders for path in folder.rglob("*.py")})
     digest = hashlib.sha256()
     for path in files:
