@@ -31,6 +31,12 @@ class CheckoutFinder(MetaPathFinder):
         return PathFinder.find_spec(fullname, [str(_PACKAGE.parent)])
 
 
+def folder(room: str) -> Path:
+    """Where a room's files are, in a checkout or an installation; it is not imported."""
+    inside = _PACKAGE / room
+    return inside if inside.is_dir() else _PACKAGE.parent / room
+
+
 def find_in_checkout() -> None:
     """Makes the rooms of a checkout subpackages of `dit_jax`; nothing where it is installed.
 
@@ -57,6 +63,12 @@ def answer_to_former_name(room: str) -> None:
     """Lets `import ROOM` and `import ROOM.x` give the modules of `dit_jax.ROOM`, not copies."""
     sys.meta_path.insert(0, _FormerNameFinder(room))
     sys.modules[room] = importlib.import_module(f"dit_jax.{room}")
+
+
+def know_former_name(room: str) -> None:
+    """`answer_to_former_name`, unless a module of that name is on the path."""
+    if importlib.util.find_spec(room) is None:
+        answer_to_former_name(room)
 
 
 class _FormerNameFinder(MetaPathFinder):

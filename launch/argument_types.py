@@ -7,8 +7,10 @@ import argparse
 import difflib
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from dit_jax import abbreviations, output_formats, ranges
+from dit_jax.launch import spelling
 from dit_jax.ranges import Range
 
 
@@ -63,6 +65,14 @@ class Parser(argparse.ArgumentParser):
         if rest:
             self.error(f"unrecognized arguments: {' '.join(rest)}{self._hint(rest[0])}")
         return namespace
+
+    def format_help(self) -> str:
+        """As argparse's, with commands named as this one was started."""
+        return spelling.spelled(super().format_help())
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse's, with commands named as this one was started."""
+        super().error(spelling.spelled(message))
 
     def _hint(self, argument: str) -> str:
         name = argument.lstrip("-").partition("=")[0]

@@ -21,6 +21,8 @@ from pathlib import Path
 
 from absl import logging as absl_logging
 
+from dit_jax.launch.spelling import spelled
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # How long `cleaning_up` may take to remove what was half written.
 _CLEANING_SECONDS = 2.0
@@ -28,6 +30,14 @@ _CLEANING_SECONDS = 2.0
 _leaving = threading.Lock()
 _listening: list[int] = []  # the pipe's end that is read
 _to_remove: set[Path] = set()
+
+
+def print_for_pipe(text: str) -> None:
+    """Prints for a reader that may go before the end, as `| head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # and Python's own flush at exit must not meet it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(main: Callable[[], object]) -> None:
@@ -47,7 +57,7 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The message after its level's name."""
-        return f"{record.levelname.lower()}: {super().format(record)}"
+        return spelled(f"{record.levelname.lower()}: {super().format(record)}")
 
 
 def quieten() -> None:
@@ -230,7 +240,7 @@ def readable_errors(*, traceback: bool = False) -> Iterator[None]:
     except Exception as error:
         if traceback or not _is_users(error):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {spelled(str(error))}", file=sys.stderr)
         print("(--traceback shows where it came from)", file=sys.stderr)
         sys.exit(2)
 

@@ -129,5 +129,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"pairs side by side: {args.out}")
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Runs the command line of this process."""
     command.run(main)
+
+
+if __name__ == "__main__":
+    start()

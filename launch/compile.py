@@ -1,4 +1,4 @@
-"""Compiles a model's sampler ahead of time: a later launch/sample.py starts at once.
+"""Compiles a model's sampler ahead of time, so that sampling starts at once.
 
   python launch/compile.py --workdir=runs/digits --num_images=100 --programs=programs
   python launch/sample.py --workdir=runs/digits --num_images=100 --programs=programs --out=x.png
@@ -33,5 +33,10 @@ def main(argv: list[str] | None = None) -> None:
         sampling.compile_programs(args)
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Runs the command line of this process."""
     command.run(main)
+
+
+if __name__ == "__main__":
+    start()

@@ -2,7 +2,6 @@
 
 import difflib
 import functools
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -11,9 +10,9 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dit_jax import abbreviations
+from dit_jax import abbreviations, rooms
 from dit_jax import config as config_lib
-from dit_jax.launch import command
+from dit_jax.launch import command, spelling
 
 flags.disclaim_key_flags()  # --help lists a command's own flags, of which these are a part
 
@@ -33,7 +32,7 @@ def define_config() -> flags.FlagHolder:
     return config_flags.DEFINE_config_file(
         "config",
         None,
-        "The experiment, a file of configs/; override with --config.key=value.",
+        "The experiment, a file or the name of one of configs/; override with --config.key=value.",
         sys_argv=_arguments,
     )
 
@@ -48,6 +47,9 @@ def run(
         required: names of the flags that have to be given as --config has.
         announce: see `parse`.
     """
+    if any(re.fullmatch(r"--?(h|help|helpshort|\?)", argument) for argument in sys.argv[1:]):
+        show_help(main.__module__)
+        sys.exit(0)
     logging.set_verbosity(logging.WARNING)
     flags.mark_flags_as_required(required)
     parser = functools.partial(parse, announce=announce)
@@ -67,8 +69,9 @@ def parse(argv: list[str], *, announce: bool = True) -> list[str]:
         announce: say what of the file of --config is left out (`settle`).
     """
     show_help_config(argv[1:])
+    rooms.know_former_name("configs")  # in files of users
     known = {path for path, _ in config_lib.flatten(config_lib.default_config())}
-    argv = _arguments[:] = [argv[0], *map(_with_todays_key, argv[1:])]
+    argv = _arguments[:] = with_config_files([argv[0], *map(_with_todays_key, argv[1:])])
     with command.readable_errors():
         require_config_file(argv[1:])
         for argument in argv[1:]:
@@ -113,6 +116,35 @@ def _in_words(message: str) -> str:
     return re.sub(r"could not convert string to float.*", "expected a number (0.001)", message)
 
 
+def show_help(module: str) -> None:
+    """Answers --help: the text of the command's module, and its flags."""
+    name = sys.argv[0] if module == "__main__" else module  # what absl calls it
+    command.print_for_pipe(
+        f"{spelling.spelled(sys.modules[module].__doc__)}\nflags:\n"
+        f"{flags.FLAGS.module_help(name)}\n\nTry --helpfull to get a list of all flags."
+    )
+
+
+def with_config_files(arguments: list[str]) -> list[str]:
+    """The arguments, with the file of an experiment where --config gives the name of one.
+
+    A file that is there under what was given comes first.
+    """
+    arguments = list(arguments)
+    for position, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag not in ("--config", "-config"):
+            continue
+        if not equals:
+            position += 1
+            value = "".join(arguments[position : position + 1])
+        name, colon, rest = value.partition(":")
+        file = None if Path(name).is_file() else spelling.experiment_file(name)
+        if file:
+            arguments[position] = f"{flag}{equals}" * bool(equals) + f"{file}{colon}{rest}"
+    return arguments
+
+
 def require_config_file(arguments: list[str]) -> None:
     """Refuses a --config that is no file, and names those there are.
 
@@ -128,13 +160,10 @@ def require_config_file(arguments: list[str]) -> None:
         if file.is_file():
             continue
         what = "is not a regular file" if file.exists() else "does not exist"
-        folder = Path(__file__).parents[1] / "configs"
-        known = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+        known = spelling.experiments()
         match = difflib.get_close_matches(file.stem, known, n=1)
         hint = f"did you mean configs/{match[0]}.py? " if match else ""
-        raise ValueError(
-            f"--config={value} {what}; {hint}the files of configs/ are {', '.join(known)}"
-        )
+        raise ValueError(f"--config={value} {what}; {hint}the experiments are {', '.join(known)}")
 
 
 def settle() -> str:
@@ -165,20 +194,12 @@ def show_help_config(arguments: list[str]) -> None:
         with command.readable_errors():
             text = config_help.explain(word)
         given = any(argument.partition("=")[0].lstrip("-") == "config" for argument in arguments)
-        print_for_pipe(
+        command.print_for_pipe(
             "Defaults of all experiments"
             + (", not what the file of --config sets" if given else "")
-            + f", and meanings:\n{text}"
+            + f", and meanings:\n{spelling.spelled(text)}"
         )
         sys.exit(0)
-
-
-def print_for_pipe(text: str) -> None:
-    """Prints for a reader that may go before the end, as `| head` does."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # and Python's own flush at exit must not meet it again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _with_todays_key(argument: str) -> str:

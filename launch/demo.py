@@ -38,5 +38,10 @@ def main(argv: list[str] | None = None) -> None:
         demonstration.run(args.workdir, args.num_images, started)
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Runs the command line of this process."""
     command.run(main)
+
+
+if __name__ == "__main__":
+    start()

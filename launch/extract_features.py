@@ -14,7 +14,7 @@ was, and ends with the same bits. Then train with
 import argparse
 import shlex
 
-from dit_jax.launch import argument_types, arguments, command
+from dit_jax.launch import argument_types, arguments, command, spelling
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -102,8 +102,13 @@ def extract(args: argparse.Namespace) -> None:
     train.append(f"--config.model.num_classes={header.num_classes}")
     if args.flip != "pairs":
         train.append("--config.data.horizontal_flip=False")
-    print(f"next: {shlex.join(train)}")
+    print(f"next: {spelling.spelled(shlex.join(train))}")
+
+
+def start() -> None:
+    """Runs the command line of this process."""
+    command.run(main)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    start()

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from absl import flags
 
-from dit_jax.launch import arguments, command, configuration_flags
+import dit_jax
+from dit_jax.launch import arguments, command, configuration_flags, spelling
 
 _CONFIG = configuration_flags.define_config()
 _DEVICES = flags.DEFINE_integer("devices", None, "How many devices there would be.")
@@ -48,7 +49,7 @@ def run_with_devices(options: list[str], devices: int) -> int:
             "--xla_dump_hlo_pass_re=spmd.*",
             f"--xla_dump_hlo_module_re=jit_{PROGRAM_NAME}.*",
         )
-        root = str(Path(__file__).parents[1])
+        root = str(Path(dit_jax.__file__).parents[1])
         environment = {
             **os.environ,
             "XLA_FLAGS": " ".join(xla_flags),
@@ -58,7 +59,7 @@ def run_with_devices(options: list[str], devices: int) -> int:
             "JAX_ENABLE_COMPILATION_CACHE": "false",
             _CHILD: str(folder),
         }
-        again = [sys.executable, str(Path(__file__).absolute()), *options]
+        again = [*spelling.started_as(Path(__file__)), *options]
         return subprocess.run(again, env=environment, check=False).returncode
 
 
@@ -91,5 +92,10 @@ def main(argv: list[str]) -> None:
             save_json(out, plan, overwrite=_OVERWRITE.value)
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Runs the command line of this process."""
     configuration_flags.run(main, required=("devices",), announce=_CHILD not in os.environ)
+
+
+if __name__ == "__main__":
+    start()

@@ -51,5 +51,10 @@ def main(argv: list[str] | None = None) -> None:
         sampling.run(args)
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Runs the command line of this process."""
     command.run(main)
+
+
+if __name__ == "__main__":
+    start()

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dit_jax.launch import command, configuration_flags
+from dit_jax.launch import command, configuration_flags, spelling
 from dit_jax.launch.configuration_flags import flags
 
 _CONFIG = configuration_flags.define_config()
@@ -116,8 +116,13 @@ def main(argv: list[str]) -> None:
     if distributed.is_first():
         print(f"done: step {result.step}, {result.steps_per_second:.4g} steps/s, in {directory}")
         sample = ["python", "launch/sample.py", f"--workdir={directory}", "--out=samples.png"]
-        print(f"next: {shlex.join(sample)}")
+        print(f"next: {spelling.spelled(shlex.join(sample))}")
+
+
+def start() -> None:
+    """Runs the command line of this process."""
+    configuration_flags.run(main)
 
 
 if __name__ == "__main__":
-    configuration_flags.run(main)
+    start()

@@ -17,7 +17,7 @@ on where it was, and ends with the same files. Then train with
 import argparse
 import shlex
 
-from dit_jax.launch import argument_types, arguments, command
+from dit_jax.launch import argument_types, arguments, command, spelling
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -72,8 +72,14 @@ def write(args: argparse.Namespace) -> None:
     train = ["python", "launch/train.py", "--config=FILE", "--workdir=DIR"]
     train += ["--config.method.name=kd", "--config.data.name=pairs"]
     train.append(f"--config.data.pairs.path={args.out}")
-    print(f"next: {shlex.join([*train, *pairs.student_times(header)])}")
+    train += pairs.student_times(header)
+    print(f"next: {spelling.spelled(shlex.join(train))}")
+
+
+def start() -> None:
+    """Runs the command line of this process."""
+    command.run(main)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    start()

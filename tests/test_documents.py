@@ -14,6 +14,7 @@ import pytest
 from dit_jax.config import default_config, flatten
 from dit_jax.interop.export import write_model
 from dit_jax.interop.models import open_model
+from dit_jax.launch.spelling import experiments
 from dit_jax.models import DiTConfig, Request
 from tests.interop.test_edm import write_pickle
 from tests.interop.test_models import in_memory
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _FENCE = re.compile(r"```.*?```", re.DOTALL)
-_COMMAND = re.compile(r"python (?=(?:launch|benchmarks)/)")
+_COMMAND = re.compile(r"python (?=(?:launch|benchmarks)/)|\bdit-jax (?=[a-z])")
 _LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 TINY = DiTConfig(
     image_size=8, in_channels=1, hidden_size=32, depth=1, num_heads=4, learn_sigma=False
@@ -75,15 +76,17 @@ def test_a_unet_opened_in_python_is_applied(tmp_path):
 
 
 def commands():
-    """(document, words) of every command line of launch/ and benchmarks/."""
+    """(document, words) of every command line of launch/, benchmarks/ and dit-jax."""
     for path in DOCUMENTS:
         text = path.read_text().replace("\\\n", " ")
         lines = [line for block in _BLOCK.finditer(text) for line in block[2].splitlines()]
-        lines += re.findall(rf"`([^`\n]*{_COMMAND.pattern}[^`\n]*)`", _FENCE.sub("", text))
+        lines += re.findall(rf"`([^`\n]*(?:{_COMMAND.pattern})[^`\n]*)`", _FENCE.sub("", text))
         for line in lines:
             if found := _COMMAND.search(line):
                 rest = re.sub(r"[\[\]|<>]", " ", line[found.end() :])
                 words = shlex.split(rest, comments=True)
+                if found[0].startswith("dit-jax"):
+                    words[0] = f"launch/{words[0].replace('-', '_')}.py"
                 yield path.relative_to(ROOT), words
 
 
@@ -117,8 +120,9 @@ def test_commands_have_the_flags_that_documents_give_them():
                     wrong.append(f"{document}: {script} --{flag}: no such key")
             elif flag not in known:
                 wrong.append(f"{document}: {script} has no --{flag}")
-            elif flag == "config" and value.startswith("configs/") and "{" not in value:
-                wrong += [] if (ROOT / value).is_file() else [f"{document}: there is no {value}"]
+            elif flag == "config" and re.fullmatch(r"configs/[^{]*|[a-z]\w*", value):
+                known_file = (ROOT / value).is_file() or value in experiments()
+                wrong += [] if known_file else [f"{document}: there is no {value}"]
     assert not wrong, "\n".join(wrong)
     assert count > 100  # they were found at all
 

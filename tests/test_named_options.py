@@ -110,7 +110,7 @@ def test_mistakes_beside_the_configurations_keys_are_told(config_flag, capsys, t
     os.mkfifo(tmp_path / "pipe.py")
     for options, message in (
         (["--config=configs/nope.py"], "--config=configs/nope.py does not exist; "),
-        (["--config", "configs/digit.py"], "did you mean configs/digits.py? the files of configs/"),
+        (["--config", "configs/digit.py"], "did you mean configs/digits.py? the experiments are"),
         ([f"--config={tmp_path / 'pipe.py'}"], "pipe.py is not a regular file"),
         (["--config=configs/digits.py", "--seed=5"], "--seed; did you mean --config.seed?"),
     ):

@@ -21,7 +21,7 @@ from dit_jax.parallel.planning import accelerators
 from tests.launch.conftest import ROOT, environment, run, tiny_config
 
 COMMANDS = ("train", "sample", "evaluate", "convert", "compare", "extract_features", "plan")
-COMMANDS += ("write_pairs", "demo")
+COMMANDS += ("write_pairs", "demo", "compile")
 
 
 def start(command):
