@@ -18,6 +18,7 @@ from dit_jax.diffusion import guidance
 from dit_jax.diffusion.process import Prediction, expand
 from dit_jax.models.call import Request
 from dit_jax.models.dit import resolve_dtype
+from dit_jax.target import target_platform
 from dit_jax.training import ema as ema_lib
 from dit_jax.training.denoising import drop_conditions, require_null_class
 from dit_jax.training.method import Batch, Metrics
@@ -301,7 +302,7 @@ def require_forward_mode(config: ml_collections.ConfigDict, dtype: str = "") -> 
             "hand-written backward passes do not have: set config.model.custom_gradients='off'"
         )
     half = resolve_dtype(dtype or model.dtype) != jnp.float32
-    if model.attention == "auto" and jax.default_backend() == "gpu" and half:
+    if model.attention == "auto" and target_platform() == "gpu" and half:
         raise ConfigError(
             "config.model.attention='auto' is cuDNN's here, which cannot be differentiated "
             f"forwards, as config.method.name={method!r} does: set config.model.attention='xla'"

@@ -21,7 +21,7 @@ KINDS = ("dit_jax", "dit_pt", "sit_pt", "diffusers", "edm_pkl", "edm_pt")  # int
 DESTINATIONS = tuple(kind for kind in KINDS if kind != "edm_pkl")  # of interop.export
 DTYPES = ("float32", "bfloat16", "float16")  # of interop.export
 PARAM_DTYPES = ("auto", "float32", "bfloat16")  # of dit_jax.models.linear
-ACCELERATORS = ("h100", "h200", "a100", "tpu_v5p")  # of parallel.planning.accelerators
+ACCELERATORS = ("h100", "h200", "a100", "tpu_v5p", "cpu")  # of parallel.planning.accelerators
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

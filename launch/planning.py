@@ -1,5 +1,6 @@
 """Wires `parallel.planning` to methods and meshes; `launch/plan.py` is the command."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,11 @@ import ml_collections
 
 from dit_jax.launch import methods, wiring
 from dit_jax.output_formats import require_suffix
+from dit_jax.parallel.planning import choices, compilers, programs
 from dit_jax.parallel.planning import plan as planning
-from dit_jax.parallel.planning import programs
-from dit_jax.parallel.planning.accelerators import Accelerator, accelerator
+from dit_jax.parallel.planning.accelerators import accelerator
+from dit_jax.parallel.planning.gpu_targets import TARGET_TEXTS
+from dit_jax.parallel.sampling import ImageParallel
 from dit_jax.ranges import POSITIVE
 
 KINDS_OF_RUN = ("train", "sample")
@@ -21,6 +24,7 @@ def check_options(
     devices: int,
     accelerator_name: str,
     hbm_gib: float | None = None,
+    parallel: ImageParallel | None = None,
     out: Path | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -31,6 +35,7 @@ def check_options(
         devices: how many.
         accelerator_name: see `parallel.planning.accelerators`.
         hbm_gib: memory of one device, None for the accelerator's own.
+        parallel: how devices share an image, or None.
         out: a file of JSON that must not be there yet, or None.
         overwrite: it may be there.
 
@@ -43,6 +48,11 @@ def check_options(
         raise ValueError(f"--devices={devices}: expected at least 1")
     if what not in KINDS_OF_RUN:
         raise ValueError(f"--what={what!r}: expected one of {', '.join(KINDS_OF_RUN)}")
+    if parallel is not None and what != "sample":
+        raise ValueError(
+            f"--parallel={parallel.mode} would do nothing with --what={what}: devices share an "
+            "image in sampling. Add --what=sample"
+        )
     if hbm_gib is not None and hbm_gib not in POSITIVE:
         raise ValueError(f"--hbm_gib={hbm_gib}: expected {POSITIVE}")
     if out is not None and out.exists() and not overwrite:
@@ -51,28 +61,94 @@ def check_options(
         require_suffix(out, ".json")
 
 
+def why_virtual(accelerator_name: str, *, asked_for: bool = False) -> str:
+    """Why virtual CPU devices are compiled for in place of the accelerator, '' if they are not.
+
+    Args:
+        accelerator_name: see `parallel.planning.accelerators`.
+        asked_for: by the user.
+
+    Raises:
+        PluginError: JAX's CUDA plugin is there, but cannot work.
+    """
+    if accelerator_name == "cpu":
+        return ""
+    if asked_for:
+        return "--virtual was given"
+    if accelerator_name not in TARGET_TEXTS:
+        return f"there is a compiler without the devices for {', '.join(TARGET_TEXTS)} alone"
+    return compilers.missing_plugin()
+
+
+def is_virtual(accelerator_name: str, reason: str) -> bool:
+    """Whether virtual CPU devices are compiled for; `reason` is of `why_virtual`."""
+    return bool(reason) or accelerator_name == "cpu"
+
+
+def environment(accelerator_name: str, reason: str, devices: int, folder: Path) -> dict[str, str]:
+    """Variables of the process that compiles, which decide what JAX's devices are.
+
+    Args:
+        accelerator_name: see `parallel.planning.accelerators`.
+        reason: of `why_virtual`.
+        devices: how many are meant.
+        folder: where XLA shall write programs.
+    """
+    virtual = is_virtual(accelerator_name, reason)
+    flags = " ".join(compilers.virtual_xla_flags(devices, folder)) if virtual else ""
+    return {
+        **({} if virtual else compilers.GPU_ENVIRONMENT),
+        "XLA_FLAGS": flags or os.environ.get("XLA_FLAGS", ""),
+        "JAX_PLATFORMS": "cpu",
+        # A program from a cache would not pass the partitioner again.
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
+
+
 def make_plan(
     config: ml_collections.ConfigDict,
     what: str,
-    device: Accelerator,
-    hbm_gib: float,
+    accelerator_name: str,
+    devices: int,
     folder: Path,
+    *,
+    hbm_gib: float | None = None,
+    parallel: ImageParallel | None = None,
+    reason: str = "",
 ) -> dict[str, Any]:
-    """All there is to say of an experiment on `jax.device_count()` devices, as plain values.
+    """All there is to say of an experiment on devices that are not there, as plain values.
 
     Args:
         config: the experiment.
         what: one of `KINDS_OF_RUN`.
-        device: the accelerator meant.
-        hbm_gib: memory of one device, GiB.
-        folder: where XLA writes programs.
+        accelerator_name: see `parallel.planning.accelerators`.
+        devices: how many; virtual ones have to be there.
+        folder: where XLA writes programs of virtual devices.
+        hbm_gib: memory of one device that may be used, GiB.
+        parallel: how devices share an image, or None.
+        reason: of `why_virtual`.
 
     Raises:
         ConfigError: the configuration cannot work.
         ValueError: mesh, batch and devices do not go together.
     """
-    config, chosen = programs.accelerator_config(config)
-    config = methods.resolve_config(config)
-    method = methods.build_method(config) if what == "train" else None
-    placement = wiring.create_placement(config)
-    return planning.make_plan(config, placement, method, device, hbm_gib, folder, chosen)
+    given = config
+    if is_virtual(accelerator_name, reason):
+        compiler = compilers.VirtualCompiler(accelerator(accelerator_name), folder)
+        if accelerator_name != "cpu":
+            config = choices.accelerator_config(config)
+    else:
+        compiler = compilers.GpuCompiler(accelerator_name, devices)
+    with compiler.targeting():
+        config = methods.resolve_config(config)
+
+    def needs(config: ml_collections.ConfigDict) -> programs.Needs:
+        if parallel is not None:
+            return programs.plan_parallel_sampling(config, parallel, compiler.devices())
+        placement = wiring.create_placement(config, compiler.devices())
+        if what == "sample":
+            return programs.plan_sampling(config, placement)
+        return programs.plan_training(config, placement, methods.build_method(config))
+
+    subject = planning.Subject(config, given, what, needs)
+    return planning.make_plan(subject, compiler, hbm_gib, reason)

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,16 @@ PARALLEL_FLAGS = {
 DEFAULT_SHARD = 4096  # examples of a written file, made a multiple of the batch
 
 
-def create_placement(config: ml_collections.ConfigDict) -> DataParallel:
-    """Placement over the mesh of `config.mesh`: whole states, unless an axis divides them."""
-    mesh = create_mesh(**config.mesh.to_dict())
+def create_placement(
+    config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> DataParallel:
+    """Placement over the mesh of `config.mesh`: whole states, unless an axis divides them.
+
+    Args:
+        config: the experiment.
+        devices: of the mesh, None for all there are.
+    """
+    mesh = create_mesh(**config.mesh.to_dict(), devices=devices)
     if mesh.shape["fsdp"] == mesh.shape["tensor"] == 1:
         return DataParallel(mesh)
     return ShardedPlacement(mesh, rules_for(config.model.name))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,33 +16,42 @@ AXES = ("data", "fsdp", "tensor", "sequence")
 IMAGES = ("image", "noise", "path")
 
 
-def create_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) -> Mesh:
-    """A mesh over all devices of all processes, with the axes `AXES`.
+def create_mesh(
+    *,
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    sequence: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh with the axes `AXES`.
 
     Args:
         data: parts of a batch; every one of them has the whole state.
         fsdp: parts of a batch among which the state is divided as well.
         tensor: devices over which the columns and rows of matrices are divided.
         sequence: devices over which the rows of an image are divided.
-        One of the four may be -1: all the devices that the others leave.
+        devices: to be used; None for all of all processes.
+        One of the four sizes may be -1: all the devices that the others leave.
 
     Raises:
         ValueError: the axes do not multiply to the number of devices, with values that do; a
             process would hold parts of images only; a mesh that XLA divides wrongly.
     """
+    devices = jax.devices() if devices is None else devices
     sizes = resolve_axes(
-        {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence}, jax.device_count()
+        {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence}, len(devices)
     )
     _refuse_wrong_results(sizes)
-    inner, local = sizes["tensor"] * sizes["sequence"], jax.local_device_count()
-    if jax.process_count() > 1 and local % inner:
+    processes = len({device.process_index for device in devices})
+    inner, local = sizes["tensor"] * sizes["sequence"], len(devices) // processes
+    if processes > 1 and local % inner:
         raise ValueError(
             f"mesh.tensor x mesh.sequence = {inner} does not divide the {local} devices of a "
             "process: keep these two axes within a process, and use mesh.fsdp across processes"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
-    )
+    kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
 
 
 def _refuse_wrong_results(sizes: dict[str, int]) -> None:

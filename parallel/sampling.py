@@ -31,7 +31,7 @@ from dit_jax.parallel.transformer import (
     DIT_MODES,
     ParallelTransformer,
     exchange_note,
-    place_split,
+    split_shardings,
 )
 from dit_jax.parallel.unet import (
     ALIASES,
@@ -259,12 +259,16 @@ class ImagePlacement:
         """A context for tracing programs: none, as the network says where its parts lie."""
         return contextlib.nullcontext()
 
-    def place(self, params: Any) -> Any:
-        """Parameters where they are used: on every device, in mode 'tensor' split."""
+    def param_shardings(self, params: Any) -> Any:
+        """Where parameters, or their shapes, are used: on every device, in mode 'tensor' split."""
         if "tensor" not in self.mesh.axis_names:
-            return jax.device_put(params, self.replicated)
+            return jax.tree.map(lambda _: self.replicated, params)
         name = network_name(self.plan.sampler.denoiser.network.config)
-        return place_split(params, self.mesh, rules_for(name))
+        return split_shardings(params, self.mesh, rules_for(name))
+
+    def place(self, params: Any) -> Any:
+        """Parameters put where they are used."""
+        return jax.device_put(params, self.param_shardings(params))
 
     def bind(self, params: Any, nulls: Mapping[str, Any] | None = None) -> Callable[..., Array]:
         """A function (keys, conditions) -> images, with `params` placed; see `SamplingPlan`."""

@@ -81,12 +81,11 @@ def _check_tensor(config: Any, devices: int) -> None:
             )
 
 
-def place_split(params: Any, mesh: Mesh, rules: tuple[Rule, ...]) -> Any:
-    """A network's parameters over the axis 'tensor' of a mesh, by its rules of training."""
+def split_shardings(params: Any, mesh: Mesh, rules: tuple[Rule, ...]) -> Any:
+    """Of a network's parameters over the axis 'tensor' of a mesh, by its rules of training."""
     placed = place_tree(params, rules, {"tensor": mesh.shape["tensor"], "fsdp": 1})
-    leaves, structure = jax.tree.flatten(params)
-    shardings = [NamedSharding(mesh, place.spec) for place in placed]
-    return structure.unflatten(jax.device_put(leaves, shardings))
+    structure = jax.tree.structure(params)
+    return structure.unflatten([NamedSharding(mesh, place.spec) for place in placed])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float
 
 from dit_jax.models import cpu_kernels
 from dit_jax.models.attention_options import PLAIN, AttentionOptions, nonzero, score_weights
+from dit_jax.target import target_platform
 
 IMPLEMENTATIONS = ("auto", "einsum", "xla", "cudnn", "cpu")
 
@@ -100,7 +101,7 @@ def resolve_implementation(
     custom_gradients: bool = False,
     scores_shape: tuple[int, int] | None = None,
 ) -> str:
-    """The kernel that `implementation` stands for on `backend` (default: JAX's own).
+    """The kernel that `implementation` stands for on `backend` (default: the target).
 
     'auto' is 'cpu' (`cpu_kernels.attention`) on CPUs if `custom_gradients`, else 'einsum' there;
     'cudnn' on GPUs where cuDNN takes the dtype, head size and, with a mask or bias, the lengths;
@@ -110,7 +111,7 @@ def resolve_implementation(
         implementation: one of `IMPLEMENTATIONS`.
         dtype: of queries, keys and values.
         head_dim: channels of a head.
-        backend: JAX's name of it.
+        backend: JAX's name of it; None for `target.target_platform`.
         custom_gradients: whether 'auto' may be the kernel with a hand-written backward pass.
         scores_shape: (queries, keys) where a mask or bias is given.
 
@@ -119,7 +120,7 @@ def resolve_implementation(
     """
     # With a bias, as which it takes masks too, cuDNN's backward pass wants even lengths.
     odd = scores_shape is not None and any(length % 2 for length in scores_shape)
-    backend = backend or jax.default_backend()
+    backend = backend or target_platform()
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention={implementation!r}: expected one of {IMPLEMENTATIONS}")
     if implementation == "cudnn":

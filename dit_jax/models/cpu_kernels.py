@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dit_jax.models.attention_options import nonzero, score_weights
+from dit_jax.target import target_platform
 
 CUSTOM_GRADIENTS = ("auto", "on", "off")
 
@@ -35,7 +36,7 @@ def resolve_custom_gradients(custom_gradients: str, backend: str | None = None) 
             f"custom_gradients={custom_gradients!r}: expected one of {CUSTOM_GRADIENTS}"
         )
     if custom_gradients == "auto":
-        return (backend or jax.default_backend()) == "cpu"
+        return (backend or target_platform()) == "cpu"
     return custom_gradients == "on"
 
 

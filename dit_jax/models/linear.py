@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dit_jax.models.batch_axes import divided_by_examples, is_training_mesh
+from dit_jax.target import target_platform
 
 ROLES = ("hidden", "conditioning", "modulation", "embedding", "output")
 PARAM_DTYPES = ("auto", "float32", "bfloat16")
@@ -26,7 +27,7 @@ def resolve_dtype(dtype: str, backend: str | None = None) -> jnp.dtype:
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype={dtype!r}: expected 'auto', 'float32', 'bfloat16' or 'float16'")
     if dtype == "auto":
-        dtype = "float32" if (backend or jax.default_backend()) == "cpu" else "bfloat16"
+        dtype = "float32" if (backend or target_platform()) == "cpu" else "bfloat16"
     return jnp.dtype(dtype)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from dit_jax.target import target_platform
+
 LAYER_LOOPS = ("auto", "scan", "unroll")
 REMAT_POLICIES = ("none", "block", "dots")
 
@@ -25,7 +27,7 @@ def resolve_layer_loop(layer_loop: str, backend: str | None = None, *, remat: st
         raise ValueError(f"layer_loop={layer_loop!r}: expected one of {LAYER_LOOPS}")
     if layer_loop != "auto":
         return layer_loop
-    on_cpu = (backend or jax.default_backend()) == "cpu"
+    on_cpu = (backend or target_platform()) == "cpu"
     return "unroll" if on_cpu and remat == "none" else "scan"
 
 

@@ -1,15 +1,18 @@
 """What accelerators can do at most, by their vendors' data sheets, and the time a program needs.
 
-Peaks are dense bfloat16; links are counted one way, half of the usual advertised sum.
+Peaks are dense; links are counted one way, half of the usual advertised sum.
 """
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from dit_jax.parallel.planning.program import Collective
+from dit_jax.training.metrics import peak_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +21,8 @@ class Accelerator:
 
     Attributes:
         title: for people.
-        peak_flops: dense bfloat16, FLOP/s.
+        kind: JAX's name of it, by which the peak is found (`dit_jax.training.metrics.PEAK_FLOPS`).
+        peaks: FLOP/s of other precisions than bfloat16, see `products.Product.precision`.
         memory_bandwidth: of its own memory, bytes/s.
         memory_gib: capacity, GiB.
         link_bandwidth: to devices of the same node, bytes/s each way.
@@ -27,12 +31,27 @@ class Accelerator:
     """
 
     title: str
-    peak_flops: float
+    kind: str
+    peaks: Mapping[str, float]
     memory_bandwidth: float
     memory_gib: float
     link_bandwidth: float
     network_bandwidth: float
     devices_per_node: int
+
+    @property
+    def peak_flops(self) -> float:
+        """Dense bfloat16, FLOP/s; infinity where nothing is known of the speed (CPUs)."""
+        return peak_flops(self.kind) or math.inf
+
+    @property
+    def speed_is_known(self) -> bool:
+        """Whether times can be told."""
+        return math.isfinite(self.peak_flops)
+
+    def peak(self, precision: str) -> float:
+        """FLOP/s of a product; those of bfloat16 where there is no unit for the precision."""
+        return self.peaks.get(precision, self.peak_flops)
 
     def seconds_of(self, collective: Collective) -> float:
         """The least time of a collective: the longer of what links and network carry.
@@ -62,12 +81,21 @@ class Accelerator:
         return local, crossing / self.network_bandwidth
 
 
+def _machine_gib() -> float:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+_HOPPER = {"f8": 1979e12, "s8": 1979e12, "tf32": 494.7e12, "f32": 66.9e12, "f64": 66.9e12}
+_AMPERE = {"s8": 624e12, "tf32": 156e12, "f32": 19.5e12, "f64": 19.5e12}
 ACCELERATORS = {
-    "h100": Accelerator("NVIDIA H100 SXM", 989e12, 3.35e12, 80, 450e9, 50e9, 8),
-    "h200": Accelerator("NVIDIA H200", 989e12, 4.8e12, 141, 450e9, 50e9, 8),
-    "a100": Accelerator("NVIDIA A100 80 GB", 312e12, 2.0e12, 80, 300e9, 25e9, 8),
+    "h100": Accelerator("NVIDIA H100 SXM", "NVIDIA H100", _HOPPER, 3.35e12, 80, 450e9, 50e9, 8),
+    "h200": Accelerator("NVIDIA H200", "NVIDIA H200", _HOPPER, 4.8e12, 141, 450e9, 50e9, 8),
+    "a100": Accelerator("NVIDIA A100 80 GB", "NVIDIA A100", _AMPERE, 2.0e12, 80, 300e9, 25e9, 8),
     # One torus: no nodes, and all six links of 100 GB/s in use at once at best.
-    "tpu_v5p": Accelerator("TPU v5p", 459e12, 2.765e12, 95, 600e9, 600e9, 0),
+    "tpu_v5p": Accelerator("TPU v5p", "TPU v5p", {"s8": 918e12}, 2.765e12, 95, 600e9, 600e9, 0),
+    # This machine, of whose speed nothing is known.
+    "cpu": Accelerator("CPU", "cpu", {}, math.inf, _machine_gib(), math.inf, math.inf, 0),
 }
 
 
@@ -78,7 +106,9 @@ def accelerator(name: str) -> Accelerator:
         ValueError: there is none.
     """
     if name not in ACCELERATORS:
-        raise ValueError(f"accelerator={name!r}: expected one of {', '.join(ACCELERATORS)}")
+        nearest = difflib.get_close_matches(name.lower(), ACCELERATORS, n=1, cutoff=0.4)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise ValueError(f"accelerator={name!r}: expected one of {', '.join(ACCELERATORS)}{hint}")
     return ACCELERATORS[name]
 
 

@@ -12,6 +12,9 @@ GIB = 2**30
 def suggestions(config: ml_collections.ConfigDict, plan: dict[str, Any]) -> list[str]:
     """Overrides that lower what a device holds, those that help most first."""
     memory, mesh = plan["memory"], plan["mesh"]
+    if "fsdp" not in mesh:  # devices share images, not states
+        smaller = _smaller_batch(plan)
+        return [*smaller, "--config.model.param_dtype=bfloat16 (half the bytes of the parameters)"]
     held = sum(memory["held_bytes"].values())
     replicas = mesh["data"]
     of_state = []
@@ -23,9 +26,7 @@ def suggestions(config: ml_collections.ConfigDict, plan: dict[str, Any]) -> list
         )
     of_programs = []
     if plan["what"] == "sample":
-        smaller = plan["batch_size"] // 2
-        if smaller % plan["batch_parts"] == 0 and smaller:
-            of_programs.append(f"--config.sampling.batch_size={smaller} (fewer images at once)")
+        of_programs += _smaller_batch(plan)
     else:
         of_programs += _of_activations(config, plan)
     tensor = mesh["tensor"] * 2
@@ -48,7 +49,11 @@ def suggestions(config: ml_collections.ConfigDict, plan: dict[str, Any]) -> list
 
 def _of_activations(config: ml_collections.ConfigDict, plan: dict[str, Any]) -> list[str]:
     found = []
-    if config.model.remat != "block":
+    fitting = next((name for name, remat in plan["remats"].items() if remat["fits"]), None)
+    if fitting:
+        total = plan["remats"][fitting]["total_bytes"] / GIB
+        found.append(f"--config.model.remat={fitting} (compiled too: {total:.1f} GiB in all)")
+    elif config.model.remat != "block":
         found.append("--config.model.remat=block (blocks recomputed, a third more arithmetic)")
     parts, local = plan["num_microbatches"], plan["batch_size"] // plan["batch_parts"]
     more = next((n for n in range(2 * parts, local + 1) if local % n == 0), None)
@@ -60,3 +65,10 @@ def _of_activations(config: ml_collections.ConfigDict, plan: dict[str, Any]) -> 
     elif plan["batch_size"] > plan["batch_parts"]:
         found.append(f"--config.training.batch_size={plan['batch_parts']} (an example a device)")
     return found
+
+
+def _smaller_batch(plan: dict[str, Any]) -> list[str]:
+    smaller = plan["batch_size"] // 2
+    if smaller == 0 or smaller % plan["batch_parts"]:
+        return []
+    return [f"--config.sampling.batch_size={smaller} (fewer images at once)"]

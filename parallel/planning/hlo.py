@@ -1,8 +1,11 @@
 """One line of a compiled program: an instruction, the arrays it makes, what it is made of."""
 
 import dataclasses
+import functools
+import json
 import math
 import re
+from typing import Any
 
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\]")
@@ -25,6 +28,9 @@ class ArrayType:
     def size(self) -> int:
         """Elements."""
         return math.prod(self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
 
     @property
     def nbytes(self) -> float:
@@ -61,6 +67,30 @@ class Instruction:
         return kind if kind in COLLECTIVES else None
 
     @property
+    def target(self) -> str:
+        """The library function of a custom call, "" for anything else."""
+        if self.opcode != "custom-call":
+            return ""
+        return re.search(r'custom_call_target="([^"]*)"', self.text).group(1)
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """What the backend has decided of it; {} if nothing is said."""
+        _, found, rest = self.text.partition("backend_config={")
+        return json.JSONDecoder().raw_decode("{" + rest)[0] if found else {}
+
+    @property
+    def source(self) -> str:
+        """Where it comes from, by names of functions: 'jit(f)/while/body/dot_general'."""
+        found = re.search(r'op_name="([^"]*)"', self.text)
+        return found.group(1) if found else ""
+
+    def attribute(self, name: str) -> str:
+        """The value of `name=value` or `name={value}` of the line, "" if it has none."""
+        found = re.search(rf"\b{name}=(?:\{{([^}}]*)\}}|([\w.\-]+))", self.text)
+        return (found.group(1) or found.group(2) or "") if found else ""
+
+    @functools.cached_property
     def called(self) -> tuple[str, ...]:
         """Computations it runs: a fusion's, a loop's body, the branches of a conditional."""
         if self.opcode in ("async-done", "async-update", "get-tuple-element"):

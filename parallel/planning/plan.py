@@ -1,115 +1,165 @@
-"""A plan: what an experiment needs of devices that are not there, and its speed at most."""
+"""A plan: what an experiment needs of devices that are not there, and how fast it can be."""
 
 import collections
 import dataclasses
-from pathlib import Path
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 
 from dit_jax import experiment
-from dit_jax.parallel.mesh import DataParallel
-from dit_jax.parallel.planning.accelerators import Accelerator, Limits, limits
+from dit_jax.models.linear import resolve_dtype
+from dit_jax.parallel.planning import choices
+from dit_jax.parallel.planning.accelerators import Accelerator, limits
 from dit_jax.parallel.planning.advice import suggestions
-from dit_jax.parallel.planning.programs import Compiled, Needs, plan_sampling, plan_training
-from dit_jax.training.method import Method
+from dit_jax.parallel.planning.compilers import Compiled, GpuCompiler, VirtualCompiler
+from dit_jax.parallel.planning.gpu_targets import MEMORY_BYTES
+from dit_jax.parallel.planning.programs import Needs, Planned
+from dit_jax.parallel.planning.schedule import Schedule
 
 GIB = 2**30
+# Of a GPU's memory: what is left beside CUDA's context, NCCL's buffers and the libraries'. JAX
+# takes so much with XLA_PYTHON_CLIENT_MEM_FRACTION=.92; by itself it takes .75.
+USABLE_SHARE = 0.92
+DEFAULT_SHARE = 0.75
+# Least time of a kernel, however small; what launching one costs on top is not known beforehand.
+SHORTEST_KERNEL = 2e-6
+# Policies of rematerialisation from the fastest to the smallest.
+REMATS = ("none", "dots", "block")
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is planned.
+
+    Attributes:
+        config: the experiment as it is compiled, resolved.
+        given: as it was given.
+        what: 'train' or 'sample'.
+        needs: its programs and what they hold, of a configuration like `config`.
+    """
+
+    config: ml_collections.ConfigDict
+    given: ml_collections.ConfigDict
+    what: str
+    needs: Callable[[ml_collections.ConfigDict], Needs]
 
 
 def make_plan(
-    config: ml_collections.ConfigDict,
-    placement: DataParallel,
-    method: Method | None,
-    device: Accelerator,
-    hbm_gib: float,
-    programs: Path,
-    chosen: dict[str, str],
+    subject: Subject,
+    compiler: GpuCompiler | VirtualCompiler,
+    hbm_gib: float | None = None,
+    fallback: str = "",
 ) -> dict[str, Any]:
-    """All there is to say of an experiment on `jax.device_count()` devices, as plain values.
+    """All there is to say of an experiment on devices that are not there, as plain values.
 
     Args:
-        config: the experiment, of `programs.accelerator_config`, resolved.
-        placement: over the virtual devices.
-        method: that trains, None to plan sampling.
-        device: the accelerator meant.
-        hbm_gib: memory of one device, GiB.
-        programs: where XLA writes.
-        chosen: what `accelerator_config` has set.
+        subject: the experiment.
+        compiler: for which devices.
+        hbm_gib: memory of one device that may be used, GiB; None for what is usable of its own.
+        fallback: why virtual devices are compiled for in place of those meant.
 
     Raises:
+        ConfigError: the configuration cannot work.
         ValueError: mesh, batch and devices do not go together.
     """
-    what = "train" if method else "sample"
-    if method:
-        needs = plan_training(config, placement, method, programs)
-    else:
-        needs = plan_sampling(config, placement, programs)
-    count, programs = jax.device_count(), needs.programs
-    found = {p.name: _describe(p, device) for p in programs}
-    bounds = [found[p.name]["limits"] for p in programs]
-
-    def mean(name: str) -> float:
-        return sum(p.share * bound[name] for p, bound in zip(programs, bounds, strict=True))
-
-    temporaries = max(p.temporaries for p in programs)
-    total = sum(needs.held.values()) + temporaries
+    config, device = subject.config, compiler.accelerator
+    with compiler.targeting():
+        needs = subject.needs(config)
+        chosen = choices.made(config, subject.given)
+    count = len(compiler.devices())
+    compiled = {planned.name: compiler.compile(planned.lower) for planned in needs.programs}
+    predicted = isinstance(compiler, GpuCompiler)
+    memory = _memory(needs, compiled, device, hbm_gib, compiler)
+    if subject.what == "train" and not predicted:
+        memory["score_bytes"] = attention_score_bytes(config, needs)
     plan = {
         "name": config.name,
-        "what": what,
+        "what": subject.what,
         "devices": count,
-        "accelerator": dataclasses.asdict(device),
-        "mesh": dict(needs.placement.mesh.shape),
-        "set_as_on_accelerators": chosen,
+        "accelerator": _figures(device),
+        "compiled_for": compiler.name if predicted else "virtual CPU devices",
+        "fallback": fallback,
+        "versions": {"jax": jax.__version__},
+        "mesh": needs.mesh,
+        "chosen_for_target": chosen,
+        "notes": list(needs.notes),
         "model": {key: config.model[key] for key in ("name", "remat", "attention", "dtype")},
         "num_parameters": needs.num_parameters,
         "batch_size": needs.batch_size,
-        "batch_parts": needs.placement.batch_parts,
-        "num_microbatches": config.training.num_microbatches if what == "train" else 1,
-        "memory": {
-            "held_bytes": needs.held,
-            "whole_bytes": needs.whole,
-            "temporary_bytes": temporaries,
-            "total_bytes": total,
-            "capacity_bytes": hbm_gib * GIB,
-            "fits": total <= hbm_gib * GIB,
-            "score_bytes": attention_score_bytes(config, needs) if what == "train" else 0,
-        },
+        "batch_parts": needs.batch_parts,
+        "num_microbatches": config.training.num_microbatches if subject.what == "train" else 1,
+        "memory": memory,
         "model_flops": needs.model_flops,
-        "programs": found,
-        "bounds": {
-            "seconds": mean("overlapped"),
-            "seconds_in_turn": mean("in_turn"),
-            "runs_per_second": 1 / mean("overlapped"),
-            "mfu": needs.model_flops / count / device.peak_flops / mean("overlapped"),
-            "mfu_in_turn": needs.model_flops / count / device.peak_flops / mean("in_turn"),
+        "programs": {
+            planned.name: _describe(planned, compiled[planned.name], device)
+            for planned in needs.programs
         },
     }
+    plan["bounds"] = _bounds(needs, plan["programs"], count, device)
+    if predicted:
+        plan["predicted"] = _predicted(needs, compiled, plan["bounds"], count, device)
+    plan["remats"], plan["suggestions"] = {}, []
+    if not memory["fits"]:
+        if predicted and subject.what == "train":
+            plan["remats"] = _remats(subject, compiler, memory)
+        plan["suggestions"] = suggestions(config, plan)
+    return plan
+
+
+def _memory(
+    needs: Needs,
+    compiled: dict[str, Compiled],
+    device: Accelerator,
+    hbm_gib: float | None,
+    compiler: GpuCompiler | VirtualCompiler,
+) -> dict[str, Any]:
+    """Of one device, in bytes: what is held, what XLA says by kind, and what there is."""
+    largest = max(compiled.values(), key=lambda c: c.total)
+    held = sum(needs.held.values())
+    if isinstance(compiler, GpuCompiler):
+        whole = MEMORY_BYTES[compiler.name]
+        usable = whole * USABLE_SHARE if hbm_gib is None else hbm_gib * GIB
+    else:
+        # Virtual devices of one machine share its memory.
+        shared_by = 1 if device.speed_is_known else len(compiler.devices())
+        whole = device.memory_gib * GIB / shared_by
+        usable = whole if hbm_gib is None else hbm_gib * GIB
+    # Counted by hand, arguments are also of devices that XLA knows nothing of.
+    total = held + largest.total - largest.memory["arguments"]
     return {
-        **plan,
-        "suggestions": [] if plan["memory"]["fits"] else suggestions(config, plan),
+        "held_bytes": needs.held,
+        "whole_bytes": needs.whole,
+        "temporary_bytes": total - held,
+        "total_bytes": total,
+        "by_kind": dict(largest.memory),
+        "device_bytes": whole,
+        "capacity_bytes": usable,
+        "fits": total <= usable,
+        "fits_by_default": total <= whole * DEFAULT_SHARE,
+        "score_bytes": 0,
     }
 
 
-def _describe(compiled: Compiled, device: Accelerator) -> dict[str, Any]:
+def _describe(planned: Planned, compiled: Compiled, device: Accelerator) -> dict[str, Any]:
     """One program as plain values."""
     work = compiled.program.work()
-    bound: Limits = limits(device, work.flops, compiled.least_traffic, work.collectives)
+    bound = limits(device, work.flops, planned.least_traffic, work.collectives)
     kinds = collections.defaultdict(lambda: {"count": 0, "bytes_sent": 0.0, "seconds": 0.0})
     for collective in work.collectives:
         kind = "reduce-scatter" if collective.keeps_part else collective.kind
         entry = kinds[f"{kind} {collective.dtype} of {collective.group_size}"]
         entry["count"] += collective.count
         entry["bytes_sent"] += collective.bytes_sent * collective.count
-        entry["seconds"] += device.seconds_of(collective)
+        entry["seconds"] += device.seconds_of(collective) if device.speed_is_known else 0.0
     return {
-        "share": compiled.share,
+        "share": planned.share,
         "flops_per_device": work.flops,
         "loops": {loop.name: loop.trip_count for loop in compiled.program.loops()},
         "loops_of_unknown_length": list(work.unknown_loops),
-        "temporary_bytes": compiled.temporaries,
+        "memory": dict(compiled.memory),
         "collectives": dict(kinds),
         "limits": {
             **dataclasses.asdict(bound),
@@ -117,8 +167,110 @@ def _describe(compiled: Compiled, device: Accelerator) -> dict[str, Any]:
             "in_turn": bound.in_turn,
             "bottleneck": bound.bottleneck,
         },
-        "compile_seconds": compiled.compile_seconds,
+        "compile_seconds": compiled.seconds,
+        "predicted": compiled.schedule and _of_schedule(compiled.schedule),
     }
+
+
+def _figures(device: Accelerator) -> dict[str, Any]:
+    """An accelerator as plain values, without those that are not known."""
+    figures = {**dataclasses.asdict(device), "peak_flops": device.peak_flops}
+    return {key: value for key, value in figures.items() if value != math.inf}
+
+
+def _of_schedule(schedule: Schedule) -> dict[str, Any]:
+    """A predicted schedule as plain values."""
+    return {
+        "seconds": schedule.seconds,
+        "seconds_of_short_kernels": schedule.lengthening(SHORTEST_KERNEL),
+        "kernel_seconds": schedule.kernel_seconds,
+        "product_seconds": schedule.product_seconds,
+        "exposed_seconds": schedule.exposed_seconds,
+        "launches": schedule.launches,
+        "kernels": schedule.by_kind(),
+        "longest": [dataclasses.asdict(kernel) for kernel in schedule.longest()],
+        "communication": [
+            {
+                "kind": c.collective.kind,
+                "name": c.collective.name,
+                "dtype": c.collective.dtype,
+                "devices": c.collective.group_size,
+                "bytes_sent": c.collective.bytes_sent,
+                **{
+                    field.name: getattr(c, field.name)
+                    for field in dataclasses.fields(c)
+                    if field.name != "collective"
+                },
+            }
+            for c in schedule.communication
+        ],
+    }
+
+
+def _bounds(
+    needs: Needs, programs: dict[str, Any], count: int, device: Accelerator
+) -> dict[str, float]:
+    """The mean over phases of what each takes at least."""
+
+    def mean(name: str) -> float:
+        return sum(p.share * programs[p.name]["limits"][name] for p in needs.programs)
+
+    if not device.speed_is_known:
+        return {}
+    arithmetic = needs.model_flops / count / device.peak_flops
+    return {
+        "seconds": mean("overlapped"),
+        "seconds_in_turn": mean("in_turn"),
+        "runs_per_second": 1 / mean("overlapped"),
+        "mfu": arithmetic / mean("overlapped"),
+        "mfu_in_turn": arithmetic / mean("in_turn"),
+        "arithmetic_seconds": arithmetic,
+    }
+
+
+def _predicted(
+    needs: Needs,
+    compiled: dict[str, Compiled],
+    bounds: dict[str, float],
+    count: int,
+    device: Accelerator,
+) -> dict[str, float]:
+    """The mean over phases of the predicted schedules."""
+
+    def mean(value: Callable[[Schedule], float]) -> float:
+        return sum(p.share * value(compiled[p.name].schedule) for p in needs.programs)
+
+    seconds = mean(lambda schedule: schedule.seconds)
+    slower = mean(lambda s: s.seconds + s.lengthening(SHORTEST_KERNEL))
+    arithmetic = bounds["arithmetic_seconds"]
+    return {
+        "seconds": seconds,
+        "runs_per_second": 1 / seconds,
+        "mfu": arithmetic / seconds,
+        "seconds_with_short_kernels": slower,
+        "mfu_with_short_kernels": arithmetic / slower,
+        "over_arithmetic": seconds / arithmetic,
+    }
+
+
+def _remats(
+    subject: Subject, compiler: GpuCompiler, memory: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """What the policies behind the experiment's own need, up to the first that fits."""
+    found = {}
+    own = subject.config.model.remat
+    for remat in REMATS[REMATS.index(own) + 1 :] if own in REMATS else ():
+        config = subject.config.copy_and_resolve_references()
+        with config.unlocked():
+            config.model.remat = remat
+        with compiler.targeting():
+            needs = subject.needs(config)
+        compiled = [compiler.compile(planned.lower) for planned in needs.programs]
+        total = sum(needs.held.values()) + max(c.total - c.memory["arguments"] for c in compiled)
+        found[remat] = {"total_bytes": total, "fits": total <= memory["capacity_bytes"]}
+        if found[remat]["fits"]:
+            break
+    return found
 
 
 def attention_score_bytes(config: ml_collections.ConfigDict, needs: Needs) -> int:
@@ -130,9 +282,8 @@ def attention_score_bytes(config: ml_collections.ConfigDict, needs: Needs) -> in
     network = experiment.build_network(config).config
     if not hasattr(network, "num_heads") or config.model.remat != "none":
         return 0
-    shape = needs.placement.mesh.shape
-    examples = needs.batch_size / needs.placement.batch_parts / config.training.num_microbatches
-    heads = network.num_heads / shape.get("tensor", 1)
+    examples = needs.batch_size / needs.batch_parts / config.training.num_microbatches
+    heads = network.num_heads / needs.mesh.get("tensor", 1)
     length = network.grid[0] * network.grid[1]
-    itemsize = np.dtype(jax.numpy.dtype(network.dtype)).itemsize
+    itemsize = resolve_dtype(network.dtype).itemsize
     return int(network.depth * examples * heads * length**2 * itemsize)

@@ -16,6 +16,7 @@ import numpy as np
 
 from dit_jax.parallel.planning.groups import replica_groups
 from dit_jax.parallel.planning.hlo import Instruction, parse_instruction
+from dit_jax.parallel.planning.products import find_product
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _COUNTS = ("replicas", "partitions")
@@ -111,6 +112,7 @@ class Program:
         computations: instructions by name, by computation.
         entry: name of the computation that is run.
         num_devices: over which the program is partitioned.
+        is_scheduled: whether instructions stand in the order in which they are launched.
     """
 
     def __init__(self, text: str):
@@ -123,6 +125,7 @@ class Program:
         self.entry = ""
         counts = [re.search(rf"\bnum_{name}=(\d+)", text[:100_000]) for name in _COUNTS]
         self.num_devices = math.prod(int(found.group(1)) for found in counts if found)
+        self.is_scheduled = "is_scheduled=true" in text.partition("\n")[0]
         current: dict[str, Instruction] | None = None
         for line in text.splitlines():
             if line.startswith("}"):
@@ -159,10 +162,14 @@ class Program:
         """Name of the computation an instruction is in."""
         return self._parents[instruction if isinstance(instruction, str) else instruction.name]
 
+    def users(self, instruction: Instruction) -> list[Instruction]:
+        """Instructions that take its result, in order."""
+        return self._users[instruction.name]
+
     def loops(self) -> list[Loop]:
         """All while loops."""
         whiles = [i for i in self.instructions() if i.opcode == "while"]
-        return [Loop(i.name, i.called[0], self._trip_count(i)) for i in whiles]
+        return [Loop(i.name, i.called[0], self.trip_count(i)) for i in whiles]
 
     def work(self) -> Work:
         """What one run does, loops multiplied out; of a conditional, its costliest branch."""
@@ -205,7 +212,7 @@ class Program:
             for i in self.instructions(computation)
         )
 
-    def _trip_count(self, loop: Instruction) -> int | None:
+    def trip_count(self, loop: Instruction) -> int | None:
         """XLA's own finding, else the only integer constant of the condition."""
         if found := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.text):
             return int(found.group(1))
@@ -222,12 +229,12 @@ class Program:
         body = self.computations[computation]
         total = Work()
         for instruction in body.values():
-            if kind := instruction.collective:
-                total += Work(collectives=(self._collective(kind, instruction, body),))
-            elif instruction.opcode in ("dot", "convolution"):
-                total += Work(_product_flops(instruction, body))
+            if instruction.collective:
+                total += Work(collectives=(self.collective(instruction),))
+            elif product := find_product(instruction, body):
+                total += Work(product.flops)
             elif instruction.opcode == "while":
-                count = self._trip_count(instruction)
+                count = self.trip_count(instruction)
                 inside = self._work(instruction.called[0]).times(1 if count is None else count)
                 total += inside
                 total += Work(unknown_loops=(instruction.name,) if count is None else ())
@@ -238,7 +245,9 @@ class Program:
                     total += self._work(name)
         return total
 
-    def _collective(self, kind: str, instruction: Instruction, body) -> Collective:
+    def collective(self, instruction: Instruction) -> Collective:
+        """What one that is or starts a collective (`Instruction.collective`) communicates."""
+        kind, body = instruction.collective, self.computations[self.parent(instruction)]
         operands = [t for name in instruction.operands if name in body for t in body[name].types]
         results = instruction.types
         if instruction.opcode == "all-gather-start":  # (operands, results)
@@ -265,16 +274,3 @@ class Program:
             or (user.opcode in passing and not user.is_root and self._keeps_part(user))
             for user in users
         )
-
-
-def _product_flops(instruction: Instruction, body: dict[str, Instruction]) -> float:
-    """Operations of a dot (2 x results x contracted) or a convolution (2 x results x window)."""
-    results = instruction.types[0].size
-    if instruction.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)
-        shape = body[instruction.operands[0]].types[0].shape
-        axes = [int(axis) for axis in contracted.group(1).split(",") if axis] if contracted else []
-        return 2.0 * results * math.prod(shape[axis] for axis in axes)
-    kernel = body[instruction.operands[1]].types[0].shape
-    labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.text).group(1)
-    return 2.0 * results * math.prod(kernel) / kernel[labels.index("o")]

@@ -1,17 +1,9 @@
-"""Compiles an experiment's programs for devices that are not there.
-
-Shapes and shardings stand for all arrays: `jax.jit(...).lower(shapes).compile()`. What a GPU or TPU
-would choose is set in place of what 'auto' means on CPUs (`accelerator_config`), and collectives
-are read from the program as it leaves XLA's partitioner: later passes of the CPU backend turn
-bfloat16 into float32.
-"""
+"""An experiment's programs, traced from shapes and shardings: no array is ever made."""
 
 import collections
 import dataclasses
 import math
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,61 +12,32 @@ import numpy as np
 
 from dit_jax import experiment
 from dit_jax.parallel.mesh import DataParallel
-from dit_jax.parallel.planning.program import Program
+from dit_jax.parallel.planning.compilers import PROGRAM_NAME
+from dit_jax.parallel.sampling import ImageParallel
 from dit_jax.sampling import image_keys
 from dit_jax.training.method import Method
 
 _STEPS = 5040  # by which the shares of phases are counted; divisible by all periods up to 10
-PROGRAM_NAME = "planned_program"  # by which XLA's files are found
 
 # Fields of a state by what they are for; others keep their name.
 _TITLES = {"params": "parameters", "ema": "averages", "optimizer": "optimizer", "step": "step"}
 
 
-def accelerator_config(
-    config: ml_collections.ConfigDict,
-) -> tuple[ml_collections.ConfigDict, dict[str, str]]:
-    """The experiment with 'auto' as on an accelerator, and what was set, by key.
-
-    Attention stays one that CPUs can compile, which keeps its scores for the backward pass.
-    """
-    config = config.copy_and_resolve_references()
-    model, own = config.model, config.model.get(config.model.name, {})
-    wanted = {"custom_gradients": "off", "dtype": "bfloat16", "attention": "xla"}
-    choices = [("config.model", model, key, value) for key, value in wanted.items()]
-    if "layer_loop" in own:
-        choices.append((f"config.model.{model.name}", own, "layer_loop", "scan"))
-    chosen = {}
-    with config.unlocked():
-        for path, section, key, value in choices:
-            is_kernel = key == "attention" and section[key] == "cudnn"
-            if section[key] == "auto" or is_kernel:
-                section[key] = value
-                chosen[f"{path}.{key}"] = value
-    return config, chosen
-
-
 @dataclasses.dataclass(frozen=True)
-class Compiled:
-    """One program and what was found in it; of one device, in bytes and operations.
+class Planned:
+    """One program that runs.
 
     Attributes:
         name: the phase of training, or 'sample'.
         share: of the runs that are of this program.
-        temporaries: bytes beside the arguments: activations, gradients, gathered weights.
-        flops: of matrix products and convolutions.
-        least_traffic: bytes that are read from and written to memory whatever the program does.
-        program: as the partitioner left it.
-        compile_seconds: how long it took.
+        lower: traces it; called where 'auto' means what it shall.
+        least_traffic: bytes that one device reads and writes whatever the program does.
     """
 
     name: str
     share: float
-    temporaries: int
-    flops: float
+    lower: Callable[[], Any]
     least_traffic: float
-    program: Program
-    compile_seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,22 +45,26 @@ class Needs:
     """What an experiment runs and holds.
 
     Attributes:
-        placement: over the virtual devices.
+        mesh: names and sizes of its axes.
+        batch_parts: parts into which a batch is divided.
         held: bytes of one device, by what they are for.
         whole: the same, of all devices together without copies.
         num_parameters: of the network.
         programs: those that run.
         model_flops: of one run over all devices, by the network's own formula.
         batch_size: examples a run.
+        notes: on how an image is shared.
     """
 
-    placement: DataParallel
+    mesh: dict[str, int]
+    batch_parts: int
     held: dict[str, int]
     whole: dict[str, int]
     num_parameters: int
-    programs: list[Compiled]
+    programs: list[Planned]
     model_flops: float
     batch_size: int
+    notes: tuple[str, ...] = ()
 
 
 def shaped(tree: Any, shardings: Any) -> Any:
@@ -131,15 +98,14 @@ def _fields(state: Any) -> dict[str, Any]:
 
 
 def plan_training(
-    config: ml_collections.ConfigDict, placement: DataParallel, method: Method, programs: Path
+    config: ml_collections.ConfigDict, placement: DataParallel, method: Method
 ) -> Needs:
-    """Compiles the updates of a method, one a phase.
+    """The updates of a method, one a phase.
 
     Args:
-        config: of `accelerator_config`, resolved.
-        placement: over the virtual devices.
+        config: resolved.
+        placement: over the devices meant.
         method: of `config.method`.
-        programs: where XLA writes.
 
     Raises:
         ValueError: mesh, batch and devices do not go together.
@@ -147,47 +113,44 @@ def plan_training(
     experiment.require_trainable(config)
     training = config.training
     placement.check_batch_size(training.batch_size, training.num_microbatches)
-    key = jax.random.key(config.seed)
-    state = jax.eval_shape(method.init, key)
+    state = jax.eval_shape(method.init, jax.random.key(config.seed))
     shardings = placement.state_shardings(state)
     state = shaped(state, shardings)
+    key = _key(placement)
     frozen = {name: _frozen_model(config, name, placement) for name in method.frozen_names}
     batch = _batch(config, placement)
     trees = {**_fields(state), **frozen, "batch": batch}
     held = {name: bytes_per_device(tree) for name, tree in trees.items()}
     traffic = 2 * bytes_per_device(state) + bytes_per_device((frozen, batch))
     shares = collections.Counter(method.phase(step) for step in range(_STEPS))
-    compiled = []
+    planned = []
     for phase in method.phases:
 
-        def planned_program(state, batch, key, frozen, phase=phase):
+        def update(state, batch, key, frozen, phase=phase):
             key = jax.random.fold_in(key, state.step)
             return method.update(state, batch, key, frozen, phase)
 
-        jitted = jax.jit(planned_program, donate_argnums=0, out_shardings=(shardings, None))
-        lower = _lowering(placement, jitted, state, batch, key, frozen or None)
-        share = shares[phase] / _STEPS
-        compiled.append(compile_program(lower, phase, share, traffic, programs))
+        options = {"donate_argnums": 0, "out_shardings": (shardings, None)}
+        lower = _lowering(placement, update, options, state, batch, key, frozen or None)
+        planned.append(Planned(phase, shares[phase] / _STEPS, lower, traffic))
     return Needs(
-        placement,
+        dict(placement.mesh.shape),
+        placement.batch_parts,
         held,
         {name: whole_bytes(tree) for name, tree in trees.items()},
-        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
-        compiled,
+        _count(state.params),
+        planned,
         method.flops_per_example * training.batch_size,
         training.batch_size,
     )
 
 
-def plan_sampling(
-    config: ml_collections.ConfigDict, placement: DataParallel, programs: Path
-) -> Needs:
-    """Compiles the sampler of `config.sampling` for one batch.
+def plan_sampling(config: ml_collections.ConfigDict, placement: DataParallel) -> Needs:
+    """The sampler of `config.sampling` for one batch, whole images on each device.
 
     Args:
-        config: of `accelerator_config`, resolved.
-        placement: over the virtual devices.
-        programs: where XLA writes.
+        config: resolved.
+        placement: over the devices meant.
 
     Raises:
         ValueError: mesh, batch and devices do not go together.
@@ -199,30 +162,71 @@ def plan_sampling(
             f"--config.sampling.batch_size={size - remainder + placement.batch_parts}"
         )
     plan = experiment.build_sampling(config)
-    network = plan.sampler.denoiser.network
-    params = jax.eval_shape(network.init, jax.random.key(config.seed))
+    params = jax.eval_shape(plan.network.init, jax.random.key(config.seed))
     params = shaped(params, placement.state_shardings(params))
-    labels = np.arange(size, dtype=np.int32) % max(config.model.num_classes, 1)
+    return _sampling_needs(config, placement, plan, params)
+
+
+def plan_parallel_sampling(
+    config: ml_collections.ConfigDict, parallel: ImageParallel, devices: Sequence[jax.Device]
+) -> Needs:
+    """The sampler of `config.sampling` for one batch of images that devices share.
+
+    Args:
+        config: resolved.
+        parallel: how they share an image.
+        devices: meant.
+
+    Raises:
+        ValueError: network, plan and devices do not go together.
+    """
+    parallel = dataclasses.replace(parallel, devices=tuple(devices))
+    placement = parallel.distribute(
+        experiment.build_sampling(config), batch_size=config.sampling.batch_size
+    )
+    params = jax.eval_shape(placement.plan.network.init, jax.random.key(config.seed))
+    params = shaped(params, placement.param_shardings(params))
+    return _sampling_needs(config, placement, placement.plan, params)
+
+
+def _sampling_needs(config, placement, plan, params) -> Needs:
+    size = config.sampling.batch_size
     keys = jax.eval_shape(lambda: image_keys(0, np.arange(size)))
     keys = shaped(keys, placement.split)
+    # Their values are checked before tracing, so they are there.
+    conditions = {
+        name: np.zeros(array.shape, array.dtype)
+        for name, array in _conditions(plan.network, size).items()
+    }
     held = {"parameters": bytes_per_device(params)}
 
-    def planned_program(params, keys):
-        return plan.bind(params)(keys, labels)
+    def sample(params, keys):
+        return plan.bind(params)(keys, conditions)
 
     # Guidance evaluates twice as many examples at once: weights are read once all the same.
     traffic = plan.evaluations * held["parameters"]
-    lower = _lowering(placement, jax.jit(planned_program), params, keys)
+    lower = _lowering(placement, sample, {}, params, keys)
     guided = 1 if plan.guidance_scale == 1.0 else 2
     return Needs(
-        placement,
+        dict(placement.mesh.shape),
+        getattr(placement, "batch_parts", placement.num_devices),
         held,
         {"parameters": whole_bytes(params)},
-        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
-        [compile_program(lower, "sample", 1.0, traffic, programs)],
-        network.flops_per_example * guided * plan.evaluations * size,
+        _count(params),
+        [Planned("sample", 1.0, lower, traffic)],
+        plan.network.flops_per_example * guided * plan.evaluations * size,
         size,
+        getattr(placement, "notes", ()),
     )
+
+
+def _count(params: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def _key(placement: DataParallel) -> jax.ShapeDtypeStruct:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=placement.replicated)
 
 
 def _frozen_model(config: ml_collections.ConfigDict, name: str, placement: DataParallel) -> Any:
@@ -251,53 +255,40 @@ def _batch(config: ml_collections.ConfigDict, placement: DataParallel) -> dict[s
         )
         for name, (shape, dtype) in arrays.items()
     }
-    declared = experiment.build_network(config).conditions
-    batch["conditions"] = {
-        name: jax.ShapeDtypeStruct((size, *c.shape), np.dtype(c.dtype), sharding=placement.split)
-        for name, c in declared.items()
-        if c.required
-    }
-    return batch
+    conditions = _conditions(experiment.build_network(config), size)
+    shardings = jax.tree.map(lambda _: placement.split, conditions)
+    return {**batch, "conditions": shaped(conditions, shardings)}
 
 
-def _lowering(placement: DataParallel, jitted: Any, *inputs: Any) -> Callable[[], Any]:
-    def lower():
-        with placement.tracing():
-            return jitted.lower(*inputs)
-
-    return lower
-
-
-def compile_program(
-    lower: Callable[[], Any], name: str, share: float, traffic: float, programs: Path
-) -> Compiled:
-    """Lowers and compiles a program called `PROGRAM_NAME`, and reads it.
-
-    Args:
-        lower: traces it.
-        name: for people.
-        share: of the runs that are of this program.
-        traffic: see `Compiled.least_traffic`.
-        programs: where XLA writes the program that leaves its partitioner.
+def _conditions(network: Any, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of what a network has to be told of `size` examples.
 
     Raises:
-        RuntimeError: XLA has not written it there.
+        ValueError: of a condition whose size is the data's, a text's length for instance.
     """
-    started = time.perf_counter()
-    before = set(programs.iterdir())
-    compiled = lower().compile()
-    seconds = time.perf_counter() - started
-    text = compiled.as_text()
-    if jax.device_count() > 1:
-        written = sorted(set(programs.glob("*after_spmd-partitioning*")) - before)
-        if not written:
-            raise RuntimeError(
-                f"XLA wrote no partitioned program to {programs}: this version of JAX "
-                f"({jax.__version__}) names its passes otherwise than 0.10 does"
+    needed = {name: c for name, c in network.conditions.items() if c.required}
+    for name, condition in needed.items():
+        if None in condition.shape:
+            raise ValueError(
+                f"the condition {name!r} has the shape {condition.shape}, of which the data decide "
+                "a size: such a network cannot be planned"
             )
-        text = written[-1].read_text()
-    memory = compiled.memory_analysis()
-    returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    program = Program(text)
-    temporaries = memory.temp_size_in_bytes + returned
-    return Compiled(name, share, temporaries, program.work().flops, traffic, program, seconds)
+    return {
+        name: jax.ShapeDtypeStruct((size, *c.shape), np.dtype(c.dtype))
+        for name, c in needed.items()
+    }
+
+
+def _lowering(
+    placement: Any, function: Callable, options: dict[str, Any], *inputs: Any
+) -> Callable[[], Any]:
+    def planned_program(*inputs):
+        return function(*inputs)
+
+    planned_program.__name__ = PROGRAM_NAME
+
+    def lower():
+        with placement.tracing():
+            return jax.jit(planned_program, **options).lower(*inputs)
+
+    return lower

@@ -1,33 +1,44 @@
-"""A plan as text for people; `parallel.planning.plan` makes it."""
+"""A plan as text for people; `dit_jax.parallel.planning.plan` makes it."""
 
 from typing import Any
 
+from dit_jax.parallel.planning import predicted_report
 from dit_jax.quantities import table
 
 _GIB, _MIB = 2**30, 2**20
 
 
 def format_plan(plan: dict[str, Any]) -> str:
-    """All sections: what is planned, memory, work, limits, verdict."""
+    """All sections: what is planned, memory, work, limits or prediction, verdict."""
     sections = [_what(plan), _memory(plan)]
     for name, program in plan["programs"].items():
-        sections.append(_program(plan, name, program))
-    return "\n\n".join([*sections, _bounds(plan), _verdict(plan)])
+        if program["predicted"]:
+            sections.append(predicted_report.of_program(name, program))
+        else:
+            sections.append(_program(plan, name, program))
+    speed = predicted_report.of_plan(plan) if "predicted" in plan else _bounds(plan)
+    return "\n\n".join([*sections, speed, _verdict(plan)])
 
 
 def _what(plan: dict[str, Any]) -> str:
     mesh = ", ".join(f"{name} {size}" for name, size in plan["mesh"].items())
     run = "training update" if plan["what"] == "train" else "batch of samples"
+    compiled = plan["compiled_for"]
+    if compiled != "virtual CPU devices":
+        compiled = plan["accelerator"]["title"] + ", which need not be there"
     lines = [
         f"{plan['name'] or 'experiment'}: one {run} of {plan['batch_size']} on {plan['devices']} x "
         f"{plan['accelerator']['title']} (mesh {mesh})",
-        f"{plan['num_parameters']:,} parameters; remat {plan['model']['remat']}, dtype "
-        f"{plan['model']['dtype']}, {plan['num_microbatches']} microbatch(es)",
+        f"{plan['num_parameters']:,} parameters; remat {plan['model']['remat']}, "
+        f"{plan['num_microbatches']} microbatch(es); compiled for {compiled} "
+        f"(jax {plan['versions']['jax']})",
     ]
-    if chosen := plan["set_as_on_accelerators"]:
+    if plan["fallback"]:
+        lines.append(f"not for {plan['accelerator']['title']} itself: {plan['fallback']}")
+    if chosen := plan["chosen_for_target"]:
         listed = ", ".join(f"{key}={value}" for key, value in chosen.items())
-        lines.append(f"set as on accelerators, since 'auto' goes by the backend: {listed}")
-    return "\n".join(lines)
+        lines.append(f"'auto' on the target: {listed}")
+    return "\n".join([*lines, *(f"note: {note}" for note in plan["notes"])])
 
 
 def _memory(plan: dict[str, Any]) -> str:
@@ -39,6 +50,10 @@ def _memory(plan: dict[str, Any]) -> str:
     rows.append(("temporaries: activations, gradients", _gib(memory["temporary_bytes"]), ""))
     rows.append(("total", _gib(memory["total_bytes"]), ""))
     text = table(rows)
+    if "predicted" in plan:
+        kinds = memory["by_kind"]
+        listed = ", ".join(f"{kind} {_gib(size)}" for kind, size in kinds.items() if size)
+        return f"{text}\nby XLA's own account, in GiB: {listed}"
     text += (
         "\nThe first rows are counted by hand from shapes and shardings; temporaries are those of "
         "the program\nfor CPUs, which holds some bfloat16 as float32 and has no fused attention: "
@@ -71,11 +86,14 @@ def _program(plan: dict[str, Any], name: str, program: dict[str, Any]) -> str:
     rows = [("collectives of one device", "count", "MiB sent", "ms at least")]
     for kind, entry in sorted(program["collectives"].items(), key=lambda e: -e[1]["bytes_sent"]):
         sent, ms = entry["bytes_sent"] / _MIB, entry["seconds"] * 1e3
-        rows.append((kind, f"{entry['count']}", f"{sent:,.1f}", f"{ms:.2f}"))
+        ms = f"{ms:.2f}" if plan["bounds"] else ""
+        rows.append((kind, f"{entry['count']}", f"{sent:,.1f}", ms))
     if len(rows) == 1:
         rows.append(("none", "0", "0.0", "0.00"))
     lines.append(table(rows))
     limits = program["limits"]
+    if not plan["bounds"]:
+        return "\n".join(lines)
     lines.append(
         f"  at least: arithmetic {limits['arithmetic'] * 1e3:.2f} ms, own memory "
         f"{limits['memory'] * 1e3:.2f} ms, communication {limits['communication'] * 1e3:.2f} ms; "
@@ -86,6 +104,8 @@ def _program(plan: dict[str, Any], name: str, program: dict[str, Any]) -> str:
 
 def _bounds(plan: dict[str, Any]) -> str:
     bounds, run = plan["bounds"], "steps" if plan["what"] == "train" else "batches"
+    if not bounds:
+        return f"the model's own formula: {plan['model_flops']:.4g} FLOP a run; no times for CPUs"
     rate = bounds["runs_per_second"]
     return (
         f"the model's own formula: {plan['model_flops']:.4g} FLOP a run\n"
@@ -100,10 +120,25 @@ def _bounds(plan: dict[str, Any]) -> str:
 def _verdict(plan: dict[str, Any]) -> str:
     memory = plan["memory"]
     capacity, total = memory["capacity_bytes"], memory["total_bytes"]
+    usable = ""
+    if capacity < memory["device_bytes"]:
+        share = capacity / memory["device_bytes"]
+        usable = f" usable ({share:.0%} of {_gib(memory['device_bytes'])})"
     if memory["fits"]:
-        return f"fits: {_gib(total)} of {_gib(capacity)} GiB ({total / capacity:.0%})"
-    lines = [f"does not fit, by {_gib(total - capacity)} GiB of {_gib(capacity)}; try"]
-    return "\n  ".join([*lines, *plan["suggestions"]])
+        text = f"fits: {_gib(total)} of {_gib(capacity)} GiB{usable} ({total / capacity:.0%})"
+        if usable and not memory["fits_by_default"]:
+            text += (
+                "\nJAX takes 75 % of a GPU's memory by itself, which is not enough here: set "
+                "XLA_PYTHON_CLIENT_MEM_FRACTION=.92"
+            )
+        return text
+    lines = [f"does not fit, by {_gib(total - capacity)} GiB of {_gib(capacity)}{usable}; try"]
+    tried = [
+        f"(--config.model.remat={name} needs {_gib(remat['total_bytes'])} GiB in all: too much)"
+        for name, remat in plan["remats"].items()
+        if not remat["fits"]
+    ]
+    return "\n  ".join([*lines, *plan["suggestions"], *tried])
 
 
 def _gib(size: float) -> str:

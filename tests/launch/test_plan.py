@@ -13,7 +13,6 @@ from dit_jax.configs import dit_7b, dit_xl2
 from dit_jax.launch import methods, planning
 from dit_jax.parallel.mesh import AXES, DataParallel
 from dit_jax.parallel.planning import programs
-from dit_jax.parallel.planning.accelerators import accelerator
 from dit_jax.parallel.planning.report import format_plan
 from tests.launch.conftest import run, tiny_config
 
@@ -70,7 +69,9 @@ def test_work_and_traffic_are_as_expected(planned):
     blocks = 3 * (18 * 32**2 + 15 * 32)
     assert blocks * 2 <= gathered / (3 / 4) <= 2 * plan["num_parameters"] * 2
     assert any(kind.startswith("reduce-scatter") for kind in found["collectives"])
-    assert "set as on accelerators" in text and "collectives of one device" in text
+    assert (
+        "on the target: config.model.dtype=bfloat16" in text and "collectives of one device" in text
+    )
 
 
 def test_what_does_not_fit_is_told_with_what_to_try(planned):
@@ -96,9 +97,8 @@ def test_seven_billion_parameters_and_the_size_of_a_state():
 
 def test_sampling_is_planned_and_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    monkeypatch.setattr(planning.wiring, "create_placement", lambda config: one_device())
-    device = accelerator("tpu_v5p")
-    plan = planning.make_plan(tiny_config(), "sample", device, device.memory_gib, tmp_path)
+    monkeypatch.setattr(planning.wiring, "create_placement", lambda *_: one_device())
+    plan = planning.make_plan(tiny_config(), "sample", "tpu_v5p", 1, tmp_path, reason="a test")
     found = plan["programs"]["sample"]
     assert 3 in found["loops"].values() and not found["collectives"]
     assert found["flops_per_device"] == pytest.approx(plan["model_flops"], rel=0.05)
@@ -148,7 +148,7 @@ def test_errors_of_options(option, message):
 def test_errors_of_mesh_and_batch(tmp_path):
     def plan(what="train", **overrides):
         config = tiny_config(**{k.replace("__", "."): v for k, v in overrides.items()})
-        planning.make_plan(config, what, accelerator("h100"), 80, tmp_path)
+        planning.make_plan(config, what, "h100", DEVICES, tmp_path, reason="a test")
 
     with pytest.raises(ValueError, match="a batch of 20 is not divisible by 8 devices"):
         plan(training__batch_size=20)
