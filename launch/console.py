@@ -19,8 +19,8 @@ COMMANDS = {
     "evaluate": "Scores a model's samples against real images.",
     "convert": "Converts a model between this library, PyTorch state dicts and diffusers.",
     "compare": "Compares two sets of images pair by pair, or one model under two ways of sampling.",
-    "plan": "Tells what an experiment needs on many devices, and how fast it can be at most, "
-    "without them.",
+    "plan": "Tells what an experiment needs on devices that are not there, and how fast it can be "
+    "on them.",
     "extract-features": "Encodes images with a VAE once, so that training need not: writes the "
     "latents format.",
     "write-pairs": "Samples a teacher and keeps noise, samples and states between them, to distil "
