@@ -124,7 +124,7 @@ def identify(program: Program, devices: Sequence[jax.Device] | None = None) -> I
             "dit_jax": f"{dit_jax.__version__} ({_sources()})",
             "jax": jax.__version__,
             "jaxlib": jaxlib.__version__,
-            "platform": getattr(devices[0].client, "platform_version", "").split("\n")[0],
+            **_plugins(devices[0].platform),
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         },
     )
@@ -146,6 +146,19 @@ def _describe(leaf: Any) -> str:
     spec = getattr(getattr(leaf, "sharding", None), "spec", None)
     place = f" over {tuple(spec)}" if spec is not None and any(spec) else ""
     return f"{leaf.dtype}[{dims}]{place}"
+
+
+@functools.cache
+def _plugins(platform: str) -> dict[str, str]:
+    """Versions of what compiles for a platform beside jaxlib."""
+    if platform == "cpu":
+        return {}
+    names = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    return {
+        name: names[name]
+        for name in sorted(names)
+        if name.startswith(("jax-cuda", "jax-rocm", "libtpu"))
+    }
 
 
 @functools.cache
@@ -344,10 +357,36 @@ class Programs:
             compiled = load(self.directory, identity, inputs)
         except FileNotFoundError as reason:
             self._announce(f"compiling {program.name!r}: {reason}")
-            with _without_cache():
-                compiled = jax.jit(program.function).lower(*inputs).compile()
-            path = save(self.directory, identity, compiled)
-            self._announce(f"kept {path}, {path.stat().st_size / 2**20:.1f} MiB")
+            compiled = self._compile(program, identity)
         else:
             self._announce(f"{program.name!r} is ready: {self.directory / identity.filename}")
+        return compiled
+
+    def compile_for(
+        self,
+        program: Program,
+        devices: Sequence[jax.Device],
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Keeps the program of devices that are not there.
+
+        Args:
+            program: its inputs are shapes, on `devices` by their shardings.
+            devices: stand-ins (`jax.experimental.topologies`).
+            options: of XLA.
+        """
+        identity = identify(program, devices)
+        if (self.directory / identity.filename).exists():
+            self._announce(f"{program.name!r} is there: {self.directory / identity.filename}")
+            return
+        where = f"{len(devices)} x {devices[0].device_kind}"
+        self._announce(f"compiling {program.name!r} for {where}")
+        self._compile(program, identity, options)
+
+    def _compile(self, program, identity, options=None) -> Callable[..., Any]:
+        with _without_cache():
+            lowered = jax.jit(program.function).lower(*program.inputs.values())
+            compiled = lowered.compile(compiler_options=options)
+        path = save(self.directory, identity, compiled)
+        self._announce(f"kept {path}, {path.stat().st_size / 2**20:.1f} MiB")
         return compiled

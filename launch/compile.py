@@ -7,6 +7,10 @@ Give the options of launch/sample.py: the number of images at once, the solver a
 devices and the checkpoint's shapes decide the program; its weights, the seed, labels and the
 guidance's scale do not. A program is used on the same kind of device by the same versions of JAX
 and dit_jax; where one is missing sample.py says what differs, compiles and keeps it.
+
+For NVIDIA GPUs that are not here (the extra 'plan'; --devices of them):
+
+  python launch/compile.py --workdir=runs/digits --programs=programs --accelerator=h100
 """
 
 import argparse
@@ -19,6 +23,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argument_types.Parser(description=__doc__)
     arguments.add_samples_arguments(parser)
     arguments.add_programs_argument(parser, required=True)
+    parser.add_argument(
+        "--accelerator",
+        choices=[name for name in arguments.ACCELERATORS if not name.startswith("tpu")],
+        help="for GPUs that are not here; default: for this machine's devices",
+    )
+    parser.add_argument(
+        "--devices", type=argument_types.count, help="of --accelerator, how many; default: 1"
+    )
     return parser.parse_args(argv)
 
 
@@ -28,6 +40,17 @@ def main(argv: list[str] | None = None) -> None:
     with command.readable_errors(traceback=args.traceback):
         arguments.check_model(args)
         arguments.check_parallel(args)
+        if args.devices and not args.accelerator:
+            raise ValueError(
+                f"--devices={args.devices} is of --accelerator; a program for this machine is for "
+                "the devices it has"
+            )
+        if args.accelerator:
+            from dit_jax.launch import compiling_elsewhere
+
+            compiling_elsewhere.set_environment()  # before JAX loads
+            compiling_elsewhere.run(args)
+            return
         from dit_jax.launch import sampling
 
         sampling.compile_programs(args)

@@ -244,19 +244,25 @@ class Decoder:
 
     def make_ready(self) -> None:
         """Finds or compiles the program of a batch before there is one."""
-        if self.autoencoder is not None:
-            sharding, size = self._batches()
-            latents = np.zeros((size, *self._latent_shape), np.float32)
-            self._programs.ready(self._program(put_whole(latents, sharding)))
+        for program in self.programs():
+            latents = put_whole(program.inputs["latents"], self._batches()[0])
+            self._programs.ready(self._program(latents))
 
-    def _program(self, latents: jax.Array) -> Program:
+    def programs(self, num_devices: int | None = None) -> list[Program]:
+        """What decodes a batch, for so many devices (None: for those there are); none of pixels."""
+        if self.autoencoder is None:
+            return []
+        _, size = self._batches(num_devices)
+        return [self._program(np.zeros((size, *self._latent_shape), np.float32))]
+
+    def _program(self, latents: jax.Array | np.ndarray) -> Program:
         compiled_in = {"autoencoder": self.autoencoder.config, "rows": self._by_rows}
         inputs = {"params": self._params, "latents": latents}
         return Program("decode", self._decode_batch, compiled_in, inputs)
 
-    def _batches(self) -> tuple[Any, int]:
+    def _batches(self, num_devices: int | None = None) -> tuple[Any, int]:
         """Where latents go that are decoded at once, and how many they are."""
-        devices = 1 if self._by_rows else self._placement.num_devices
+        devices = 1 if self._by_rows else num_devices or self._placement.num_devices
         sharding = self._by_rows.replicated if self._by_rows else self._placement.split
         return sharding, -(-self._settings.batch_size // devices) * devices
 

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from dit_jax.evaluation import load_adm_npz
+from dit_jax.programs import read_header
 from tests.launch.conftest import ROOT, environment, run
+from tests.plugin import needs_plugin
 
 # Prints what JAX traces and compiles from the moment at which the command says what it will do.
 WATCHED = """
@@ -69,3 +71,28 @@ def test_a_fresh_process_starts_at_once(trained, tmp_path):
     assert "is damaged" in error and not (tmp_path / "e.png").exists()
     _, error = run("sample", f"--workdir={trained}", f"--programs={path}", "--out=x.png", status=2)
     assert f"--programs={path} is a file: give a folder" in error
+
+
+@needs_plugin
+def test_for_gpus_that_are_not_here(trained, tmp_path):
+    model = (f"--workdir={trained}", "--num_images=6", f"--programs={tmp_path}")
+    shared = ("--parallel=synchronous", "--patch_devices=4", "--guidance_scale=1.5")
+    out, _ = run("compile", *model, *shared, "--accelerator=h200", "--devices=4")
+    assert "compiling 'sample' for 4 x NVIDIA H200" in out and "never run there" in out
+    (path,) = tmp_path.iterdir()
+    identity, _ = read_header(path)
+    assert identity.accelerator["devices"] == "4"
+    assert identity.accelerator["device"].startswith("NVIDIA H200")
+    assert "ParallelTransformer" in identity.compiled_in["sampler"]
+    out, _ = run("compile", *model, *shared, "--accelerator=h200", "--devices=4")
+    assert f"'sample' is there: {path}" in out  # found by a process of its own
+    out, _ = run("sample", *model, "--guidance_scale=1.5", f"--out={tmp_path / 'a.png'}")
+    assert "is for device NVIDIA H200" in out and "instead of cpu" in out
+
+
+def test_what_does_not_go_together(trained, tmp_path):
+    model = (f"--workdir={trained}", f"--programs={tmp_path}")
+    _, error = run("compile", *model, "--devices=2", status=2)
+    assert "--devices=2 is of --accelerator" in error
+    _, error = run("compile", *model, "--accelerator=h1000", status=2)
+    assert "invalid choice: 'h1000'" in error
