@@ -164,12 +164,22 @@ class Discriminator:
         """Logits that say 'real' where positive, one a head.
 
         Raises:
-            ValueError: the maps are not those it was made for.
+            ValueError: the maps are not those it was made for; a transformer's head takes grids of
+                any size.
         """
         shapes = tuple(feature.shape[1:] for feature in features)
-        if shapes != self.shapes:
+        if not self._reads(shapes):
             raise ValueError(f"the discriminator reads maps of {self.shapes}, got {shapes}")
         return nnx.merge(self._graph, params)(tuple(features))
+
+    def _reads(self, shapes: tuple[tuple[int, int, int], ...]) -> bool:
+        """Whether maps of these shapes are read: a U-Net's head sees the whole of its map."""
+        if self.head == "unet" or len(shapes) != len(self.shapes):
+            return shapes == self.shapes
+        return all(
+            found[2] == made[2] and (min(found[:2]) > 1 or min(made[:2]) == 1)
+            for found, made in zip(shapes, self.shapes, strict=True)
+        )
 
     @property
     def flops_per_example(self) -> float:

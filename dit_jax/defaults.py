@@ -73,6 +73,8 @@ def _library_config() -> ml_collections.ConfigDict:
             "model": {
                 "name": "dit",  # dit | song_unet | dhariwal_unet
                 "image_size": 32,  # input side: latents are 32 for 256 pixels, 64 for 512
+                # (height, width) if not a square of image_size, whose layers' names a U-Net keeps.
+                "input_size": (),
                 "in_channels": 4,  # of images or latents: 1 grey, 3 RGB, 4 latents of SD's VAE
                 "num_classes": 1000,  # 0: unconditional
                 "second_time": "none",  # none | r | t-r: what else of time the network sees
@@ -293,23 +295,32 @@ def _library_config() -> ml_collections.ConfigDict:
                 "name": "latents",  # digits | image_folder | jpeg_npz | latents | pairs | tfds
                 "horizontal_flip": False,  # mirror half of the training images
                 "num_workers": 0,  # processes that read and decode; 0: a thread of this one
+                "digits": {
+                    "resize": "none"
+                },  # adm: scale and centre-crop to the model's size | none
                 "latents": {
                     "path": "",  # folder that launch/extract_features.py wrote
                     "moments": "sample",  # of the VAE's posterior: sample (at every read) | mean
                 },
                 "image_folder": {
                     "path": "",  # folder of class subfolders
-                    "resize": "adm",  # adm: scale and centre-crop to model.image_size | none
+                    "resize": "adm",  # adm: scale and centre-crop to the model's size | none
+                    # Sizes, '192x320,256x256', of which an image gets the one of nearest aspect;
+                    # auto:64: all of about the model's pixels in multiples of 64; empty: one size.
+                    "buckets": "",
                     "test_fraction": 0.0,  # share held out where the folder has no test/
                     "verify": "fast",  # fast | full | none: looking for corrupt files
                     "index_cache": "",  # where the result of that is kept; empty: beside the data
                 },
-                "jpeg_npz": {"path": ""},  # with {split} where the split's name stands
+                "jpeg_npz": {
+                    "path": "",  # with {split} where the split's name stands
+                    "resize": "none",  # adm: scale and centre-crop to the model's size | none
+                },
                 "pairs": {"path": ""},  # noise and a teacher's samples, of launch/write_pairs.py
                 "tfds": {
                     "dataset": "",  # its name in TFDS, as cifar10
                     "data_dir": "",  # where TFDS keeps it; empty: TFDS's default
-                    "resize": "adm",  # adm: scale and centre-crop to model.image_size | none
+                    "resize": "adm",  # adm: scale and centre-crop to the model's size | none
                 },
             },
             "augmentation": {  # EDM's, on the device, told to the network (model.augment_dim)
@@ -388,6 +399,9 @@ def _library_config() -> ml_collections.ConfigDict:
                 "guidance_channels": "all",  # all | first3 (the original DiT's)
                 "spacing": "",  # of the times (diffusion.schedules); empty: by solver and process
                 "shift": 1.0,  # of flow's times, above 1 towards noise
+                # Instead, by size: (tokens, log of the shift, more tokens, log of theirs), linear
+                # between and beyond; FLUX.1's (256, 0.5, 4096, 1.15). Empty: by shift alone.
+                "shift_by_tokens": (),
                 "rho": 7.0,  # of EDM's times
                 "ddpm": {
                     # Of a step's noise; auto: learned where the network predicts it.

@@ -21,6 +21,7 @@ from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import LOSS_WEIGHTS, PROCESSES, TIME_DISTRIBUTIONS, TimeDistribution
 from dit_jax.diffusion.process import DDPM, Process
 from dit_jax.diffusion.samplers import Solver, make_solver, schedule
+from dit_jax.diffusion.schedules import shift_of_tokens
 from dit_jax.models import NETWORK_CONFIGS, Network
 from dit_jax.named_options import options_named, renamed
 from dit_jax.programs import Program
@@ -124,13 +125,16 @@ def build_network(config: ml_collections.ConfigDict) -> Network:
         # U-Nets of iDDPM's preconditioning have its channels, and leave them unused.
         process = config.process
         fields["learn_sigma"] = (process.name, process.edm.preconditioning) == ("edm", "iddpm")
-    return Network(create(**{key: fields[key] for key in fields if key in wanted}))
+    network = Network(create(**{key: fields[key] for key in fields if key in wanted}))
+    size = tuple(fields["input_size"])
+    return network.at_size(size) if size else network
 
 
 # What of config.model decides neither shapes nor meaning of parameters: how a network is run. The
 # image size neither: positions are computed, and a network may go on at another resolution.
 _EXECUTION = (
     "image_size",
+    "input_size",
     "remat",
     "attention",
     "custom_gradients",
@@ -196,6 +200,14 @@ def require_trainable(config: ml_collections.ConfigDict) -> None:
             "Set --config.model.param_dtype=auto; what products are computed in is "
             "config.model.dtype"
         )
+
+
+def size_setting(config: ml_collections.ConfigDict, size: tuple[int, int]) -> str:
+    """The key, with its value, that makes inputs of a (height, width), for hints."""
+    height, width = size
+    if height == width and not config.model.input_size:
+        return f"config.model.image_size={height}"
+    return f"config.model.input_size={height},{width}"
 
 
 def build_process(config: ml_collections.ConfigDict) -> Process:
@@ -383,18 +395,31 @@ def unguidable(config: ml_collections.ConfigDict) -> str:
     return ""
 
 
-def build_sampling(config: ml_collections.ConfigDict) -> SamplingPlan:
+def build_sampling(
+    config: ml_collections.ConfigDict, size: tuple[int, int] | None = None
+) -> SamplingPlan:
     """The sampler of `config.sampling`.
+
+    Args:
+        config: resolved.
+        size: (height, width) of the samples, of latents where the model makes those; None for what
+            `config.model` says.
 
     Raises:
         ConfigError: options that do not fit the process or each other.
+        ValueError: the network makes no samples of this size.
     """
+    if size is not None:
+        config = config.copy_and_resolve_references()
+        with config.unlocked():
+            config.model.input_size = tuple(size)
     c, denoiser = config.sampling, build_denoiser(config)
     options = c[c.solver].to_dict() if c.solver in c else {}
     try:
         solver = make_solver(c.solver, **options)
-        times = _sampling_times(c, solver, denoiser.process)
-        solver.init(denoiser.process, jax.numpy.zeros((1, *denoiser.network.sample_shape)))
+        times = _sampling_times(c, solver, denoiser)
+        channels = denoiser.network.sample_shape[-1]
+        solver.init(denoiser.process, jax.numpy.zeros((1, 1, 1, channels)))  # small: it is checked
     except (ValueError, TypeError) as error:
         raise ConfigError(f"config.sampling: {error}") from error
     interval = tuple(c.guidance_interval)
@@ -424,11 +449,13 @@ def build_sampling(config: ml_collections.ConfigDict) -> SamplingPlan:
     return SamplingPlan(sampler, times, c.guidance_scale, interval or None)
 
 
-def _sampling_times(c: ml_collections.ConfigDict, solver: Solver, process: Process) -> np.ndarray:
+def _sampling_times(c: ml_collections.ConfigDict, solver: Solver, denoiser: Denoiser) -> np.ndarray:
+    process = denoiser.process
     if not c.times:
         spacing = c.spacing or _default_spacing(solver, process)
-        return schedule(process, c.steps, spacing, shift=c.shift, rho=c.rho)
-    for key, default in (("spacing", ""), ("shift", 1.0), ("rho", 7.0)):
+        shift = _sampling_shift(c, denoiser.network)
+        return schedule(process, c.steps, spacing, shift=shift, rho=c.rho)
+    for key, default in (("spacing", ""), ("shift", 1.0), ("shift_by_tokens", ()), ("rho", 7.0)):
         if c[key] != default:
             raise ValueError(f"{key}={c[key]!r} would do nothing beside explicit times")
     times = np.asarray(c.times, np.float32)
@@ -447,17 +474,32 @@ def _sampling_times(c: ml_collections.ConfigDict, solver: Solver, process: Proce
     return times
 
 
+def _sampling_shift(c: ml_collections.ConfigDict, network: Network) -> float:
+    """How far times are shifted towards noise, of the network's size of input."""
+    if not c.shift_by_tokens:
+        return c.shift
+    points = tuple(c.shift_by_tokens)
+    if c.shift != 1.0:
+        raise ValueError(f"shift={c.shift!r} would do nothing beside shift_by_tokens={points}")
+    if network.num_tokens is None:
+        raise ValueError(
+            f"shift_by_tokens={points} needs a network of tokens, which {network.config.title} is "
+            "not: set shift"
+        )
+    return shift_of_tokens(network.num_tokens, points)
+
+
 def _default_spacing(solver: Solver, process: Process) -> str | None:
     # Multistep extrapolation over the long last step of evenly spaced indices misses badly at 20
     # steps and fewer; ending on evenly spaced ones from T - 1 downwards does not.
     return "trailing" if solver.extrapolates and isinstance(process, DDPM) else None
 
 
-def _data_names(name: str, options: Iterable[str]) -> dict[str, str]:
+def _data_names(config: ml_collections.ConfigDict, options: Iterable[str]) -> dict[str, str]:
     """What a source's options, in its errors, are called in the configuration."""
-    names = {key: f"config.data.{name}.{key}" for key in options}
+    names = {key: f"config.data.{config.data.name}.{key}" for key in options}
     return names | {
-        "image_size": "config.model.image_size",
+        "image_size": f"config.model.{'input_size' if config.model.input_size else 'image_size'}",
         "channels": "config.model.in_channels",
         "num_classes": "config.model.num_classes",
     }
@@ -480,9 +522,10 @@ def _missing_data(config: ml_collections.ConfigDict, key: str) -> str:
     if name != "latents":
         return f"{key} is empty: set --{key}={_EXPECTED.get(name, '...')}"
     vae = 8 if model.in_channels == 4 else 1  # pixels a latent's side, of Stable Diffusion's
+    pixels = tuple(vae * side for side in build_network(config).sample_shape[:2])
     lines = [
         f"{key} is empty. This experiment trains on latents of images, which are made once:",
-        f"  {extraction_command(vae * model.image_size, 'latents')}",
+        f"  {extraction_command(pixels, 'latents')}",
         "(IMAGES: a folder with a subfolder of images for every class.) Then train with",
         f"  --{key}=latents",
     ]
@@ -498,6 +541,22 @@ def _missing_data(config: ml_collections.ConfigDict, key: str) -> str:
     return "\n".join(lines)
 
 
+def _require_buckets(
+    config: ml_collections.ConfigDict, network: Network, info: data_lib.DatasetInfo
+) -> None:
+    """Refuses images of sizes that the network does not take."""
+    found, multiple = info.image_shape[-1], network.side_multiple
+    if found != config.model.in_channels:
+        raise ConfigError(f"{info.name} has {found} channels: set config.model.in_channels={found}")
+    for bucket in info.buckets:
+        if any(side % multiple for side in bucket.size):
+            raise ConfigError(
+                f"{info.name} has a bucket {bucket} (height x width); the network takes sides that "
+                f"are multiples of {multiple}: choose others"
+            )
+        network.at_size(bucket.size)
+
+
 def open_data(config: ml_collections.ConfigDict, split: str):
     """The source of `config.data`, checked against `config.model`.
 
@@ -511,23 +570,26 @@ def open_data(config: ml_collections.ConfigDict, split: str):
             raise ConfigError(_missing_data(config, f"config.data.{name}.{key}"))
     options = {key: value for key, value in options.items() if value != ""}
     taken = data_lib.options_of(name)
-    of_model = {"image_size": model.image_size, "channels": model.in_channels}
+    network = build_network(config)
+    wanted = network.sample_shape
+    height, width, channels = wanted
+    of_model = {"image_size": height if height == width else (height, width), "channels": channels}
     options.update({key: value for key, value in of_model.items() if key in taken})
     if name == "pairs":
         process = config.process[config.process.name].to_dict()
         options.update(process={"name": config.process.name, **process})
         if config.method.name == "kd":
             options.update(times=build_sampling(config).times[:-1].tolist())
-    with options_named(_data_names(name, options)):
+    with options_named(_data_names(config, options)):
         source = data_lib.open_source(name, split, **options)
     info = source.info
-    network = build_network(config)
-    wanted = network.sample_shape
-    if tuple(info.image_shape) != wanted:
-        height, _, channels = info.image_shape
+    if info.buckets:
+        _require_buckets(config, network, info)
+    elif tuple(info.image_shape) != wanted:
+        *size, channels = info.image_shape
         raise ConfigError(
             f"{name} delivers images of {tuple(info.image_shape)}, the model takes {wanted}: set "
-            f"config.model.image_size={height} and config.model.in_channels={channels}"
+            f"{size_setting(config, size)} and config.model.in_channels={channels}"
         )
     missing = [
         key for key, c in network.conditions.items() if c.required and key not in info.conditions

@@ -73,9 +73,10 @@ GUIDANCE = Range(0, 1000)  # 0: no condition, 1: no guidance
 _KEYS = {
     SEED: "seed",
     COUNT: """
-        model.image_size model.in_channels model.dit.patch_size model.dit.hidden_size
-        model.dit.depth model.dit.num_heads model.*_unet.model_channels model.*_unet.channel_mult
-        model.*_unet.channel_mult_emb model.*_unet.num_blocks model.song_unet.channel_mult_noise
+        model.image_size model.input_size model.in_channels model.dit.patch_size
+        model.dit.hidden_size model.dit.depth model.dit.num_heads
+        model.*_unet.model_channels model.*_unet.channel_mult model.*_unet.channel_mult_emb
+        model.*_unet.num_blocks model.song_unet.channel_mult_noise
         process.ddpm.num_timesteps process.edm.num_timesteps timesteps.polynomial.num_levels
         method.*.images_per_stage method.*.student_update_frequency method.f_distill.ratio_bins
         training.num_steps training.batch_size training.num_microbatches training.log_every
@@ -92,7 +93,7 @@ _KEYS = {
     """,
     Range(whole=True): "model.song_unet.resample_filter",
     FINITE: """
-        timesteps.*.mean method.mean_flow.r_mean
+        timesteps.*.mean method.mean_flow.r_mean sampling.shift_by_tokens
     """,
     POSITIVE: """
         model.dit.mlp_ratio model.dit.mlp_norm_epsilon process.flow.time_scale
@@ -183,6 +184,9 @@ INTERVALS = (
     "method.mean_flow.guidance_interval",
 )
 
+# Keys that hold a (height, width), or nothing.
+SIZES = ("model.input_size",)
+
 
 def _matches(pattern: str, path: str) -> bool:
     """Whether a flat key is meant by a pattern, in which a '*' is a part of one name, or names."""
@@ -212,6 +216,8 @@ def number_error(path: str, value: Any) -> str | None:
         return None if value in wanted else f"config.{path}={value!r}: expected {wanted}"
     if any(element not in wanted for element in value):
         return f"config.{path}={value!r}: expected every element {wanted}"
+    if path in SIZES and len(value) not in (0, 2):
+        return f"config.{path}={value!r}: expected (height, width) or ()"
     if path in INTERVALS:
         if len(value) not in (0, 2):
             return f"config.{path}={value!r}: expected (low, high) or ()"

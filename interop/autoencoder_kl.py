@@ -209,7 +209,34 @@ def load_autoencoder(
         InteropError: no autoencoder there, another architecture, or weights that differ from the
             configuration (one error with all differences).
     """
-    path = Path(path).expanduser()
+    config, file, weights = _open(Path(path).expanduser(), which, dtype)
+    only_bfloat16 = all(spec.dtype == jnp.bfloat16 for spec in file.specs.values())
+    in_file = "bfloat16" if only_bfloat16 else "float32"
+    if resolve_param_dtype(param_dtype, in_file) == "bfloat16":
+        config = dataclasses.replace(config, param_dtype="bfloat16")
+    autoencoder = AutoencoderKL(config)
+    original = any("mid.block_1." in name for name in file.specs)
+    table = (original_table if original else diffusers_table)(config)
+    params = load_params(
+        table,
+        abstract_params(autoencoder),
+        file,
+        put=lambda path, array: jax.device_put(array, sharding),
+    )
+    return autoencoder, params, _sha256(weights)
+
+
+def read_autoencoder_config(path: str | os.PathLike) -> AutoencoderKLConfig:
+    """The configuration of an autoencoder, without reading its weights.
+
+    Raises:
+        InteropError: as `load_autoencoder`.
+    """
+    return _open(Path(path).expanduser(), "", "auto")[0]
+
+
+def _open(path: Path, which: str, dtype: str) -> tuple[AutoencoderKLConfig, TensorFile, Path]:
+    """Configuration, tensors and weights file of what `load_autoencoder` is to read."""
     if path.is_dir():
         folder = path / "vae" if (path / "vae" / CONFIG).is_file() else path
         if which:
@@ -227,20 +254,7 @@ def load_autoencoder(
             "for instance hub:stabilityai/sd-vae-ft-mse"
         )
     _latent_channels(file)  # another architecture is told as such, not as a thousand differences
-    only_bfloat16 = all(spec.dtype == jnp.bfloat16 for spec in file.specs.values())
-    in_file = "bfloat16" if only_bfloat16 else "float32"
-    if resolve_param_dtype(param_dtype, in_file) == "bfloat16":
-        config = dataclasses.replace(config, param_dtype="bfloat16")
-    autoencoder = AutoencoderKL(config)
-    original = any("mid.block_1." in name for name in file.specs)
-    table = (original_table if original else diffusers_table)(config)
-    params = load_params(
-        table,
-        abstract_params(autoencoder),
-        file,
-        put=lambda path, array: jax.device_put(array, sharding),
-    )
-    return autoencoder, params, _sha256(weights)
+    return config, file, weights
 
 
 def _read_config(folder: Path, within: Path) -> dict[str, Any]:
@@ -267,7 +281,7 @@ def _by_own_names(file: TensorFile) -> TensorFile:
         return file  # a whole Stable Diffusion, which the tables know
     file, notes = without_prefix(file, AUTOENCODERS)
     for note in notes:
-        warnings.warn(f"{file.path}: {note}", stacklevel=4)
+        warnings.warn(f"{file.path}: {note}", stacklevel=5)
     return file
 
 
@@ -280,7 +294,7 @@ def _known_config(file: TensorFile, which: str, dtype: str) -> AutoencoderKLConf
         warnings.warn(
             f"{file.path} has no {CONFIG}: taken for the {name!r} autoencoder, scaling factor "
             f"{config.scaling_factor}, shift {config.shift_factor}",
-            stacklevel=3,
+            stacklevel=4,
         )
     return AutoencoderKLConfig(**{**vars(config), "dtype": dtype})
 

@@ -46,6 +46,18 @@ def label(text: str) -> int | str:
     return count_or_none(text)
 
 
+def image_size(text: str) -> int | tuple[int, int]:
+    """A type for argparse: the side of a square in pixels, or HEIGHTxWIDTH."""
+    sides = text.split("x")
+    try:
+        found = tuple(count(side) for side in sides)
+    except argparse.ArgumentTypeError:
+        found = ()
+    if len(found) not in (1, 2):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a side in pixels, or HEIGHTxWIDTH")
+    return found[0] if len(found) == 1 else found
+
+
 seed = number(ranges.SEED)
 time = number(ranges.NOT_NEGATIVE)  # of a process
 share_below_one = number(ranges.SHARE_BELOW_ONE)

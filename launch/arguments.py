@@ -81,6 +81,13 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--guidance_channels", help="all, or first3 as the original DiT", choices=["all", "first3"]
     )
+    for side in ("height", "width"):
+        group.add_argument(
+            f"--{side}",
+            type=argument_types.count,
+            metavar="PIXELS",
+            help=f"{side} of the images; default: what the model was trained on",
+        )
     group.add_argument(
         "--batch_size", type=argument_types.count, help="images sampled at once, over all devices"
     )

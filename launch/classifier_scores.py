@@ -38,7 +38,13 @@ def evaluate(
     """
     config = model.config
     images = real_images(config)
-    train = data_lib.to_arrays(experiment.open_data(images, "train"))
+    source = experiment.open_data(images, "train")
+    if source.info.buckets:
+        raise ValueError(
+            "the run's data are of several sizes, which the classifier cannot see: score with "
+            "--reference=IMAGES"
+        )
+    train = data_lib.to_arrays(source)
     test = data_lib.to_arrays(experiment.open_data(images, "test"))
     if train[0].dtype != np.uint8:
         raise ValueError(

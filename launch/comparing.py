@@ -98,10 +98,12 @@ def choose_features(
         return None, "no features; give --inception=FILE, or --classifier=WORKDIR for small images"
     config = methods.resolve_config(workdir.load_config(run).to_dict())
     config = classifier_scores.real_images(config)
-    wanted = (config.model.image_size, config.model.image_size, config.model.in_channels)
+    wanted = experiment.build_network(config).sample_shape
     why = ""
     if not config.model.num_classes:
         why = f"the data of {run} have no classes to learn features from; give --inception=FILE"
+    elif config.data.get(config.data.name, {}).get("buckets"):
+        why = f"the data of {run} are of several sizes; give --inception=FILE"
     elif tuple(shape) != wanted:
         why = f"the images are not of the size of {run}'s data; give --inception=FILE"
     elif min(shape[:2]) >= 16 and not args.classifier:

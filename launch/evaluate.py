@@ -19,6 +19,8 @@ from dit_jax.launch import argument_types, arguments, command
 # Options that make samples, besides those of `arguments.sampling_overrides`.
 _OF_SAMPLING = (
     "num_images",
+    "height",
+    "width",
     "rounding",
     "seed",
     "vae",
@@ -103,6 +105,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         given = [name for name, value in defaults.items() if getattr(args, name) != value]
         if given:
             raise ValueError(f"--{given[0]} needs --reference: what to compare with")
+        for side in ("height", "width"):
+            if getattr(args, side):
+                raise ValueError(
+                    f"--{side} needs --reference: the classifier of a run's data sees images of "
+                    "their size alone"
+                )
         if args.workdir is None:
             raise ValueError(
                 "give --workdir (scores by a classifier of the run's data) or --reference (FID)"

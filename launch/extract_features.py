@@ -12,6 +12,7 @@ was, and ends with the same bits. Then train with
 """
 
 import argparse
+import math
 import shlex
 
 from dit_jax.launch import argument_types, arguments, command, spelling
@@ -34,8 +35,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     images.add_argument(
         "--image_size",
-        type=argument_types.count,
-        help="side after ADM's scale and crop; default: as they are",
+        type=argument_types.image_size,
+        metavar="SIDE|HEIGHTxWIDTH",
+        help="after ADM's scale and crop; default: as they are",
+    )
+    images.add_argument(
+        "--buckets",
+        default="",
+        help="of image_folder: sizes of which each image gets the one of nearest aspect ratio, "
+        "'192x320,256x256,320x192', or auto:64 (docs/data.md)",
     )
     vae = parser.add_argument_group("VAE")
     vae.add_argument(
@@ -94,10 +102,13 @@ def extract(args: argparse.Namespace) -> None:
     print(f"done: {folder}, {size / 2**20:.4g} MiB")
     if header.split != "train":
         return
-    height, _, channels = header.fields["latents"].shape
+    shapes = [header.shape_of("latents", number) for number in range(len(header.shards))]
+    height, width, channels = max(shapes, key=math.prod)
+    square = height == width and len(set(shapes)) == 1
+    size = f"image_size={height}" if square else f"input_size={height},{width}"
     train = ["python", "launch/train.py", "--config=configs/dit_b2.py"]
     train += ["--workdir=runs/latents"]
-    train += [f"--config.data.latents.path={args.out}", f"--config.model.image_size={height}"]
+    train += [f"--config.data.latents.path={args.out}", f"--config.model.{size}"]
     train.append(f"--config.model.in_channels={channels}")
     train.append(f"--config.model.num_classes={header.num_classes}")
     if args.flip != "pairs":

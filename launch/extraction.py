@@ -1,6 +1,7 @@
 """Encoding a split of images into a folder of latents: the work of launch/extract_features.py."""
 
 import argparse
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax import data as data_lib
+from dit_jax.data.images import as_size
 from dit_jax.data.records import check_destination
 from dit_jax.data.records.header import LABEL
 from dit_jax.interop import hub
@@ -45,13 +47,14 @@ def source_options(args: argparse.Namespace, channels: int) -> dict[str, Any]:
         ValueError: an option is missing, or does nothing for this source.
     """
     takes = {
-        "image_folder": {"path", "image_size", "test_fraction"},
+        "image_folder": {"path", "image_size", "buckets", "test_fraction"},
         "tfds": {"path", "dataset", "image_size"},
         "jpeg_npz": {"path", "image_size"},
         "digits": {"image_size"},
     }[args.data]
     given = {"path": args.path or None, "dataset": args.dataset or None}
     given |= {"image_size": args.image_size, "test_fraction": args.test_fraction}
+    given["buckets"] = args.buckets or None
     useless = [name for name, value in given.items() if value is not None and name not in takes]
     if useless:
         raise ValueError(f"--{useless[0]} does nothing with --data={args.data}: leave it out")
@@ -59,16 +62,15 @@ def source_options(args: argparse.Namespace, channels: int) -> dict[str, Any]:
     if needed and given[needed] is None:
         raise ValueError(f"--data={args.data} needs --{needed}=...")
     options = {name: value for name, value in given.items() if value is not None}
+    options["resize"] = "adm" if args.image_size or args.buckets else "none"
     if args.data == "digits":
-        options.pop("image_size", None)
         return options
     options["channels"] = channels
     if args.data == "jpeg_npz":
-        options.pop("image_size", None)
-        return {**options, "keep_decoded": False}  # each image is read once
+        options["keep_decoded"] = False  # each image is read once
     if args.data == "tfds" and "path" in options:
         options["data_dir"] = options.pop("path")
-    return {**options, "resize": "adm" if args.image_size else "none"}
+    return options
 
 
 def open_images(args: argparse.Namespace, autoencoder: AutoencoderKL) -> data_lib.Source:
@@ -79,25 +81,22 @@ def open_images(args: argparse.Namespace, autoencoder: AutoencoderKL) -> data_li
     """
     channels = autoencoder.config.in_channels
     if args.image_size is not None:
-        autoencoder.latent_shape(args.image_size, args.image_size)
+        autoencoder.latent_shape(*as_size(args.image_size))
     names = {
         "resize='adm' and image_size": f"--image_size={autoencoder.config.sample_size or 256}",
         "image_size": "--image_size",
+        "buckets": "--buckets",
         "test_fraction": "--test_fraction",
     }
     with options_named(names):
         source = data_lib.open_source(args.data, args.split, **source_options(args, channels))
     height, width, found = source.info.image_shape
-    if args.image_size is not None and (height, width) != (args.image_size,) * 2:
-        raise ValueError(
-            f"the images of {source.info.name} are {height}x{width} and --data={args.data} cannot "
-            f"resize: leave out --image_size={args.image_size}"
-        )
     if found != channels:
         raise ValueError(
             f"the images of {source.info.name} have {found} channels, the VAE encodes {channels}"
         )
-    autoencoder.latent_shape(height, width)
+    for size in [bucket.size for bucket in source.info.buckets] or [(height, width)]:
+        autoencoder.latent_shape(*size)
     return source
 
 
@@ -118,8 +117,11 @@ def make_header(
         "seed": args.seed,
         "compute_dtype": resolve_dtype(args.compute_dtype).name,
     }
+    shape = autoencoder.latent_shape(*info.image_shape[:2])
+    if info.buckets:
+        shape, settings["buckets"] = (None, None, shape[-1]), args.buckets
     return data_lib.latents_header(
-        autoencoder.latent_shape(*info.image_shape[:2]),
+        shape,
         scaling_factor=autoencoder.config.scaling_factor,
         shift_factor=autoencoder.config.shift_factor,
         dtype=args.dtype,
@@ -190,7 +192,19 @@ def read_batches(
     Yields:
         The numbers of all processes' images of the batch, and the batch with its conditions.
     """
-    if start >= len(source):  # killed between the last shard and the header
+    options = {"batch_size": batch_size, "num_workers": num_workers}
+    first = 0
+    for part in parts_of(source):
+        skipped = min(max(0, start - first), len(part))
+        yield from _read_part(part, start=skipped, first=first, **options)
+        first += len(part)
+
+
+def _read_part(
+    source: data_lib.Source, batch_size: int, *, start: int, first: int, num_workers: int
+) -> Iterator[tuple[np.ndarray, data_lib.Batch]]:
+    """`read_batches` of images of one size, of which image 0 is number `first`."""
+    if start >= len(source):  # killed between its last shard and what follows
         return
     count = jax.process_count()
     loader = data_lib.make_loader(
@@ -214,9 +228,48 @@ def read_batches(
     try:
         for number, batch in enumerate(batches):
             batch = jax.tree.map(filled, {"image": batch["image"], **batch["conditions"]})
-            yield np.arange(batch_size, dtype=np.int32) + (start + number * batch_size), batch
+            begun = first + start + number * batch_size
+            yield np.arange(batch_size, dtype=np.int32) + begun, batch
     finally:
         batches.close()
+
+
+class _Part(data_lib.Source):
+    """The images of one bucket of a source."""
+
+    def __init__(self, source: data_lib.Source, bucket: int):
+        self._source, self._members = source, source.members(bucket)
+        found, channels = source.info.buckets[bucket], source.info.image_shape[-1]
+        self.slow_to_read = source.slow_to_read
+        self.info = dataclasses.replace(
+            source.info,
+            image_shape=(*found.size, channels),
+            num_examples=found.count,
+            buckets=(),
+        )
+
+    def __getitem__(self, index: int) -> data_lib.Example:
+        return self._source[int(self._members[index])]
+
+    def describe(self, index: int) -> str:
+        return self._source.describe(int(self._members[index]))
+
+    def batch(self, indices, **options) -> data_lib.Batch:
+        return self._source.batch(self._members[indices], **options)
+
+
+def parts_of(source: data_lib.Source) -> list[data_lib.Source]:
+    """A source whose images have one size, or a source for each of its buckets."""
+    return [_Part(source, number) for number in range(len(source.info.buckets))] or [source]
+
+
+def batch_counts(source: data_lib.Source, batch_size: int) -> list[int]:
+    """Images of each batch: the last of every size may have fewer."""
+    counts = []
+    for part in parts_of(source):
+        full, rest = divmod(len(part), batch_size)
+        counts += [batch_size] * full + [rest] * bool(rest)
+    return counts
 
 
 def run(args: argparse.Namespace) -> tuple[Path, data_lib.Header]:
@@ -245,6 +298,9 @@ def run(args: argparse.Namespace) -> tuple[Path, data_lib.Header]:
         return {"latents": latents, **batch}
 
     size = "x".join(map(str, header.fields["latents"].shape))
+    if source.info.buckets:
+        listed = ", ".join(f"{bucket} ({bucket.count})" for bucket in source.info.buckets)
+        size = f"{len(source.info.buckets)} sizes, of images of {listed}"
     header = recording.record(
         folder,
         header,
@@ -256,6 +312,7 @@ def run(args: argparse.Namespace) -> tuple[Path, data_lib.Header]:
         unit="image",
         total=len(source),
         batch_size=batch_size,
+        counts=batch_counts(source, batch_size),
         nulls=source.info.null_conditions,
         remedy="--dtype=float16 halves that, --kind=samples too",
     )

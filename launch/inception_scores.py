@@ -52,6 +52,9 @@ def new_samples(
     rounding = args.rounding or (protocol.rounding if protocol else "nearest")
     placement = wiring.create_placement(model.config)
     decoder = loading.Decoder(model.config, model.autoencoder, placement)
+    batch_size = min(count, model.config.sampling.batch_size)
+    shape = decoder.image_shape(model.network.sample_shape)
+    sampling.require_batch_memory(batch_size, shape)
     stream = wiring.stream_images(
         experiment.build_sampling(model.config),
         model.params,

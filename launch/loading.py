@@ -17,6 +17,7 @@ from dit_jax.interop.autoencoder_kl import load_autoencoder
 from dit_jax.interop.models import FoundModel
 from dit_jax.interop.table import abstract_params
 from dit_jax.launch import arguments, methods, wiring
+from dit_jax.launch.sizes import size_overrides
 from dit_jax.models import Network
 from dit_jax.models.linear import resolve_param_dtype
 from dit_jax.parallel.distributed import gathered
@@ -70,9 +71,15 @@ def load_from_arguments(args: argparse.Namespace, overrides: dict[str, Any]) -> 
     vae = resolve_source(args.vae)
     if args.param_dtype:
         overrides = {**overrides, "model.param_dtype": args.param_dtype}
+    size = (args.height, args.width)
     if args.workdir:
         return load_model(
-            args.workdir, weights=args.weights, step=args.step, overrides=overrides, vae=vae
+            args.workdir,
+            weights=args.weights,
+            step=args.step,
+            overrides=overrides,
+            vae=vae,
+            size=size,
         )
     found = methods.open_any(
         args.init_from,
@@ -84,7 +91,7 @@ def load_from_arguments(args: argparse.Namespace, overrides: dict[str, Any]) -> 
     )
     for note in found.notes:
         print(f"note: {note}", flush=True)
-    model = load_found(found, overrides=overrides, vae=vae)
+    model = load_found(found, overrides=overrides, vae=vae, size=size)
     for note in found.finiteness.note():
         print(f"note: {note}", flush=True)
     return model
@@ -102,6 +109,7 @@ def load_model(
     step: int | None = None,
     overrides: dict | None = None,
     vae: Path | None = None,
+    size: tuple[int | None, int | None] = (None, None),
 ) -> TrainedModel:
     """Reads what a workdir's newest checkpoint (or that of `step`) holds for sampling.
 
@@ -111,28 +119,40 @@ def load_model(
         step: which checkpoint.
         overrides: configuration values to change, as {'sampling.steps': 50}.
         vae: the decoder of latents, instead of config.autoencoder.path.
+        size: (height, width) of its images in pixels; None for the configured one.
 
     Raises:
         WorkdirError: it is no workdir.
         CheckpointError: it has no such checkpoint or no such weights.
+        ValueError: the model makes no images of this size.
     """
     config = workdir.load_config(directory).copy_and_resolve_references()
-    config = methods.resolve_config(_here(wiring.override(config.to_dict(), overrides or {})))
+    autoencoder = vae or (Path(config.autoencoder.path) if config.autoencoder.path else None)
+    overrides = {**(overrides or {}), **size_overrides(config, *size, autoencoder)}
+    config = methods.resolve_config(_here(wiring.override(config.to_dict(), overrides)))
     param_dtype, config.model.param_dtype = config.model.param_dtype, "float32"
     method = methods.build_method(config)  # of whose state the run's checkpoints are
     config.model.param_dtype = resolve_param_dtype(param_dtype)
     run = RunWeights(directory, method, weights or config.sampling.weights)
     saved, params = run.load(_placer(config), step, _shapes(config))
-    autoencoder = vae or (Path(config.autoencoder.path) if config.autoencoder.path else None)
     names = class_names.load(directory, config.model.num_classes)
     return TrainedModel(config, params, saved.name, saved.step, str(directory), autoencoder, names)
 
 
 def load_found(
-    found: FoundModel, *, overrides: dict | None = None, vae: Path | None = None
+    found: FoundModel,
+    *,
+    overrides: dict | None = None,
+    vae: Path | None = None,
+    size: tuple[int | None, int | None] = (None, None),
 ) -> TrainedModel:
-    """Reads a model that `interop.open_model` found onto the devices, array by array."""
-    values = _here(wiring.override(found.config.to_dict(), overrides or {}))
+    """Reads a model that `interop.open_model` found onto the devices, array by array.
+
+    The arguments are those of `load_model`.
+    """
+    vae = vae or found.autoencoder
+    overrides = {**(overrides or {}), **size_overrides(found.config, *size, vae)}
+    values = _here(wiring.override(found.config.to_dict(), overrides))
     config = methods.resolve_config(values)
     put, model = _placer(config), config.model
     model.param_dtype = resolve_param_dtype(model.param_dtype, found.param_dtype)
@@ -144,7 +164,7 @@ def load_found(
         found.weights,
         found.step,
         source,
-        vae or found.autoencoder,
+        vae,
         found.class_names,
     )
 
@@ -282,6 +302,19 @@ class Decoder:
         factor, channels = self.autoencoder.downsampling_factor, self.autoencoder.config
         return (sample_shape[0] * factor, sample_shape[1] * factor, channels.out_channels)
 
+    def require_rows(self, sample_shape: tuple[int, int, int]) -> None:
+        """Refuses samples whose rows do not go over the devices that are to decode them.
+
+        Raises:
+            ValueError: with the number of devices that would do.
+        """
+        if self._by_rows is None:
+            return
+        try:
+            self._by_rows.rows(sample_shape[0])
+        except ValueError as error:
+            raise ValueError(f"--vae_devices={self._by_rows.devices}: {error}") from error
+
     def __call__(self, samples: np.ndarray) -> np.ndarray:
         """Pictures, float32 in about [-1, 1], of samples [n, h, w, c]; few at a time."""
         if self.autoencoder is None:
@@ -311,7 +344,8 @@ def provenance(model: TrainedModel, decoder: Decoder | None = None) -> dict[str,
         "sampling": model.config.sampling.to_dict(),
     }
     if decoder:
-        record["image_size"] = decoder.image_shape(model.network.sample_shape)[0]
+        height, width, _ = decoder.image_shape(model.network.sample_shape)
+        record["image_size"] = height if height == width else [height, width]
     if decoder and decoder.autoencoder:
         record["autoencoder"] = {
             "path": str(decoder.path),

@@ -129,11 +129,12 @@ def _open(config: ml_collections.ConfigDict, key: str, source: str, weights: str
         if key == "teacher.path":
             student.model.second_time = found.config.model.second_time
     experiment.require_same_network(found.config, student, f"config.{key}={source}")
-    if found.config.model.image_size != config.model.image_size:
+    sizes = [experiment.build_network(c).sample_shape[:2] for c in (found.config, config)]
+    if sizes[0] != sizes[1]:
         raise ConfigError(
-            f"config.{key}={source} is a model of {found.config.model.image_size} pixels, the "
-            f"student of {config.model.image_size}: set --config.model.image_size="
-            f"{found.config.model.image_size}"
+            f"config.{key}={source} is a model of inputs of {sizes[0][0]} x {sizes[0][1]}, the "
+            f"student's are of {sizes[1][0]} x {sizes[1][1]}: set "
+            f"--{experiment.size_setting(config, sizes[0])}"
         )
     scale = config.teacher.guidance_scale
     if key == "teacher.path" and scale != 1.0 and (reason := experiment.unguidable(found.config)):

@@ -4,6 +4,7 @@
   python launch/plan.py --config=configs/dit_7b.py --devices=256 --accelerator=h200 --out=plan.json
   python launch/plan.py --config=configs/dit_xl2.py --devices=8 --what=sample \\
       --parallel=displaced --patch_devices=8 --config.model.image_size=64
+  python launch/plan.py --config=configs/sit_xl2.py --devices=8 --what=sample --height=512
 
 The real training update (or sampler) is compiled for the accelerator by JAX's CUDA plugin (the
 extra 'plan'), which needs no GPU, else for so many virtual CPU devices. No array is ever made, so a
@@ -30,6 +31,12 @@ _HBM_GIB = flags.DEFINE_float(
     "hbm_gib", None, "Memory of one device that may be used; by default 92 % of a GPU's."
 )
 _WHAT = flags.DEFINE_string("what", "train", "train: an update; sample: a batch of samples.")
+_HEIGHT = flags.DEFINE_integer(
+    "height", None, "Of the images in pixels; by default as configured.", lower_bound=1
+)
+_WIDTH = flags.DEFINE_integer(
+    "width", None, "Of the images in pixels; by default as configured.", lower_bound=1
+)
 _OUT = flags.DEFINE_string("out", None, "Also write the plan to this file, as JSON.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace --out if it is there.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show stack traces of errors.")
@@ -122,6 +129,7 @@ def main(argv: list[str]) -> None:
             hbm_gib=_HBM_GIB.value,
             parallel=parallel,
             reason=reason,
+            size=(_HEIGHT.value, _WIDTH.value),
         )
         print(format_plan(plan))
         if out:

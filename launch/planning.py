@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from dit_jax.launch import methods, wiring
+from dit_jax.launch import methods, sizes, wiring
 from dit_jax.output_formats import require_suffix
 from dit_jax.parallel.planning import choices, compilers, programs
 from dit_jax.parallel.planning import plan as planning
@@ -115,6 +115,7 @@ def make_plan(
     hbm_gib: float | None = None,
     parallel: ImageParallel | None = None,
     reason: str = "",
+    size: tuple[int | None, int | None] = (None, None),
 ) -> dict[str, Any]:
     """All there is to say of an experiment on devices that are not there, as plain values.
 
@@ -127,6 +128,7 @@ def make_plan(
         hbm_gib: memory of one device that may be used, GiB.
         parallel: how devices share an image, or None.
         reason: of `why_virtual`.
+        size: (height, width) of the images in pixels; None for the configured one.
 
     Raises:
         ConfigError: the configuration cannot work.
@@ -140,7 +142,7 @@ def make_plan(
     else:
         compiler = compilers.GpuCompiler(accelerator_name, devices)
     with compiler.targeting():
-        config = methods.resolve_config(config)
+        config = methods.resolve_config(sizes.at_size(config, *size))
 
     def needs(config: ml_collections.ConfigDict) -> programs.Needs:
         if parallel is not None:

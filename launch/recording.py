@@ -7,11 +7,12 @@ every batch, and the first one writes.
 
 import argparse
 import contextlib
+import itertools
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def record(
     unit: str,
     total: int,
     batch_size: int,
+    counts: Sequence[int] = (),
     nulls: Mapping[str, np.ndarray] | None = None,
     remedy: str = "give another --out",
 ) -> Header:
@@ -81,6 +83,7 @@ def record(
         unit: a record: "image".
         total: records in all.
         batch_size: records a call of `compute`, over all processes.
+        counts: records of each batch without fillings; () where only the last batch has any.
         nulls: "no condition" of the fields that need to be told.
         remedy: for a disk without the room.
 
@@ -96,7 +99,9 @@ def record(
     distributed.require_agreement(header.to_json(), "what to write")
     writer = distributed.on_first(lambda: RecordWriter(folder, header, nulls=nulls))
     begun = distributed.from_first(writer.count if writer else 0)
-    if begun > total or (begun % batch_size and begun < total):
+    counts = list(counts) or [min(batch_size, total - n) for n in range(0, total, batch_size)]
+    ends = [0, *itertools.accumulate(counts)]
+    if begun not in ends:
         raise ValueError(
             f"{folder} has {counted(begun, unit)} already, written for another number of them than "
             f"{total}: ask for that, or give another --out"
@@ -106,13 +111,17 @@ def record(
     tell.line(wiring.first_screen(what, folder, "time left: every 10 seconds"))
     if begun:
         tell.line(f"continuing after {counted(begun, unit)}")
-    number, pending = begun, None
+    number, pending, done_batches = begun, None, ends.index(begun)
 
-    def store() -> None:
+    def store() -> int:
+        """Writes the pending batch; the number of records there are then."""
+        nonlocal done_batches
+        count = counts[done_batches]
+        done_batches += 1
         arrays = {name: distributed.gathered(array) for name, array in pending.items()}
         if writer:
-            count = min(batch_size, total - number)
             writer.add(**{name: array[:count] for name, array in arrays.items()})
+        return number + count
 
     with contextlib.ExitStack() as stack, contextlib.closing(batches(begun)) as inputs:
         interruption = Interruption("batch")
@@ -121,15 +130,13 @@ def record(
             if pending is None:  # until now there was nothing to save
                 stack.enter_context(interruption)
             else:
-                store()
-                number += batch_size
+                number = store()
                 tell.progress(number)
             pending = computed
             if distributed.any_says(interruption.signal is not None):
                 break
         if pending is not None:
-            store()
-            number = min(number + batch_size, total)
+            number = store()
         if number < total:
             distributed.on_first(lambda: writer.save())
             tell.line(f"saved {number}/{total} in {folder}; the same command goes on")

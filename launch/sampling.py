@@ -40,22 +40,28 @@ def choose_labels(
     return np.resize(np.asarray(labels, np.int32), args.num_images or len(labels))
 
 
-def require_room(args: argparse.Namespace, shape: tuple[int, int, int]) -> None:
-    """Refuses more images than memory or the disk holds.
+def require_room(args: argparse.Namespace, shape: tuple[int, int, int], batch_size: int) -> None:
+    """Refuses more images, or larger ones, than memory or the disk holds.
 
     Args:
         args: the command line.
         shape: of an image.
+        batch_size: images at once.
     """
-    if args.num_images is None:  # as many as there are labels on the command line
-        return
+    count = args.num_images or len(args.labels or ()) or DEFAULT_COUNT
     if samples_format(args.out) == "picture":
         remedy = "lower --num_images, or --out=x.npz or a folder, which grow on disk"
-        require_memory(args.num_images, shape, remedy)
+        require_memory(count, shape, remedy)
         return
-    require_memory(args.num_images)
+    require_memory(count)
+    require_batch_memory(min(count, batch_size), shape)
     if args.overwrite or not sample_store.is_begun(args.out):
-        sample_store.require_space(args.out, args.num_images, shape)
+        sample_store.require_space(args.out, count, shape)
+
+
+def require_batch_memory(batch_size: int, shape: tuple[int, int, int]) -> None:
+    """Refuses images too large to be in memory as many at a time as they are drawn."""
+    require_memory(batch_size, shape, f"lower --batch_size={batch_size}, --height or --width")
 
 
 def require_memory(
@@ -136,6 +142,9 @@ def describe(model: loading.TrainedModel, count: int, out: Path) -> str:
     what = f"sampling {counted(count, 'image')} of {model.source}, weights {model.weights}"
     what += f", step {model.step}"
     guidance = f", guidance {sampling.guidance_scale:g}" if sampling.guidance_scale != 1 else ""
+    height, width, _ = model.network.sample_shape
+    if model.config.model.input_size:
+        what += f", of {height} x {width}"
     what += f"\n  by {sampling.solver}, {sampling.steps} steps{guidance}"
     return wiring.first_screen(what, out, "time left: known after the first batch")
 
@@ -167,13 +176,14 @@ class Prepared:
 
 
 def prepare(
-    args: argparse.Namespace, check: Callable[[tuple[int, int, int]], None] = lambda shape: None
+    args: argparse.Namespace,
+    check: Callable[[tuple[int, int, int], int], None] = lambda shape, batch_size: None,
 ) -> Prepared:
     """Loads the model and places it.
 
     Args:
         args: the command line.
-        check: told the shape of a picture before anything is placed.
+        check: told the shape of a picture and how many are made at once, before any is placed.
 
     Raises:
         ValueError: options that do not go together.
@@ -190,7 +200,8 @@ def prepare(
         programs=programs,
     )
     shape = decoder.image_shape(model.network.sample_shape)
-    check(shape)
+    decoder.require_rows(model.network.sample_shape)
+    check(shape, model.config.sampling.batch_size)
     labels = choose_labels(args, model.config.model.num_classes, model.class_names)
     plan, params = experiment.build_sampling(model.config), model.params
     record = loading.provenance(model, decoder)
@@ -240,7 +251,7 @@ def compile_programs(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """Samples what the command line asks for, into its --out."""
     evaluation.check_destination(args.out, overwrite=args.overwrite)
-    ready = prepare(args, lambda shape: require_room(args, shape))
+    ready = prepare(args, lambda *size: require_room(args, *size))
     model, labels = ready.model, ready.labels
     options = {
         "seed": args.seed,

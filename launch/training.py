@@ -82,6 +82,8 @@ def train_in(
         initial = loading.open_initial(init_from, config, **(init_options or {}))
     initial = initial or models.start
     decoder = open_decoder(config, placement) if training.preview_every else None
+    placement.check_rows(source.info)
+    options = dataclasses.replace(options, flops_per_example=mean_flops(config, source.info))
     key = jax.random.key(config.seed)
     abstract = jax.eval_shape(method.init, key)
     require_room(directory, config, abstract, source)
@@ -161,6 +163,18 @@ def loop_options(config) -> loop.LoopOptions:
     )
 
 
+def mean_flops(config, info: data_lib.DatasetInfo) -> float | None:
+    """Operations of an update and example, on average over buckets; None for images of one size."""
+    if not info.buckets:
+        return None
+    config, total = config.copy_and_resolve_references(), 0.0
+    for bucket in info.buckets:
+        with config.unlocked():
+            config.model.input_size = bucket.size
+        total += bucket.count * methods.build_method(config).flops_per_example
+    return total / info.num_examples
+
+
 def require_room(directory: Path, config, abstract, source) -> None:
     """Refuses a run whose batches or checkpoints cannot fit."""
     training, shape = config.training, source.info.image_shape
@@ -230,12 +244,27 @@ def first_screen(config, directory: Path) -> str:
     return wiring.first_screen(what, directory, "time left: after the first steps")
 
 
+def describe_sizes(info: data_lib.DatasetInfo, batch_size: int) -> str:
+    """The size of the images, or their buckets with how many images each has."""
+    if not info.buckets:
+        return f"images {info.image_shape}"
+    lines = [f"images in {counted(len(info.buckets), 'bucket')} (height x width):"]
+    for bucket in info.buckets:
+        line = (
+            f"  {bucket}: {counted(bucket.count, 'image')}, {bucket.count / info.num_examples:.1%}"
+        )
+        if bucket.count < batch_size:
+            line += f" (fewer than a batch of {batch_size}, which holds some more than once)"
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def announce_start(config, abstract, source, directory: Path) -> None:
     """Says what is about to be trained, on what, where."""
     info = source.info
     print(
         f"{config.name or 'experiment'}: {counted(info.num_examples, 'example')} of {info.name}, "
-        f"{info.num_classes} classes, images {info.image_shape}\n"
+        f"{info.num_classes} classes, {describe_sizes(info, config.training.batch_size)}\n"
         f"workdir {directory}; compiling, then Ctrl-C saves and ends"
     )
     table = parameter_overview.get_parameter_overview(abstract.params, include_stats=False)
@@ -269,7 +298,9 @@ def preview_conditions(source: data_lib.Source, network: Network, count: int) ->
     needed = {name for name, condition in network.conditions.items() if condition.required}
     if needed <= {"label"}:
         return wiring.balanced_labels(count, network.num_classes)
-    first = source.batch(np.arange(count) % len(source))
+    several = bool(source.info.buckets)  # then those of one size, which are read together
+    pool = source.members(0) if several else np.arange(len(source))
+    first = source.batch(np.resize(pool, count))
     return {name: value for name, value in first.items() if name in needed}
 
 

@@ -72,6 +72,9 @@ def write(args: argparse.Namespace) -> None:
     train = ["python", "launch/train.py", "--config=FILE", "--workdir=DIR"]
     train += ["--config.method.name=kd", "--config.data.name=pairs"]
     train.append(f"--config.data.pairs.path={args.out}")
+    if args.height or args.width:
+        height, width, _ = header.fields["x0"].shape
+        train.append(f"--config.model.input_size={height},{width}")
     train += pairs.student_times(header)
     print(f"next: {spelling.spelled(shlex.join(train))}")
 

@@ -155,6 +155,24 @@ class DataParallel:
                 "config.training.num_microbatches"
             )
 
+    def check_rows(self, info: Any) -> None:
+        """Refuses images whose rows the axis 'sequence' cannot divide evenly.
+
+        Args:
+            info: of the data, a `dit_jax.data.DatasetInfo`.
+
+        Raises:
+            ValueError: with the numbers that would do.
+        """
+        parts = self.mesh.shape.get("sequence", 1)
+        for height, _ in [bucket.size for bucket in info.buckets] or [info.image_shape[:2]]:
+            if height % parts:
+                fitting = [str(n) for n in range(1, height + 1) if height % n == 0]
+                raise ValueError(
+                    f"config.mesh.sequence={parts} does not divide images of {height} rows: use "
+                    f"one of {', '.join(fitting)}"
+                )
+
     def state_shardings(self, abstract_state: Any) -> Any:
         """Every leaf replicated."""
         return jax.tree.map(lambda _: self.replicated, abstract_state)

@@ -136,6 +136,7 @@ class ImageParallel:
         network, cache = plan.sampler.denoiser.network, None
         if isinstance(network, CachedNetwork):
             network, cache = network.network, network.cache
+        network = network.at_size(plan.sampler.sample_shape[:2])
         guided = not (np.isscalar(plan.guidance_scale) and plan.guidance_scale == 1.0)
         if self.split_guidance and not guided:
             raise ValueError(

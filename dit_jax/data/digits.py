@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from dit_jax.data.images import Size, crop_pixels, validate_resize
 from dit_jax.data.source import ArraySource
 
+_SIDE = 8
 
-def open_digits(split: str) -> ArraySource:
+
+def open_digits(split: str, *, image_size: Size | None = None, resize: str = "none") -> ArraySource:
     """Open the 1,797 digits (10 classes, one grey channel, 8x8).
 
     Every fifth example of each class is held out: 1,442 training and 355 test images. The rule
@@ -15,13 +18,16 @@ def open_digits(split: str) -> ArraySource:
 
     Args:
         split: "train" or "test".
+        image_size: Side of the images in pixels, or (height, width), for "adm".
+        resize: "adm" scales and crops to `image_size` as ADM does; "none" leaves 8x8 pixels.
 
     Returns:
         The source, in memory; the 17 grey levels 0..16 are spread over 0..255.
 
     Raises:
-        ValueError: Unknown split.
+        ValueError: Unknown split or `resize`.
     """
+    validate_resize(resize, image_size, 1)
     if split not in ("train", "test"):
         raise ValueError(f"digits has the splits 'train' and 'test', not {split!r}")
     from sklearn.datasets import load_digits
@@ -35,6 +41,8 @@ def open_digits(split: str) -> ArraySource:
     held_out = rank_in_class % 5 == 4
     chosen = held_out if split == "test" else ~held_out
     pixels = np.rint(data.images[chosen] * (255 / 16)).astype(np.uint8)[..., None]
+    if resize == "adm":
+        pixels = crop_pixels(pixels, image_size)
     return ArraySource(
         pixels,
         labels[chosen],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,16 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Int, Int32, UInt8
 
+from dit_jax.data.buckets import Bucket, nearest_bucket, parse_buckets
 from dit_jax.data.image_index import check_images, validate_verify
 from dit_jax.data.images import (
     DECODE_ERRORS,
     SUFFIXES,
+    Size,
+    as_size,
     decode_image,
     note_of_others,
+    size_text,
     split_by_suffix,
     validate_resize,
 )
@@ -35,9 +40,10 @@ def open_image_folder(
     split: str,
     *,
     path: str,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     channels: int = 3,
     resize: str = "none",
+    buckets: str = "",
     test_fraction: float = 0.0,
     verify: str = "fast",
     index_cache: str | None = None,
@@ -57,10 +63,14 @@ def open_image_folder(
     Args:
         split: "train" or "test".
         path: The folder.
-        image_size: Side of the images in pixels. With resize="none": what they must have.
+        image_size: Side of the images in pixels, or (height, width). With resize="none": what they
+            must have.
         channels: 3 (RGB) or 1 (grey); files of the other kind are converted.
         resize: "adm" scales and crops to `image_size` as ADM does; "none" demands images of one
             size.
+        buckets: Sizes of which each image gets that of the nearest aspect ratio, instead of
+            `image_size`: '192x320,256x256,320x192' (heights x widths), or 'auto:64' for all of
+            about the pixels of `image_size` in multiples of 64. Needs resize="adm".
         test_fraction: If there is no folder for the test split: the fraction of the images held
             out for it, evenly spread over the sorted files (hence over the classes).
         verify: "fast" reads headers and looks at the files' ends; "full" decodes every image
@@ -74,7 +84,8 @@ def open_image_folder(
         ValueError: Images of mixed or unexpected sizes, too many corrupt files, contradictory
             options.
     """
-    validate_resize(resize, image_size, channels)
+    sizes = _bucket_sizes(buckets, image_size, resize)
+    validate_resize(resize, sizes[0] if sizes and image_size is None else image_size, channels)
     validate_verify(verify)
     root, class_root, held_out_exists = _find_split(Path(path).expanduser(), split)
     _validate_fraction(test_fraction, split, held_out_exists, root)
@@ -90,11 +101,18 @@ def open_image_folder(
     if kept.size == 0:
         raise FileNotFoundError(f"split {split!r} of {root} holds no readable image")
     files = [listing.files[i] for i in kept]
-    if resize == "none":
+    of_image, found = None, ()
+    if sizes:
+        of_image, found = fill_buckets(root, index.sizes[kept], sizes)
+        height, width = max((bucket.size for bucket in found), key=math.prod)
+    elif resize == "none":
         width, height = _common_size(root, files, index.sizes[kept], image_size)
     else:
-        width = height = image_size
+        height, width = as_size(image_size)
     shape = (height, width, channels)
+    identity = ["image_folder", files, index.byte_counts[kept], listing.labels[kept], shape, resize]
+    if sizes:
+        identity.append([bucket.size for bucket in found])
     return ImageFolder(
         root,
         files,
@@ -106,12 +124,48 @@ def open_image_folder(
             num_classes=len(listing.class_names),
             num_examples=len(files),
             class_names=listing.class_names,
-            fingerprint=fingerprint(
-                "image_folder", files, index.byte_counts[kept], listing.labels[kept], shape, resize
-            ),
+            fingerprint=fingerprint(*identity),
+            buckets=found,
         ),
         resize,
+        of_image,
     )
+
+
+def _bucket_sizes(
+    buckets: str, image_size: Size | None, resize: str
+) -> tuple[tuple[int, int], ...]:
+    if not buckets:
+        return ()
+    if resize != "adm":
+        raise ValueError(f"buckets={buckets!r} needs resize='adm', which crops images to them")
+    if image_size is None and buckets.startswith("auto"):
+        raise ValueError(f"buckets={buckets!r} needs image_size, whose pixels they are to have")
+    return parse_buckets(buckets, math.prod(as_size(image_size or 1)))
+
+
+def fill_buckets(
+    root: Path, sizes: Int32[np.ndarray, "n 2"], buckets: Sequence[tuple[int, int]]
+) -> tuple[Int32[np.ndarray, " n"], tuple[Bucket, ...]]:
+    """The bucket of each image, by its (width, height), and those that have any.
+
+    Buckets to which no image is nearest are left out, with a warning.
+    """
+    nearest = nearest_bucket(sizes, buckets)
+    counts = np.bincount(nearest, minlength=len(buckets))
+    empty = [
+        f"{height}x{width}" for (height, width), n in zip(buckets, counts, strict=True) if not n
+    ]
+    if empty:
+        logger.warning(
+            "%s: no image is nearest to the aspect ratio of %s (height x width): left out of the "
+            "buckets",
+            root,
+            ", ".join(empty),
+        )
+    used = np.flatnonzero(counts)
+    renumbered = np.searchsorted(used, nearest).astype(np.int32)
+    return renumbered, tuple(Bucket(tuple(buckets[i]), int(counts[i])) for i in used)
 
 
 class ImageFolder(Source):
@@ -126,8 +180,9 @@ class ImageFolder(Source):
         labels: Int[np.ndarray, " n"],
         info: DatasetInfo,
         resize: str,
+        of_image: Int32[np.ndarray, " n"] | None = None,
     ):
-        self.info = info
+        self.info, self.bucket_of = info, of_image
         self._root = str(root)
         # One array of bytes instead of a list: a million paths pickle in one piece.
         self._files = np.array([os.fsencode(name) for name in files])
@@ -137,8 +192,7 @@ class ImageFolder(Source):
 
     def __getitem__(self, index: int) -> Example:
         """Return example `index`, or the next readable one if its file turns out corrupt."""
-        for candidate in range(index, index + len(self)):
-            candidate %= len(self)
+        for candidate in self._candidates(index):
             try:
                 pixels = self._decode(candidate)
             except DECODE_ERRORS as error:
@@ -147,15 +201,24 @@ class ImageFolder(Source):
             return {"image": pixels, "label": int(self._labels[candidate])}
         raise ValueError(f"no image of {self._root} can be decoded")
 
+    def _candidates(self, index: int) -> Iterator[int]:
+        """The example and those that may stand for it: of the same bucket, if there are any."""
+        if not self.info.buckets:
+            yield from ((index + step) % len(self) for step in range(len(self)))
+            return
+        members = self.members(int(self.bucket_of[index]))
+        first = int(np.searchsorted(members, index))
+        yield from (int(members[(first + step) % len(members)]) for step in range(len(members)))
+
     def describe(self, index: int) -> str:
         """Name an example by its file."""
         return os.path.join(self._root, os.fsdecode(self._files[index]))
 
     def _decode(self, index: int) -> UInt8[np.ndarray, "h w c"]:
-        height, width, channels = self.info.image_shape
-        path = self.describe(index)
-        pixels = decode_image(path, channels=channels, resize=self._resize, image_size=height)
-        if pixels.shape != self.info.image_shape:
+        height, width, channels = shape = self.shape_of(np.array([index]))
+        path, size = self.describe(index), (height, width)
+        pixels = decode_image(path, channels=channels, resize=self._resize, image_size=size)
+        if pixels.shape != shape:
             raise ValueError(
                 f"it is now {pixels.shape[1]}x{pixels.shape[0]}, it was {width}x{height} when "
                 f"the folder was opened"
@@ -306,7 +369,7 @@ def _report_corrupt(root: Path, files: Sequence[str], reasons: dict[int, str]) -
 
 
 def _common_size(
-    root: Path, files: Sequence[str], sizes: Int32[np.ndarray, "n 2"], image_size: int | None
+    root: Path, files: Sequence[str], sizes: Int32[np.ndarray, "n 2"], image_size: Size | None
 ) -> tuple[int, int]:
     """Return the (width, height) of all images."""
     first = tuple(int(side) for side in sizes[0])
@@ -318,10 +381,10 @@ def _common_size(
             f"{root / files[other[0]]} is {width}x{height} (width x height). Set resize='adm' "
             f"and image_size to scale and crop them to one size."
         )
-    if image_size is not None and first != (image_size, image_size):
+    if image_size is not None and first[::-1] != as_size(image_size):
         raise ValueError(
             f"the images in {root} are {first[0]}x{first[1]} (width x height), not "
-            f"image_size={image_size}. Correct image_size, or set resize='adm' to scale and crop "
-            f"them."
+            f"image_size={size_text(image_size)}. Correct image_size, or set resize='adm' to scale "
+            f"and crop them."
         )
     return first

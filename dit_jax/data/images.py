@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from dit_jax.untrusted import open_regular
 
 RESIZES = ("none", "adm")
+Size = int | tuple[int, int]  # of a square's side, or (height, width)
 # 8192 x 8192; Pillow itself refuses 13000 x 13000, which would not fit the memory several times.
 MAX_PIXELS = 2**26
 
@@ -34,7 +35,7 @@ def decode_image(
     *,
     channels: int,
     resize: str = "none",
-    image_size: int | None = None,
+    image_size: Size | None = None,
 ) -> UInt8[np.ndarray, "h w c"]:
     """Read one JPEG, PNG, WebP, BMP or TIFF image (of several, the first).
 
@@ -44,7 +45,7 @@ def decode_image(
             are looked up, CMYK is converted, 16-bit grey keeps its upper 8 bits, transparent
             pixels are laid over white. Photographs that EXIF says lie on a side are put upright.
         resize: "adm" for `adm_center_crop` to `image_size`, "none" to leave the size alone.
-        image_size: Side of the result in pixels, for "adm".
+        image_size: Of the result in pixels, for "adm": a side, or (height, width).
 
     Returns:
         Pixels 0..255.
@@ -129,27 +130,50 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return image.size[::-1] if turned else image.size
 
 
-def adm_center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Scale the shorter side to `size` pixels, then cut the central square.
+def adm_center_crop(image: Image.Image, size: Size) -> Image.Image:
+    """Scale until the result is just covered, then cut its size from the middle.
 
     The scaling of ADM (Dhariwal & Nichol 2021, guided-diffusion `image_datasets.py`), which DiT
     and its published figures use: halve with a box filter while the shorter side is at least
-    twice the target, then resize bicubically.
+    twice the target, then resize bicubically. Here for rectangles, too, of which the side that is
+    covered last stands for the shorter one.
 
     Args:
         image: An image of any size, in a mode PIL can resample ("L", "RGB").
-        size: Side of the result in pixels.
+        size: Of the result in pixels: a side, or (height, width).
     """
-    while min(image.size) >= 2 * size:
+    height, width = as_size(size)
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    scale = max(width / image.width, height / image.height)
+    scaled = round(image.width * scale), round(image.height * scale)
+    image = image.resize(scaled, Image.Resampling.BICUBIC)
+    left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
-def validate_resize(resize: str, image_size: int | None, channels: int) -> None:
+def crop_pixels(images: UInt8[np.ndarray, "n h w c"], size: Size) -> UInt8[np.ndarray, "n _h _w c"]:
+    """`adm_center_crop` of decoded images of 1 or 3 channels."""
+    cropped = []
+    for pixels in images:
+        image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+        cropped.append(np.asarray(adm_center_crop(image, size)))
+    stacked = np.stack(cropped)
+    return stacked[..., None] if images.shape[-1] == 1 else stacked
+
+
+def as_size(image_size: Size) -> tuple[int, int]:
+    """(height, width) of a side, or of itself."""
+    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+
+
+def size_text(size: Size) -> str:
+    """'256' of a square, else 'HEIGHT x WIDTH'."""
+    height, width = as_size(size)
+    return f"{height}" if height == width else f"{height} x {width} (height x width)"
+
+
+def validate_resize(resize: str, image_size: Size | None, channels: int) -> None:
     """Check the options that sources of images have in common.
 
     Raises:
@@ -159,8 +183,10 @@ def validate_resize(resize: str, image_size: int | None, channels: int) -> None:
         raise ValueError(f"resize must be one of {list(RESIZES)}, not {resize!r}")
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), not {channels!r}")
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size must be a positive number of pixels, not {image_size!r}")
+    if image_size is not None and (len(as_size(image_size)) != 2 or min(as_size(image_size)) < 1):
+        raise ValueError(
+            f"image_size must be a positive number of pixels, or two, not {image_size!r}"
+        )
     if resize == "adm" and image_size is None:
         raise ValueError("resize='adm' needs image_size, the side of the images in pixels")
 

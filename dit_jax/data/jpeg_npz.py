@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, Integer, UInt8
 
-from dit_jax.data.images import DECODE_ERRORS, decode_image, validate_resize
+from dit_jax.data.images import DECODE_ERRORS, Size, as_size, decode_image, validate_resize
 from dit_jax.data.records.header import MAX_CLASSES
 from dit_jax.data.source import Batch, DatasetInfo, Example, Source, fingerprint, validate_labels
 from dit_jax.untrusted import npz_names, read_npz, shown
@@ -16,7 +16,13 @@ _KEYS = ("jpeg", "offsets", "labels")
 
 
 def open_jpeg_npz(
-    split: str, *, path: str, channels: int = 3, keep_decoded: bool = True
+    split: str,
+    *,
+    path: str,
+    image_size: Size | None = None,
+    channels: int = 3,
+    resize: str = "none",
+    keep_decoded: bool = True,
 ) -> JpegNpz:
     """Open a .npz file of JPEG images.
 
@@ -28,7 +34,9 @@ def open_jpeg_npz(
     Args:
         split: Replaces "{split}" in `path`.
         path: For example "data/cifar10_jpeg_{split}.npz".
+        image_size: Side of the images in pixels, or (height, width), for "adm".
         channels: 3 (RGB) or 1 (grey).
+        resize: "adm" scales and crops to `image_size` as ADM does, "none" leaves the images' size.
         keep_decoded: Images are decoded when first read; keep them (n * h * w * c bytes of memory
             when all were read), so that later epochs cost no decoding.
 
@@ -36,7 +44,7 @@ def open_jpeg_npz(
         FileNotFoundError: No such file.
         ValueError: "{split}" is missing, or the file's content contradicts itself.
     """
-    validate_resize("none", None, channels)
+    validate_resize(resize, image_size, channels)
     if "{split}" not in path:
         raise ValueError(
             f"path {path!r} names one file for every split: write {{split}} where the split's "
@@ -56,7 +64,8 @@ def open_jpeg_npz(
     jpeg, offsets, labels = (content[key] for key in _KEYS)
     class_names = _read_class_names(file, content.get("class_names"))
     _validate_offsets(file, jpeg, offsets, labels, class_names)
-    return JpegNpz(file, split, jpeg, offsets, labels, class_names, channels, keep_decoded)
+    size = as_size(image_size) if resize == "adm" else None
+    return JpegNpz(file, split, jpeg, offsets, labels, class_names, channels, keep_decoded, size)
 
 
 class JpegNpz(Source):
@@ -72,12 +81,13 @@ class JpegNpz(Source):
         class_names: tuple[str, ...],
         channels: int,
         keep_decoded: bool,
+        size: tuple[int, int] | None = None,
     ):
         self._file, self._jpeg, self._offsets = file, jpeg, offsets
         self._labels, self._channels = labels.astype(np.int32), channels
         num_classes = len(class_names) or int(labels.max()) + 1
         validate_labels(self._labels, num_classes, self.describe)
-        self._keep, self._decoded = keep_decoded, None
+        self._keep, self._decoded, self._size = keep_decoded, None, size
         shape = self._decode(0).shape
         self.info = DatasetInfo(
             name=f"jpeg_npz/{file.stem}",
@@ -117,7 +127,10 @@ class JpegNpz(Source):
     def _decode(self, index: int) -> UInt8[np.ndarray, "h w c"]:
         data = self._jpeg[self._offsets[index] : self._offsets[index + 1]].tobytes()
         try:
-            pixels = decode_image(data, channels=self._channels)
+            resize = "none" if self._size is None else "adm"
+            pixels = decode_image(
+                data, channels=self._channels, resize=resize, image_size=self._size
+            )
         except DECODE_ERRORS as error:
             raise ValueError(f"{self.describe(index)} cannot be decoded: {error}") from error
         if index and pixels.shape != self.info.image_shape:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt64
 
+from dit_jax.data.images import Size, as_size
 from dit_jax.data.records import Field, Header, Records, RecordSource, open_records
 from dit_jax.data.records.header import LABEL
 from dit_jax.data.source import Batch
@@ -104,16 +105,22 @@ def open_latents(
     return Latents(records, moments)
 
 
-def extraction_command(image_size: int, out: str, split: str = "train") -> str:
+def extraction_command(image_size: Size, out: str, split: str = "train") -> str:
     """The command that makes a set of latents of a folder of images."""
+    height, width = as_size(image_size)
     command = ["python", "launch/extract_features.py", "--data=image_folder", "--path=IMAGES"]
-    command += [f"--image_size={image_size}", "--vae=hub:stabilityai/sd-vae-ft-mse"]
+    command.append(
+        f"--image_size={height}" if height == width else f"--image_size={height}x{width}"
+    )
+    command.append("--vae=hub:stabilityai/sd-vae-ft-mse")
     command += [f"--split={split}"] if split != "train" else []
     return shlex.join([*command, f"--out={out}"])
 
 
 class Latents(RecordSource):
-    """See `open_latents`."""
+    """See `open_latents`. Latents of several sizes are in buckets, one a size."""
+
+    has_buckets = True
 
     def __init__(self, records: Records, moments: str = "sample"):
         super().__init__(records, KIND, moments)

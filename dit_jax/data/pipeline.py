@@ -5,7 +5,8 @@ What it handles here are *batches*: the order of the examples and their randomne
 counter-based generators, a batch at a time, since Grain's own per-example shuffling and mapping
 cost about 50 microseconds an example, more than a small model's whole training step.
 
-Batch k of the stream is a function of (source, batch_size, seed, k) only. So resuming at batch k
+Batch k of the stream is a function of (source, batch_size, seed, k) only. (Of a source with buckets
+it holds images of one of them: `dit_jax.data.buckets`.) So resuming at batch k
 gives the same bits, and so does any number of workers or threads; with more processes, each
 gets a stretch of the same global batch, so that the stream as a whole stays the same too.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int64
 
+from dit_jax.data.buckets import Turns
 from dit_jax.data.source import Batch, Source, validate_labels
 from dit_jax.data.transforms import epoch_order, random_words, to_float
 
@@ -71,7 +73,8 @@ def make_loader(
 
     Raises:
         ValueError: batch_size does not divide among the processes or exceeds the data; the
-            source cannot be mirrored; an argument is out of its range.
+            source cannot be mirrored; one with buckets is not repeated; an argument is out of its
+            range.
     """
     _validate(batch_size, seed, num_workers, num_threads, process_index, process_count)
     if horizontal_flip:
@@ -81,14 +84,18 @@ def make_loader(
             f"batch_size={batch_size} leaves no complete batch in the {len(source)} examples of "
             f"{source.info.name}/{source.info.split}: lower it"
         )
-    reader = _BatchReader(
-        source,
-        batch_size // process_count,
-        seed,
-        shuffle,
-        horizontal_flip,
-        _ENDLESS if repeat else len(source),
-    )
+    piece_size = batch_size // process_count
+    num_positions = _ENDLESS if repeat else len(source)
+    how = (source, piece_size, seed, shuffle, horizontal_flip, num_positions)
+    reader = _BatchReader(*how)
+    if source.info.buckets:
+        if not repeat:
+            raise ValueError(
+                f"{source.info.name} has images of {len(source.info.buckets)} sizes, and a batch "
+                "holds one: such a stream has no last batch (repeat=True)"
+            )
+        turns = Turns(tuple(bucket.count for bucket in source.info.buckets), seed, shuffle)
+        reader = _BucketReader(*how, turns, process_count)
     if num_threads is None:
         num_threads = min(8, os.cpu_count() or 1) if source.slow_to_read else 1
     return Loader(
@@ -189,6 +196,11 @@ class BatchIterator(Iterator[Batch]):
         self._next += 1
         return batch
 
+    @property
+    def image_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of the batches to come, where they are of several; else ()."""
+        return tuple(bucket.size for bucket in self._loader.source.info.buckets)
+
     def get_state(self) -> dict[str, Any]:
         """Return the position in the stream and what defines the stream, as a JSON-able dict.
 
@@ -272,19 +284,55 @@ class _BatchReader:
 
     def _indices(self, start: int, count: int) -> Int64[np.ndarray, " {count}"]:
         """Return which examples stand at positions start..start+count-1 of the stream."""
-        epochs, places = np.divmod(np.arange(start, start + count), len(self.source))
+        return self._visited(start, count, len(self.source), 0)
+
+    @property
+    def streams(self) -> int:
+        """How many orders of examples there are at a time."""
+        return 1
+
+    def _visited(
+        self, start: int, count: int, length: int, stream: int
+    ) -> Int64[np.ndarray, " {count}"]:
+        """Return which of `length` things stand there in a stream of passes over them."""
+        epochs, places = np.divmod(np.arange(start, start + count), length)
         if not self.shuffle:
             return places
         indices = np.empty(count, np.int64)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            order = _cached_epoch_order(self.seed, int(epoch), len(self.source))
+            order = _epoch_orders(self.streams)(self.seed, int(epoch), length, stream)
             indices[here] = order[places[here]]
         return indices
 
 
-# A few entries: threads may straddle the end of an epoch while another loader runs.
-_cached_epoch_order = functools.lru_cache(maxsize=4)(epoch_order)
+@dataclass(frozen=True)
+class _BucketReader(_BatchReader):
+    """Of a source with buckets: each bucket is a stream of its own, whose batches take turns."""
+
+    turns: Turns
+    num_pieces: int
+
+    @property
+    def streams(self) -> int:
+        """One a bucket."""
+        return len(self.turns.counts)
+
+    def _indices(self, start: int, count: int) -> Int64[np.ndarray, " {count}"]:
+        batch, part = divmod(start // self.piece_size, self.num_pieces)
+        bucket, number = self.turns(batch)
+        members = self.source.members(bucket)
+        first = (number * self.num_pieces + part) * self.piece_size
+        return members[self._visited(first, count, len(members), bucket + 1)]
+
+
+@functools.cache
+def _epoch_orders(streams: int) -> Callable[..., np.ndarray]:
+    """`epoch_order` that remembers the last of so many streams.
+
+    A few entries each: threads may straddle the end of an epoch while another loader runs.
+    """
+    return functools.lru_cache(maxsize=4 * streams)(epoch_order)
 
 
 def _validate(

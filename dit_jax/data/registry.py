@@ -32,7 +32,8 @@ def register_source(name: str, opener: Callable[..., Source]) -> None:
     Args:
         name: As config.data.name.
         opener: Takes the split and options; those with defaults become config.data.<name>.<option>.
-            Options called image_size and channels are given the model's.
+            Options called image_size (a side, or the height and width of what is not square) and
+            channels are given the model's.
 
     Raises:
         ValueError: The name is another source's.

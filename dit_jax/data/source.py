@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -10,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Int, Int32, Integer, Shaped, UInt8, UInt64
+from jaxtyping import Int, Int32, Int64, Integer, Shaped, UInt8, UInt64
 
+from dit_jax.data.buckets import Bucket
 from dit_jax.data.transforms import flip_where, random_bit
 
 if TYPE_CHECKING:
@@ -29,7 +31,8 @@ class DatasetInfo:
     Attributes:
         name: The source's name, as given to `open_source` (with the data set's own name if any).
         split: The split that was opened, "train" or "test".
-        image_shape: (height, width, channels) of every image, or of every latent.
+        image_shape: (height, width, channels) of every image, or of every latent; where there are
+            buckets, of the largest.
         num_classes: Labels lie in 0..num_classes-1. 0 means unlabelled: every label is then 0,
             which is also the index of the null class of a model with no classes.
         num_examples: Number of examples.
@@ -41,6 +44,7 @@ class DatasetInfo:
         null_conditions: What stands for their absence, for those whose network does not know it by
             itself (the embedding of an empty prompt).
         declared: Shape and kind of numbers of conditions, as far as they are known without reading.
+        buckets: The sizes of images that come in several; () for one size.
     """
 
     name: str
@@ -54,6 +58,7 @@ class DatasetInfo:
     conditions: tuple[str, ...] = ("label",)
     null_conditions: Mapping[str, np.ndarray] | None = None
     declared: Mapping[str, Condition] = field(default_factory=dict)
+    buckets: tuple[Bucket, ...] = ()
 
 
 class Source(ABC):
@@ -65,6 +70,8 @@ class Source(ABC):
     info: DatasetInfo
     # Whether a batch takes so long to read that several should be read at once.
     slow_to_read: bool = False
+    # Which of `info.buckets` each example is of, where there are any.
+    bucket_of: Int32[np.ndarray, " n"] | None = None
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -82,6 +89,38 @@ class Source(ABC):
         """Name example `index` for an error message (a file's path where there is one)."""
         return f"example {index} of {self.info.name}/{self.info.split}"
 
+    @functools.cached_property
+    def _members(self) -> list[Int64[np.ndarray, " _"]]:
+        buckets = range(len(self.info.buckets))
+        return [np.flatnonzero(self.bucket_of == bucket) for bucket in buckets]
+
+    def members(self, bucket: int) -> Int64[np.ndarray, " n"]:
+        """The ascending indices of the examples of one of `info.buckets`.
+
+        Raises:
+            ValueError: There are no buckets.
+        """
+        if not self.info.buckets:
+            raise ValueError(f"{self.info.name}/{self.info.split} has no buckets")
+        return self._members[bucket]
+
+    def shape_of(self, indices: Int[np.ndarray, " b"]) -> tuple[int, int, int]:
+        """(height, width, channels) of some examples.
+
+        Raises:
+            ValueError: They are of several buckets.
+        """
+        if not self.info.buckets:
+            return self.info.image_shape
+        found = np.unique(self.bucket_of[indices])
+        if len(found) != 1:
+            listed = ", ".join(str(self.info.buckets[i]) for i in found)
+            raise ValueError(
+                f"images of {self.info.name} are of several sizes ({listed}): read together only "
+                "those of one bucket"
+            )
+        return (*self.info.buckets[found[0]].size, self.info.image_shape[-1])
+
     def require_horizontal_flip(self) -> None:  # noqa: B027 - pixels can always be mirrored
         """Raise a ValueError if this source cannot deliver mirrored examples."""
 
@@ -95,7 +134,7 @@ class Source(ABC):
         """Read several examples, augmented.
 
         Args:
-            indices: Which examples.
+            indices: Which examples, of one bucket if there are buckets.
             draws: One random 64-bit word an example, the only source of randomness: equal words
                 give equal examples. None reads without any randomness, as `__getitem__` does.
             horizontal_flip: Mirror each example with probability 1/2 (needs `draws`).
@@ -113,7 +152,7 @@ class Source(ABC):
         """Read the plain examples one by one; sources that know a faster way override this."""
         examples = [self[int(index)] for index in indices]
         dtype = np.uint8 if self.info.latents is None else np.float32
-        image = np.empty((len(examples), *self.info.image_shape), dtype)
+        image = np.empty((len(examples), *self.shape_of(indices)), dtype)
         for row, example in enumerate(examples):
             image[row] = example["image"]
         batch = {"image": image}

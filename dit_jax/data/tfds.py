@@ -8,7 +8,14 @@ import shlex
 import sys
 from typing import Any
 
-from dit_jax.data.images import DECODE_ERRORS, decode_image, validate_resize
+from dit_jax.data.images import (
+    DECODE_ERRORS,
+    Size,
+    as_size,
+    decode_image,
+    size_text,
+    validate_resize,
+)
 from dit_jax.data.source import DatasetInfo, Example, Source, fingerprint
 
 
@@ -17,7 +24,7 @@ def open_tfds(
     *,
     dataset: str,
     data_dir: str | None = None,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     channels: int | None = None,
     resize: str = "none",
     image_key: str = "image",
@@ -33,7 +40,8 @@ def open_tfds(
         dataset: Name with optional config and version, as for `tfds.builder`: "cifar10",
             "imagenet2012:5.*.*".
         data_dir: Where TFDS keeps its data sets; default: its own, ~/tensorflow_datasets.
-        image_size: Side of the images in pixels. With resize="none": what they must have.
+        image_size: Side of the images in pixels, or (height, width). With resize="none": what they
+            must have.
         channels: 3 (RGB), 1 (grey), or None for the data set's own.
         resize: "adm" scales and crops to `image_size` as ADM does; "none" needs a data set of
             one size.
@@ -93,13 +101,13 @@ class TfdsImages(Source):
     def __getitem__(self, index: int) -> Example:
         """Return example `index`."""
         record = self._records[index]
-        height, _, channels = self.info.image_shape
+        height, width, channels = self.info.image_shape
         try:
             pixels = decode_image(
                 record[self._image_key],
                 channels=channels,
                 resize=self._resize,
-                image_size=height,
+                image_size=(height, width),
             )
         except DECODE_ERRORS as error:
             raise ValueError(
@@ -196,21 +204,21 @@ def _features(tfds: Any, features: Any, dataset: str, image_key: str, label_key:
 
 
 def _size(
-    shape: tuple[int | None, ...], image_size: int | None, resize: str, dataset: str
+    shape: tuple[int | None, ...], image_size: Size | None, resize: str, dataset: str
 ) -> tuple[int, int]:
     """Return the (height, width) of the images after resizing."""
     if resize == "adm":
-        return image_size, image_size
+        return as_size(image_size)
     height, width = shape[:2]
     if height is None or width is None:
         raise ValueError(
             f"TFDS data set {dataset!r} has images of mixed sizes: set resize='adm' and "
             f"image_size to scale and crop them to one size"
         )
-    if image_size is not None and (height, width) != (image_size, image_size):
+    if image_size is not None and (height, width) != as_size(image_size):
         raise ValueError(
             f"the images of TFDS data set {dataset!r} are {width}x{height} (width x height), not "
-            f"image_size={image_size}. Correct image_size, or set resize='adm' to scale and crop "
-            f"them."
+            f"image_size={size_text(image_size)}. Correct image_size, or set resize='adm' to scale "
+            f"and crop them."
         )
     return height, width

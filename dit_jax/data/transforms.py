@@ -40,15 +40,24 @@ def random_bit(words: UInt64[np.ndarray, " b"]) -> Bool[np.ndarray, " b"]:
     return (words >> np.uint64(63)).astype(bool)
 
 
-def epoch_order(seed: int, epoch: int, num_examples: int) -> Shaped[np.ndarray, " {num_examples}"]:
+def epoch_order(
+    seed: int, epoch: int, num_examples: int, stream: int = 0
+) -> Shaped[np.ndarray, " {num_examples}"]:
     """Return the random order in which pass number `epoch` over the data visits the examples.
 
-    The order sorts random words, rather than calling `Generator.permutation`, since NumPy
-    guarantees the streams of its bit generators between versions but not those of its methods.
+    Streams (0 for all the data, then one a bucket) have orders of their own. The order sorts
+    random words, rather than calling `Generator.permutation`, since NumPy guarantees the streams of
+    its bit generators between versions but not those of its methods.
     """
-    generator = np.random.Philox(key=[seed, _ORDER], counter=[0, 0, epoch, 0])
+    generator = np.random.Philox(key=[seed, _ORDER], counter=[0, 0, epoch, stream])
     return np.argsort(generator.random_raw(num_examples), kind="stable")
 
 
-# Second halves of the Philox keys: keep the streams of one seed apart.
-_WORDS, _ORDER = 1, 2
+def turn_order(seed: int, number: int, count: int) -> Shaped[np.ndarray, " {count}"]:
+    """Return the random order of the `count` batches of round `number`; see `buckets.Turns`."""
+    generator = np.random.Philox(key=[seed, _TURNS], counter=[0, 0, number, 0])
+    return np.argsort(generator.random_raw(count), kind="stable")
+
+
+# Second halves of the Philox keys: keep the streams of one seed apart. (3 is of latents.)
+_WORDS, _ORDER, _TURNS = 1, 2, 4

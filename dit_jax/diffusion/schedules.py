@@ -174,3 +174,26 @@ def _ddpm_indices(total: int, steps: int, spacing: str, offset: int) -> np.ndarr
     if spacing == "trailing":
         return np.round(np.arange(total, 0, -total / steps))[:steps][::-1] - 1
     return np.round(np.linspace(0, total - 1, steps))
+
+
+def shift_of_tokens(tokens: int, points: tuple[float, ...]) -> float:
+    """RectifiedFlow's shift for inputs of so many tokens, the exponential of a straight line.
+
+    More tokens tell more of an image through the same noise, so that larger images need more of it:
+    Esser et al., "Scaling Rectified Flow Transformers" (arXiv 2403.03206), section 5.3.2; FLUX.1's
+    line is (256, 0.5, 4096, 1.15).
+
+    Args:
+        tokens: Of the image.
+        points: (tokens, log shift, other tokens, their log shift).
+
+    Raises:
+        ValueError: The points are no two points of a line.
+    """
+    if len(points) != 4 or points[0] == points[2]:
+        raise ValueError(
+            f"shift_by_tokens={points}: expected (tokens, log of the shift, other tokens, log of "
+            "their shift), such as (256, 0.5, 4096, 1.15)"
+        )
+    first, low, second, high = points
+    return math.exp(low + (tokens - first) * (high - low) / (second - first))

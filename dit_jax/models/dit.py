@@ -85,8 +85,9 @@ class DiTConfig:
         if self.num_classes < 0:
             raise ValueError(f"model.num_classes={self.num_classes}: expected 0 or more")
         if any(side < 1 or side % self.patch_size for side in self.input_size):
+            key = "image_size" if isinstance(self.image_size, int) else "input_size"
             raise ValueError(
-                f"model.image_size={self.image_size} is not divisible by model.dit.patch_size="
+                f"model.{key}={self.image_size} is not divisible by model.dit.patch_size="
                 f"{self.patch_size}: choose a patch size that divides both sides"
             )
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
@@ -132,6 +133,19 @@ class DiTConfig:
         """(height, width) of the input."""
         size = self.image_size
         return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def side_multiple(self) -> int:
+        """What both sides of an input are multiples of."""
+        return self.patch_size
+
+    def at_size(self, size: tuple[int, int]) -> "DiTConfig":
+        """The same network for inputs of another (height, width).
+
+        Raises:
+            ValueError: the patch size does not divide both.
+        """
+        return dataclasses.replace(self, image_size=size)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -32,6 +32,7 @@ class UNetConfig:
     custom_gradients: str = "auto"
     dtype: str = "auto"
     param_dtype: str = "auto"
+    size: tuple[int, int] | None = None
 
     layers_are_named_by_size: ClassVar[bool] = True
 
@@ -47,12 +48,14 @@ class UNetConfig:
                 f"channel_mult={self.channel_mult}, channel_mult_emb={self.channel_mult_emb}: "
                 "expected at least one resolution and multipliers of at least 1"
             )
-        coarsest = 2 ** (len(self.channel_mult) - 1)
-        if self.image_size % coarsest:
-            raise ValueError(
-                f"model.image_size={self.image_size}: channel_mult={self.channel_mult} halves it "
-                f"{len(self.channel_mult) - 1} times; choose a multiple of {coarsest}"
-            )
+        coarsest = self.side_multiple
+        for name, sides in (("image_size", (self.image_size,)), ("input_size", self.size or ())):
+            if any(side < 1 or side % coarsest for side in sides):
+                given = sides if name == "input_size" else sides[0]
+                raise ValueError(
+                    f"model.{name}={given}: channel_mult={self.channel_mult} halves it "
+                    f"{len(self.channel_mult) - 1} times; choose a multiple of {coarsest}"
+                )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: expected 0 to below 1")
         if self.second_time not in layers.SECOND_TIMES:
@@ -72,7 +75,25 @@ class UNetConfig:
     @property
     def input_size(self) -> tuple[int, int]:
         """(height, width) of the input."""
-        return (self.image_size, self.image_size)
+        return self.size or (self.image_size, self.image_size)
+
+    @property
+    def side_multiple(self) -> int:
+        """What both sides of an input are multiples of: its coarsest maps are of whole pixels."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+    def at_size(self, size: tuple[int, int]) -> "UNetConfig":
+        """The same network for inputs of another (height, width); its layers keep their names.
+
+        Raises:
+            ValueError: it cannot halve both as often as it does.
+        """
+        return dataclasses.replace(self, size=tuple(size))
+
+    def map_size(self, side: int) -> tuple[int, int]:
+        """(height, width) of the maps of a layer whose `side` is told for a square `image_size`."""
+        height, width = self.input_size
+        return (height * side // self.image_size, width * side // self.image_size)
 
     @property
     def precision(self) -> Precision:
@@ -122,7 +143,7 @@ class UNetConfig:
     def feature_shapes(self) -> tuple[tuple[int, int, int], ...]:
         """(height, width, channels) of the encoder's output at each resolution."""
         return tuple(
-            (layer.side, layer.side, layer.out_channels)
+            (*self.map_size(layer.side), layer.out_channels)
             for layer in self.encoder
             if layer.is_feature
         )
@@ -138,7 +159,7 @@ class SongUNetConfig(UNetConfig):
     """Shape and execution of a DDPM++ (the defaults, EDM's for CIFAR-10) or an NCSN++.
 
     Attributes:
-        image_size: side of the (square) input.
+        image_size: side of the input, after which layers are named and `attn_resolutions` chosen.
         in_channels: channels of the input.
         num_classes: classes, without the null class; 0 for an unconditional network.
         learn_sigma: whether a second half of output channels is there (iDDPM's variance).
@@ -155,6 +176,7 @@ class SongUNetConfig(UNetConfig):
         custom_gradients: of attention, see `DiTConfig`.
         dtype: of convolutions and matrix products, see `DiTConfig`.
         param_dtype: what parameters are stored in, see `DiTConfig`.
+        size: (height, width) of the input where it is not the square of `image_size`.
         embedding_type: features of time: 'positional' (DDPM++) or 'fourier' (NCSN++).
         channel_mult_noise: multiplier of those features: 1 (DDPM++) or 2 (NCSN++).
         encoder_type: 'standard' (DDPM++), 'residual' (NCSN++) or 'skip'.

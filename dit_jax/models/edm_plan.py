@@ -6,6 +6,7 @@ their modules from it, walk along it, and count their operations by it.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 from flax import nnx
@@ -26,7 +27,7 @@ class Layer:
             of the encoder), 'aux_up', 'aux_norm' and 'aux_conv' (the output).
         in_channels: of its input, a concatenated skip included.
         out_channels: of its output.
-        side: of its output.
+        side: of its output, for an input of config.image_size (`UNetConfig.map_size`).
         resample: of blocks, 'none', 'up' or 'down'.
         attention: of blocks, whether they have it.
         concatenates: whether the input is joined by an output of the encoder.
@@ -196,16 +197,21 @@ def flops_per_example(config: Any) -> float:
     """
     pixels = sum(_weights_per_pixel(layer, config) for layer in (*config.encoder, *config.decoder))
     if config.decoder[-1].kind == "block":  # ADM's output convolution
-        pixels += 9 * config.decoder[-1].out_channels * config.out_channels * config.image_size**2
+        area = math.prod(config.input_size)
+        pixels += 9 * config.decoder[-1].out_channels * config.out_channels * area
     emb = config.emb_channels
     mapping = emb * (config.noise_channels * (1 + (config.second_time != "none")) + emb)
-    attention = sum(2 * layer.side**4 * layer.out_channels for layer in attention_layers(config))
+    attention = sum(
+        2 * math.prod(config.map_size(layer.side)) ** 2 * layer.out_channels
+        for layer in attention_layers(config)
+    )
     return 2.0 * (pixels + mapping + attention)
 
 
 def _weights_per_pixel(layer: Layer, config: Any) -> int:
     """Multiply-adds of a layer, those of attention's products with each other left out."""
-    area, before, after = layer.side**2, layer.in_channels, layer.out_channels
+    area = math.prod(config.map_size(layer.side))
+    before, after = layer.in_channels, layer.out_channels
     if layer.kind in ("conv", "aux_conv"):
         return 9 * before * after * area
     if layer.kind == "aux_skip":

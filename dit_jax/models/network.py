@@ -32,7 +32,9 @@ def register_network(name: str, config: type, module: type[nnx.Module]) -> None:
         name: as config.model.name.
         config: a frozen dataclass of its shape and execution, with the properties `title`,
             `input_size`, `in_channels`, `conditions`, `feature_shapes`, `feature_kind` ('tokens' or
-            'maps'), `learn_sigma` and `flops_per_example`.
+            'maps'), `learn_sigma` and `flops_per_example`. If it takes inputs of more than one size
+            also `side_multiple` (what both sides are multiples of) and a method `at_size`: (height,
+            width) -> the configuration of the same network for such inputs.
         module: created as `module(config, rngs=...)`, called with a `Request`, gives a `Result`.
 
     Raises:
@@ -120,6 +122,38 @@ class Network:
         """Zeros like the activations of a stack of blocks, for inputs of (height, width)."""
         dtype = resolve_dtype(self.config.dtype)
         return jax.numpy.zeros((batch, *self.config.stack_shape(size)), dtype)
+
+    def at_size(self, size: tuple[int, int]) -> "Network":
+        """The same network, with the same parameters, for inputs of another (height, width).
+
+        A network takes what sizes it is called with; this is what it is *said* to take, which
+        shapes of samples and features and counts of operations follow.
+
+        Raises:
+            ValueError: it takes no inputs of this size.
+        """
+        size = tuple(size)
+        if size == self.config.input_size:
+            return self
+        if not hasattr(self.config, "at_size"):
+            raise ValueError(
+                f"model.input_size={size}: {self.config.title} takes inputs of "
+                f"{self.config.input_size} alone ({type(self.config).__name__} has no at_size)"
+            )
+        return dataclasses.replace(self, config=self.config.at_size(size))
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Tokens of an input's image; None for a network of convolutions."""
+        if self.config.feature_kind != "tokens":
+            return None
+        height, width, _ = self.config.feature_shapes[0]
+        return height * width
+
+    @property
+    def side_multiple(self) -> int:
+        """What the height and the width of its inputs are multiples of."""
+        return getattr(self.config, "side_multiple", 1)
 
     @property
     def null_class(self) -> bool:

@@ -8,7 +8,7 @@ been dispatched, so the device never waits for the host.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -46,7 +46,10 @@ class Placement(Protocol):
 
 @runtime_checkable
 class DataIterator(Protocol):
-    """An endless iterator of host batches that can say and be told where it is."""
+    """An endless iterator of host batches that can say and be told where it is.
+
+    One whose images are of several sizes names them, `image_sizes`.
+    """
 
     def __next__(self) -> dict[str, np.ndarray]:
         """The next batch."""
@@ -68,6 +71,8 @@ class LoopOptions:
         log_every: period of metrics.
         preview_every: period of `preview`.
         checkpoint_every: period of checkpoints; the last step always has one.
+        flops_per_example: operations of an update and example, where images are of several sizes;
+            None for the method's own number.
     """
 
     num_steps: int
@@ -75,6 +80,7 @@ class LoopOptions:
     log_every: int = 100
     preview_every: int = 0
     checkpoint_every: int = 5000
+    flops_per_example: float | None = None
 
     def __post_init__(self):
         for name, least in (("num_steps", 1), ("batch_size", 1), ("log_every", 1)):
@@ -183,7 +189,7 @@ def train(
 
     updates = _Updates(method, shardings, frozen, announce, placement)
     host_batch = next(data)
-    updates.compile(state, host_batch, key)
+    updates.compile(state, host_batch, key, getattr(data, "image_sizes", ()))
     on_start()
     with Interruption("step") as interruption:
         run = _Run(
@@ -226,7 +232,7 @@ def train(
 
 
 class _Updates:
-    """The compiled updates of a method, one program a phase.
+    """The compiled updates of a method, one program a phase and shape of batches.
 
     Of several processes any may be told to stop, and all have to at the same step: whether one was
     goes into the update, and comes out among the metrics as what all of them know.
@@ -238,11 +244,16 @@ class _Updates:
         self._compiled = {}
         self.agree = jax.process_count() > 1
 
-    def compile(self, state, host_batch, key) -> None:
-        """Compiles all phases, so that none interrupts the run later."""
-        inputs = self._inputs(host_batch, False)
+    def compile(self, state, host_batch, key, sizes: Sequence[tuple[int, int]] = ()) -> None:
+        """Compiles all phases, so that none interrupts the run later.
+
+        Args:
+            state: to update.
+            host_batch: one batch.
+            key: root key.
+            sizes: (height, width) of all images to come, where they are of several sizes.
+        """
         for phase in self._method.phases:
-            started = time.perf_counter()
 
             def update(state, batch, key, frozen, stop=None, phase=phase):
                 key = jax.random.fold_in(key, state.step)
@@ -250,12 +261,20 @@ class _Updates:
                 return state, metrics if stop is None else {**metrics, _STOP: jnp.max(stop)}
 
             jitted = jax.jit(update, donate_argnums=0, out_shardings=(self._shardings, None))
-            with self._placement.tracing():
-                lowered = jitted.lower(state, inputs[0], key, self._frozen, *inputs[1:])
-            self._compiled[phase] = lowered.compile()
-            memory.require_fits(self._compiled[phase])
-            name = "the update" if len(self._method.phases) == 1 else f"the {phase} update"
-            self._announce(f"compiled {name} in {time.perf_counter() - started:.1f} s")
+            for size in sizes or (None,):
+                batch = host_batch if size is None else _of_size(host_batch, size)
+                self._compile(jitted, phase, batch, state, key, size)
+
+    def _compile(self, jitted, phase, host_batch, state, key, size) -> None:
+        started = time.perf_counter()
+        batch, *flag = self._inputs(host_batch, False)
+        with self._placement.tracing():
+            lowered = jitted.lower(state, batch, key, self._frozen, *flag)
+        compiled = self._compiled[phase, _shapes(host_batch)] = lowered.compile()
+        memory.require_fits(compiled)
+        name = "the update" if len(self._method.phases) == 1 else f"the {phase} update"
+        name += f" of {size[0]}x{size[1]}" if size else ""
+        self._announce(f"compiled {name} in {time.perf_counter() - started:.1f} s")
 
     def _inputs(self, host_batch, stop: bool) -> list:
         batch = self._placement.put_batch(host_batch)
@@ -264,7 +283,24 @@ class _Updates:
     def __call__(self, step: int, state, host_batch, key, stop: bool):
         """The update that follows `step` updates."""
         batch, *flag = self._inputs(host_batch, stop)
-        return self._compiled[self._method.phase(step)](state, batch, key, self._frozen, *flag)
+        compiled = self._compiled.get((self._method.phase(step), _shapes(host_batch)))
+        if compiled is None:
+            raise ValueError(
+                f"the data gave a batch of shapes {_shapes(host_batch)}, which they had not "
+                f"announced; there were {sorted({shapes for _, shapes in self._compiled})}"
+            )
+        return compiled(state, batch, key, self._frozen, *flag)
+
+
+def _shapes(host_batch: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(np.shape(leaf) for leaf in jax.tree.leaves(host_batch))
+
+
+def _of_size(host_batch: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """A batch like another, of images of another (height, width)."""
+    image = host_batch["image"]
+    empty = np.zeros((image.shape[0], *size, image.shape[-1]), image.dtype)
+    return {**host_batch, "image": empty}
 
 
 def _restore(checkpoints, abstract, shardings, placement, data, key, strict):
@@ -313,9 +349,8 @@ class _Run:
             self._key_data = jax.make_array_from_callback(
                 host.shape, sharding, lambda index: host[index]
             )
-        self.throughput = metrics_lib.Throughput(
-            options.batch_size, method.flops_per_example, placement.num_devices
-        )
+        flops = options.flops_per_example or method.flops_per_example
+        self.throughput = metrics_lib.Throughput(options.batch_size, flops, placement.num_devices)
         self._pending: tuple[int, Any, Any] | None = None
         self._window: list[dict[str, float]] = []
         self._steps, self._begun = 0, 0.0

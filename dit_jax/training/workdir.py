@@ -48,7 +48,8 @@ _FREE = (
 # Methods whose students are trained for the very steps of config.sampling, and the keys of those.
 _SCHEDULED_METHODS = ("kd", "dmd2", "f_distill", "ladd")
 _SCHEDULE = tuple(
-    f"sampling.{key}" for key in ("solver", "steps", "times", "spacing", "shift", "rho")
+    f"sampling.{key}"
+    for key in ("solver", "steps", "times", "spacing", "shift", "shift_by_tokens", "rho")
 )
 
 

@@ -69,6 +69,7 @@ def make_plan(
     with compiler.targeting():
         needs = subject.needs(config)
         chosen = choices.made(config, subject.given)
+        input_size = experiment.build_network(config).sample_shape[:2]
     count = len(compiler.devices())
     compiled = {planned.name: compiler.compile(planned.lower) for planned in needs.programs}
     predicted = isinstance(compiler, GpuCompiler)
@@ -87,6 +88,7 @@ def make_plan(
         "chosen_for_target": chosen,
         "notes": list(needs.notes),
         "model": {key: config.model[key] for key in ("name", "remat", "attention", "dtype")},
+        "input_size": list(input_size),
         "num_parameters": needs.num_parameters,
         "batch_size": needs.batch_size,
         "batch_parts": needs.batch_parts,

@@ -26,10 +26,12 @@ def _what(plan: dict[str, Any]) -> str:
     compiled = plan["compiled_for"]
     if compiled != "virtual CPU devices":
         compiled = plan["accelerator"]["title"] + ", which need not be there"
+    height, width = plan["input_size"]
     lines = [
         f"{plan['name'] or 'experiment'}: one {run} of {plan['batch_size']} on {plan['devices']} x "
         f"{plan['accelerator']['title']} (mesh {mesh})",
-        f"{plan['num_parameters']:,} parameters; remat {plan['model']['remat']}, "
+        f"{plan['num_parameters']:,} parameters, inputs of {height} x {width}; "
+        f"remat {plan['model']['remat']}, "
         f"{plan['num_microbatches']} microbatch(es); compiled for {compiled} "
         f"(jax {plan['versions']['jax']})",
     ]

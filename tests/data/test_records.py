@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from dit_jax import data
-from dit_jax.data.records import Field, Header, RecordWriter, check_destination, open_records
+from dit_jax.data.records import (
+    Field,
+    Header,
+    RecordSource,
+    RecordWriter,
+    check_destination,
+    open_records,
+)
 from dit_jax.data.records.header import LABEL
 
 HEADER = Header(
@@ -259,13 +266,32 @@ def test_what_is_no_image_is_refused(tmp_path):
         data.open_source("latents", "train", path=str(tmp_path))
 
 
-def test_latents_of_several_sizes_are_kept_and_refused_as_one_batch(tmp_path):
-    captioned_latents(tmp_path, (None, None, 1), ((2, 2), (2, 4), (4, 2)))
+def test_latents_of_several_sizes_come_in_batches_of_one(tmp_path):
+    texts = captioned_latents(tmp_path, (None, None, 1), ((2, 2), (2, 4), (4, 2)))
     records = opened(tmp_path, "latents")
     assert list(records.shapes("latents")) == [(2, 2, 1), (2, 4, 1), (4, 2, 1)]
     assert records.read("latents", np.array([7, 5])).shape == (2, 2, 4, 1)
-    with pytest.raises(ValueError, match=r"several sizes \(2x2, 2x4, 4x2\)"):
-        data.open_source("latents", "train", path=str(tmp_path))
+    source = data.open_source("latents", "train", path=str(tmp_path))
+    assert [(str(b), b.count) for b in source.info.buckets] == [("2x2", 5), ("2x4", 5), ("4x2", 5)]
+    assert source.info.image_shape == (2, 4, 1)
+    with pytest.raises(ValueError, match=r"several shapes"):
+        source.batch(np.array([0, 5]))
+    batches = iter(data.make_loader(source, batch_size=4, seed=0, shuffle=False))
+    found = [next(batches) for _ in range(6)]
+    batches.close()
+    assert [b["image"].shape[1:3] for b in found] == [(2, 2), (2, 4), (4, 2)] * 2
+    np.testing.assert_array_equal(found[1]["conditions"]["text"], texts[5:9])
+    np.testing.assert_array_equal(found[4]["conditions"]["text"], texts[[9, 5, 6, 7]])
+
+
+def test_other_records_of_several_sizes_are_refused(tmp_path):
+    image = Field((None, None, 1), "float32")
+    writer = RecordWriter(tmp_path, Header("pictures", {"x0": image}, {}))
+    for size in ((2, 2), (2, 4)):
+        writer.add(x0=np.zeros((1, *size, 1), np.float32))
+    writer.finish()
+    with pytest.raises(ValueError, match=r"several sizes \(2x2, 2x4\), and a batch"):
+        RecordSource(opened(tmp_path, "pictures"), "x0")
 
 
 @pytest.mark.parametrize(

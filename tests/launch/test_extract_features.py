@@ -251,7 +251,10 @@ def test_training_reads_what_was_extracted(extracted, tmp_path):
         ({"dataset": "cifar10"}, "--dataset does nothing with --data=image_folder"),
         ({"data": "digits"}, "--path does nothing with --data=digits"),
         ({"data": "digits", "path": None, "image_size": 8}, "have 1 channels, the VAE encodes 3"),
-        ({"data": "digits", "path": None, "image_size": 16}, "--data=digits cannot resize"),
+        ({"data": "digits", "path": None, "buckets": "8x8"}, "--buckets does nothing with --data"),
+        ({"buckets": "16x16,15x16"}, "multiples of 2"),
+        ({"buckets": "16"}, "--buckets='16': expected heights and widths"),
+        ({"image_size": None, "buckets": "auto:8"}, "--buckets='auto:8' needs --image_size"),
         ({"data": "tfds"}, "--data=tfds needs --dataset"),
         ({"image_size": None}, "mixed sizes"),
         ({"compute_dtype": "float16"}, "exceed float16's range"),
@@ -281,6 +284,50 @@ def test_existing_folders_are_refused(images, vae, extracted, tmp_path, monkeypa
         extract(images, vae, tmp_path / "begun", seed=1)
     with pytest.raises(ValueError, match=r"other settings \(posterior: True -> False\)"):
         extract(images, vae, tmp_path / "begun", kind="samples")
+
+
+BUCKETS = {"image_size": None, "buckets": "12x20,16x16,20x12"}
+
+
+def test_images_of_several_sizes_are_extracted_by_size(images, vae, tmp_path, monkeypatch, capsys):
+    whole = extract(images, vae, tmp_path / "whole", **BUCKETS)
+    assert "sizes, of images of 12x20 (" in capsys.readouterr().out
+    source = open_source("latents", "train", path=str(whole.parent))
+    options = {"buckets": BUCKETS["buckets"], "resize": "adm"}
+    pixels = open_source("image_folder", "train", path=str(images), **options)
+    doubled = [(2 * b.size[0], 2 * b.size[1], b.count) for b in source.info.buckets]
+    assert doubled == [(*b.size, b.count) for b in pixels.info.buckets] and len(doubled) == 3
+    _, autoencoder, params = vae
+    for bucket in range(3):
+        places, numbers = pixels.members(bucket), source.members(bucket)
+        given = pixels.batch(places)
+        x = jnp.asarray(given["image"] / 127.5 - 1, jnp.float32)
+        mean, _ = jax.jit(autoencoder.encode)(params, x)
+        read = source.batch(numbers)
+        np.testing.assert_allclose(read["image"], (mean - 0.25) * 0.5, atol=1e-4)
+        np.testing.assert_array_equal(read["label"], given["label"])
+    # Ended in the middle of the second size, the same command ends with the same bits.
+    add, calls = RecordWriter.add, []
+
+    def failing(self, **arrays):
+        calls.append(1)
+        if len(calls) == 5:
+            raise OSError("disk full")
+        add(self, **arrays)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordWriter, "add", failing)
+        with pytest.raises(OSError, match="disk full"):
+            extract(images, vae, tmp_path / "parts", **BUCKETS)
+    parts = extract(images, vae, tmp_path / "parts", **BUCKETS)
+    assert "continuing after" in capsys.readouterr().out
+    assert contents(parts) == contents(whole)
+
+
+def test_rectangles_are_extracted(images, vae, tmp_path):
+    folder = extract(images, vae, tmp_path, image_size="12x20", flip="none")
+    source = open_source("latents", "train", path=str(folder.parent))
+    assert source.info.image_shape == (6, 10, 4) and not source.info.buckets
 
 
 def test_tfds_is_extracted(vae, tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from dit_jax.conditions import Condition
+from dit_jax.data.buckets import Bucket
 from dit_jax.data.records.reader import Records
 from dit_jax.data.source import Batch, DatasetInfo, Example, Source, fingerprint
 
@@ -25,10 +27,11 @@ class RecordSource(Source):
         header: What they are.
 
     Raises:
-        ValueError: They are no images, or of several sizes, of which no batch can be made.
+        ValueError: They are no images; or of several sizes, which not every kind of source takes.
     """
 
     slow_to_read = True
+    has_buckets = False  # whether images may be of several sizes
 
     def __init__(self, records: Records, image: str, *read_as: Any):
         self.records, self.header = records, records.header
@@ -39,7 +42,18 @@ class RecordSource(Source):
                 f"{image} of {records.folder} is {field.dtype} {list(shape)}; expected an image, "
                 "float32 or float16 [height, width, channels]"
             )
-        if not field.is_of_one_shape:
+        buckets: tuple[Bucket, ...] = ()
+        if not field.is_of_one_shape and self.has_buckets:
+            shapes = records.shapes(image)
+            buckets = tuple(Bucket(size[:2], len(found)) for size, found in shapes.items())
+            shape = max(shapes, key=math.prod)
+            if len(buckets) == 1:  # as it happens: like any other set
+                buckets = ()
+            else:
+                self.bucket_of = np.empty(header.count, np.int32)
+                for number, found in enumerate(shapes.values()):
+                    self.bucket_of[found] = number
+        elif not field.is_of_one_shape:
             sizes = ", ".join("x".join(map(str, shape[:2])) for shape in records.shapes(image))
             raise ValueError(
                 f"the {header.kind} in {records.folder} are of several sizes ({sizes}), and a batch"
@@ -55,6 +69,7 @@ class RecordSource(Source):
             # The header holds the hash of every file.
             fingerprint=fingerprint(header.kind, records.text, *read_as),
             conditions=header.conditions,
+            buckets=buckets,
             null_conditions={name: records.null(name) for name in header.nulls} or None,
             declared={
                 name: Condition(header.fields[name].shape, header.fields[name].read_dtype.name)
