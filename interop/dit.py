@@ -348,14 +348,23 @@ def config_from_diffusers(
         raise InteropError(f"{where}: {error}") from error
 
 
-def config_to_diffusers(config: DiTConfig, num_embeds: int | None = None) -> dict[str, Any]:
+def config_to_diffusers(
+    config: DiTConfig, num_embeds: int | None = None, *, sample_size: int | None = None
+) -> dict[str, Any]:
     """The config.json of the `DiTTransformer2DModel` with the network's shape.
+
+    Args:
+        config: of the network.
+        num_embeds: see `diffusers_table`.
+        sample_size: side of the squares that a pipeline makes, and for which diffusers computes
+            its table of positions; those of the network are the same there, whatever its own size.
+            By default the network's own, which must be square.
 
     Raises:
         InteropError: the network has a shape that diffusers' class cannot have.
     """
     height, width = config.input_size
-    if height != width:
+    if sample_size is None and height != width:
         raise InteropError(f"diffusers' DiT is square; the model takes {height}x{width}")
     if not config.num_classes:
         raise InteropError("diffusers' DiT is class-conditional; the model has no classes")
@@ -376,6 +385,6 @@ def config_to_diffusers(config: DiTConfig, num_embeds: int | None = None) -> dic
         "num_layers": config.depth,
         "out_channels": config.out_channels,
         "patch_size": config.patch_size,
-        "sample_size": height,
+        "sample_size": sample_size or height,
         "upcast_attention": False,
     }

@@ -295,7 +295,16 @@ def _plan_diffusers(model: FoundModel) -> _Plan:
             f"INEXACT with guidance in plain diffusers: DiTPipeline takes class "
             f"{dit.PIPELINE_NULL_CLASS} for no class, this model {count}"
         )
-    dit.config_to_diffusers(network)  # whether the class can have this shape
+    height, width = network.input_size
+    if height != width:
+        notes.append(
+            f"the model was trained on {height}x{width}; DiTPipeline makes squares of "
+            f"{model.config.model.image_size}, and plain diffusers cannot put other outputs "
+            "together. Load it with interop.pipelines.load_pipeline, whose transformer takes any "
+            "height and width"
+        )
+    # Whether the class can have this shape.
+    dit.config_to_diffusers(network, sample_size=model.config.model.image_size)
     return _Plan(dit.diffusers_table(network, num_embeds), tuple(notes), num_embeds)
 
 
@@ -392,7 +401,8 @@ def _write_pipeline(
 ) -> str:
     process = experiment.build_process(model.config)
     scheduler = scheduler_config(process)
-    transformer = dit.config_to_diffusers(model.network.config, plan.num_embeds)
+    side = model.config.model.image_size
+    transformer = dit.config_to_diffusers(model.network.config, plan.num_embeds, sample_size=side)
     version = {"_diffusers_version": PIPELINE_VERSION}
     for name in ("transformer", "scheduler"):
         (folder / name).mkdir()

@@ -22,10 +22,10 @@ from dit_jax.interop.pipelines import load_pipeline
 from dit_jax.interop.pixel_autoencoder import TOLERANCE, pixel_autoencoder
 from dit_jax.interop.tensors import InteropError
 from dit_jax.launch import loading, wiring
-from dit_jax.models import DiTConfig
+from dit_jax.models import DiTConfig, Request
 from dit_jax.models.autoencoder_kl import AutoencoderKLConfig
 from dit_jax.sampling import image_keys
-from tests.interop.test_models import assert_same, diffusers_model, in_memory
+from tests.interop.test_models import assert_same, diffusers_model, in_memory, on_device
 from tests.references import diffusers_autoencoder, torch_dit
 
 LATENT = DiTConfig(
@@ -213,3 +213,31 @@ def test_randomise_covers_everything():
     """The parity above rests on it: nothing is zero or equal to another."""
     model = torch_dit.randomise(torch_dit.DiT(depth=1, hidden_size=32, num_heads=4), seed=0)
     assert all(p.std() > 0 for p in model.parameters())
+
+
+def test_a_model_of_rectangles_makes_them_in_diffusers(tmp_path, vae):
+    model, params = in_memory(dataclasses.replace(LATENT, time_frequency_spacing="original"))
+    config = model.config.copy_and_resolve_references()
+    config.model.input_size = (8, 18)
+    model = dataclasses.replace(model, config=config)
+    assert model.network.sample_shape == (8, 18, 4)
+    summary = write_model(model, "diffusers", tmp_path / "out", autoencoder=vae)
+    assert any("trained on 8x18; DiTPipeline makes squares of 8" in n for n in summary.notes)
+    assert "on inputs of 8x18x4" in (tmp_path / "out" / "README.md").read_text()
+    again = open_model(tmp_path / "out")
+    assert again.network.sample_shape == (8, 18, 4)
+    assert_same(again, params)
+    transformer, params = load_pipeline(tmp_path / "out").transformer, on_device(model)
+    t, labels = np.array([3.0, 500.0], np.float32), np.array([1, 4], np.int32)
+    # (8, 18) has 4 x 9 tokens, a square number, which diffusers by itself would mix unnoticed.
+    for height, width in ((8, 18), (14, 6), (8, 8)):
+        x = np.random.default_rng(1).normal(size=(2, height, width, 4)).astype(np.float32)
+        request = Request(*map(jax.numpy.asarray, (x, t)), {"label": jax.numpy.asarray(labels)})
+        expected = model.network.apply(params, request).out
+        with torch.no_grad():
+            found = transformer(
+                torch.from_numpy(x).permute(0, 3, 1, 2),
+                timestep=torch.from_numpy(t),
+                class_labels=torch.from_numpy(labels).long(),
+            ).sample.permute(0, 2, 3, 1)
+        np.testing.assert_allclose(found, expected, atol=2e-5)
