@@ -27,6 +27,8 @@ from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 
 import dit_jax
+from dit_jax.atomic import atomic_file
+from dit_jax.tree_paths import by_path
 from dit_jax.untrusted import parse_json
 
 SUFFIX = ".program"
@@ -111,14 +113,11 @@ def identify(program: Program, devices: Sequence[jax.Device] | None = None) -> I
     kind = devices[0].device_kind
     if devices[0].platform == "cpu":  # code for one processor may not run on another
         kind = f"{kind} {_processor()}"
-    leaves = jax.tree_util.tree_leaves_with_path(dict(program.inputs))
+    inputs = by_path(dict(program.inputs))
     return Identity(
         program.name,
         {key: repr(value) for key, value in program.compiled_in.items()},
-        {
-            jax.tree_util.keystr(path, simple=True, separator="/"): _describe(leaf)
-            for path, leaf in leaves
-        },
+        {path: _describe(leaf) for path, leaf in inputs.items()},
         {"device": kind, "devices": str(len(devices))},
         {
             "dit_jax": f"{dit_jax.__version__} ({_sources()})",
@@ -205,14 +204,9 @@ def save(directory: Path, identity: Identity, compiled: jax.stages.Compiled) -> 
         "bytes": len(payload),
         "sha256": hashlib.sha256(payload).hexdigest(),
     }
-    directory.mkdir(parents=True, exist_ok=True)
     path = directory / identity.filename
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(json.dumps(header).encode() + b"\n" + payload)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_file(path, overwrite=True) as file:
+        file.write(json.dumps(header).encode() + b"\n" + payload)
     return path
 
 

@@ -21,6 +21,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_jax.parallel.mesh import DataParallel, put_whole
+from dit_jax.tree_paths import path_of
 
 Axes = str | tuple[str, ...] | None
 
@@ -155,11 +156,6 @@ class Placed:
         """What of it one device holds."""
         names = [name for entry in self.spec for name in _names(entry)]
         return math.prod(self.shape) * self.itemsize // math.prod(sizes[name] for name in names)
-
-
-def path_of(entries: tuple) -> str:
-    """'params/blocks/mlp/fc1/kernel' of a path in a tree."""
-    return jax.tree_util.keystr(entries, simple=True, separator="/")
 
 
 def place_tree(

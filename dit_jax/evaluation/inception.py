@@ -26,6 +26,7 @@ from jaxtyping import Array, Float32, Key, Shaped, UInt8
 
 from dit_jax.evaluation.images import AnyArray, to_uint8
 from dit_jax.evaluation.inception_layers import IMAGE_SIZE, InceptionV3
+from dit_jax.tree_paths import by_path
 
 Params = dict[str, Any]
 
@@ -246,8 +247,8 @@ def check_params(params: Mapping[str, Any]) -> Params:
     Raises:
         ValueError: Names or shapes are not Inception-V3's; the first few are listed.
     """
-    expected = _leaves(parameter_shapes())
-    given = {path: np.asarray(leaf) for path, leaf in _leaves(params).items()}
+    expected = by_path(parameter_shapes(), ".")
+    given = {path: np.asarray(leaf) for path, leaf in by_path(dict(params), ".").items()}
     wrong = [
         f"{path}: got {given[path].shape if path in given else 'nothing'}, expected "
         f"{expected[path].shape if path in expected else 'no such parameter'}"
@@ -266,16 +267,11 @@ def check_params(params: Mapping[str, Any]) -> Params:
 def fingerprint_of(params: Mapping[str, Any]) -> str:
     """SHA-256, in hexadecimal, of names, shapes and bytes of the weights and the preprocessing."""
     digest = hashlib.sha256(f"{NAME}; {PREPROCESSING}".encode())
-    for path, leaf in sorted(_leaves(params).items()):
+    for path, leaf in sorted(by_path(dict(params), ".").items()):
         array = np.ascontiguousarray(leaf, dtype="<f4")
         digest.update(f"{path}{array.shape}".encode())
         digest.update(array)
     return digest.hexdigest()
-
-
-def _leaves(params: Mapping[str, Any]) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(dict(params))
-    return {".".join(str(key.key) for key in path): leaf for path, leaf in leaves}
 
 
 def _sharding(mesh: Mesh | None, *, split: bool) -> NamedSharding | None:

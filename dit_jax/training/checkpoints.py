@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from dit_jax.training import saved_averages
+from dit_jax.tree_paths import by_path, paths_of
 
 # What tensorstore appends to its messages, as [tensorstore_spec='{"context":...
 _DETAILS = re.compile(r"\s*\[(?:tensorstore_spec|source locations?|domain)\b")
@@ -100,25 +101,6 @@ def fingerprint(tree: Any) -> list[int]:
     meshes = [s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding)]
     several = jax.process_count() > 1 and meshes
     return [int(s) for s in np.asarray(_compiled_bit_sums(meshes[0] if several else None)(tree))]
-
-
-def _path(entries: tuple) -> str:
-    def name(entry) -> str:
-        for attribute in ("name", "key", "idx"):
-            if hasattr(entry, attribute):
-                return str(getattr(entry, attribute))
-        raise TypeError(f"unknown path entry {entry!r}")
-
-    return "/".join(map(name, entries))
-
-
-def paths_of(tree: Any) -> Any:
-    """A tree of its leaves' paths, as 'state/params/blocks/mlp/fc1/kernel', however typed."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: _path(path), tree)
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-    return {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 class Checkpoints:
@@ -272,7 +254,7 @@ class Checkpoints:
         """
         tree = self._manager.item_metadata(step)["state"].tree
         target = saved_averages.as_saved(target, tree)
-        saved, wanted = _by_path(tree), _by_path(target)
+        saved, wanted = by_path(tree), by_path(target)
         lines = [f"  {k}: only in the checkpoint" for k in sorted(saved.keys() - wanted.keys())]
         lines += [f"  {k}: not in the checkpoint" for k in sorted(wanted.keys() - saved.keys())]
         lines += [

@@ -19,20 +19,13 @@ from dit_jax.distill.student import Student, Teacher
 from dit_jax.experiment import resolve_config
 from tests.distill import mixture as bench
 from tests.long import long
+from tests.models.conftest import random_params
 from tests.references import torch_consistency as reference
 
 FLOW = RectifiedFlow(network_convention="flux")
 TWINS = {"edm": (EDM(), reference.Edm()), "flow": (FLOW, reference.Flow())}
 TIMES = {"edm": [0.05, 0.4, 1.1, 2.5, 9.0, 70.0], "flow": [0.04, 0.2, 0.45, 0.7, 0.93, 1.0]}
 RATIO = 0.9
-
-
-def random_params(network, seed):
-    random = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(random.normal(size=leaf.shape) * 0.3, jnp.float32),
-        jax.eval_shape(network.init, jax.random.key(0)),
-    )
 
 
 def fixed_examples(method, times, num_classes=0, ratio=RATIO):
@@ -80,7 +73,7 @@ def test_loss_and_gradients_equal_the_reference(name, case):
     options = dict(CASES[case])
     num_classes = 3 if options.get("guidance") else 0
     student = bench.mlp_student(process, num_classes=num_classes, width=16, depth=2)
-    params, teacher = (random_params(student.denoiser.network, seed) for seed in (1, 2))
+    params, teacher = (random_params(student.denoiser.network, seed, 0.3) for seed in (1, 2))
     criterion = options.pop("criterion", ("pseudo_huber", 1e-8, "default"))
     method = Consistency(
         student,
@@ -286,7 +279,7 @@ def test_trains_a_class_conditional_transformer_in_every_process(process):
     assert method.frozen_names == ("teacher",)
     shape = jax.eval_shape(method.init, jax.random.key(0))
     assert set(method.weights(shape)) == {"ema_0.9999", "raw"}
-    params = random_params(method.student.denoiser.network, 1)
+    params = random_params(method.student.denoiser.network, 1, 0.3)
     state = method.init(jax.random.key(0), params)
     image = jax.random.normal(jax.random.key(1), (4, 4, 4, 2))
     batch = {"image": image, "conditions": {"label": jnp.arange(4) % 3}}
@@ -294,7 +287,7 @@ def test_trains_a_class_conditional_transformer_in_every_process(process):
         state,
         batch,
         jax.random.key(2),
-        {"teacher": random_params(method.student.denoiser.network, 2)},
+        {"teacher": random_params(method.student.denoiser.network, 2, 0.3)},
     )
     assert after.step == 1 and all(np.isfinite(value) for value in metrics.values())
     assert metrics["gradient_norm"] > 0

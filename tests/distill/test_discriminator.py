@@ -15,16 +15,8 @@ from dit_jax.distill.adversarial import (
     saturation_metrics,
 )
 from dit_jax.distill.discriminator import Discriminator, group_count
+from tests.models.conftest import perturbed
 from tests.references import torch_dmd2
-
-
-def randomised(params, key):
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    leaves = [
-        leaf + 0.2 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(structure, leaves)
 
 
 def torch_head(head, shape):
@@ -44,7 +36,7 @@ def torch_head(head, shape):
 )
 def test_heads_equal_pytorch(head, shapes):
     discriminator = Discriminator(head, shapes)
-    params = randomised(discriminator.init(jax.random.key(0)), jax.random.key(1))
+    params = perturbed(discriminator.init(jax.random.key(0)), jax.random.key(1), 0.2)
     keys = jax.random.split(jax.random.key(2), len(shapes))
     features = tuple(
         jax.random.normal(key, (3, *shape)) for key, shape in zip(keys, shapes, strict=True)

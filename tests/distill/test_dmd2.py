@@ -25,18 +25,10 @@ from dit_jax.models import Request
 from tests.distill import few_step_bench as few
 from tests.distill import mixture as bench
 from tests.long import long
+from tests.models.conftest import perturbed
 from tests.references import torch_dmd2
 
 SIGMA_DATA = 0.5
-
-
-def randomised(params, key):
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    leaves = [
-        leaf + 0.1 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(structure, leaves)
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +48,10 @@ def edm():
     )
     keys = jax.random.split(jax.random.key(0), 6)
     params = {
-        name: randomised(network.init(key), key)
+        name: perturbed(network.init(key), key, 0.1)
         for name, key in zip(("student", "teacher", "fake_score"), keys, strict=False)
     }
-    params["discriminator"] = randomised(heads.init(keys[3]), keys[4])
+    params["discriminator"] = perturbed(heads.init(keys[3]), keys[4], 0.1)
     return method, params, bench.GaussianMixture().batch(keys[5], 8)
 
 
@@ -202,7 +194,7 @@ def test_teachers_features_and_guidance_in_one_go():
     """The guided prediction is that without features; features are the conditional ones."""
     process = few.PROCESS
     network = bench.MlpNetwork(width=16, num_classes=3)
-    params = randomised(network.init(jax.random.key(0)), jax.random.key(1))
+    params = perturbed(network.init(jax.random.key(0)), jax.random.key(1), 0.1)
     denoiser = Denoiser(network, process)
     teacher = Teacher(denoiser, 2.5, (0.2, 0.6))
     x, t = jax.random.normal(jax.random.key(2), (4, 1, 1, 2)), jnp.array([0.1, 0.3, 0.5, 0.9])

@@ -14,6 +14,7 @@ from dit_jax.experiment import resolve_config
 from dit_jax.sampling import Sampler, image_keys
 from tests.distill import mixture as bench
 from tests.long import long
+from tests.models.conftest import random_params
 from tests.references import torch_kd
 
 FLOW = RectifiedFlow(network_convention="flux")
@@ -32,21 +33,13 @@ def random_examples(process, n=6):
     }
 
 
-def random_params(network):
-    random = np.random.default_rng(1)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(random.normal(size=leaf.shape) * 0.3, jnp.float32),
-        jax.eval_shape(network.init, jax.random.key(0)),
-    )
-
-
 @pytest.mark.parametrize("loss", ["mse", "pseudo_huber"])
 @pytest.mark.parametrize("process", [EDM(), FLOW], ids=["edm", "flow"])
 def test_loss_and_gradients_equal_the_reference(process, loss):
     student = bench.mlp_student(process, num_classes=3, width=16)
     huber_c = 0.03 if loss == "pseudo_huber" else 0.0
     method = KnowledgeDistillation(student, (process.noise_time,), loss, huber_c)
-    params, examples = random_params(student.denoiser.network), random_examples(process)
+    params, examples = random_params(student.denoiser.network, 1, 0.3), random_examples(process)
     gradients, metrics = jax.grad(method.loss_and_metrics, has_aux=True)(params, examples)
 
     leaves = jax.tree.map(lambda a: torch.tensor(np.asarray(a), requires_grad=True), params)

@@ -20,6 +20,18 @@ def random_params(network, seed=0, scale=None):
     return jax.tree.map(draw, shapes)
 
 
+def perturbed(params, key, scale):
+    """Parameters with something random added to every one of them."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    return structure.unflatten(
+        [
+            leaf + scale * jax.random.normal(k, leaf.shape)
+            for leaf, k in zip(leaves, keys, strict=True)
+        ]
+    )
+
+
 def random_inputs(config, batch=2, seed=1):
     """(x, t, conditions) for `Network.apply`."""
     random = np.random.default_rng(seed)
