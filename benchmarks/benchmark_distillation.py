@@ -24,7 +24,7 @@ import numpy as np
 from dit_jax import experiment
 from dit_jax.config import default_config
 from dit_jax.configs import digits
-from dit_jax.launch import methods, wiring
+from dit_jax.launch import wiring
 from dit_jax.models.dit import named_size
 
 JVP = {"model.custom_gradients": "off"}
@@ -113,7 +113,7 @@ def configure(network: str, variant: str = "denoising") -> ml_collections.Config
     name, changes = VARIANTS.get(variant, ("denoising", {}))
     changes = changes(config) if callable(changes) else changes
     changes = {"method.name": name, "sampling.guidance_scale": 1.0, **changes}
-    return methods.resolve_config(wiring.override(config.to_dict(), changes))
+    return experiment.resolve_config(wiring.override(config.to_dict(), changes))
 
 
 @dataclasses.dataclass
@@ -150,7 +150,7 @@ def random_batch(config: ml_collections.ConfigDict, batch_size: int) -> dict[str
 def prepare(network: str, variant: str, batch_size: int) -> list[Update]:
     """The compiled updates of a method, one a phase; they share one state."""
     config = configure(network, variant)
-    method, key = methods.build_method(config), jax.random.key(0)
+    method, key = experiment.build_method(config), jax.random.key(0)
     single = config.copy_and_resolve_references()
     with single.unlocked():
         single.model.second_time = "none"
@@ -299,8 +299,8 @@ def dmd2_student(batch_size: int) -> tuple[Callable[[], None], dict[str, Any]]:
     changes = {"method.name": "dmd2", **ADVERSARIAL, "method.dmd2.feature_indices": (0, 1, 2)}
     changes["model.dtype"] = "float32"  # as FastGen's
     config = edm_cifar10_network()
-    config = methods.resolve_config(wiring.override(config.to_dict(), changes))
-    method, key = methods.build_method(config), jax.random.key(0)
+    config = experiment.resolve_config(wiring.override(config.to_dict(), changes))
+    method, key = experiment.build_method(config), jax.random.key(0)
     frozen = {"teacher": jax.jit(method.teacher.denoiser.network.init)(key)}
     carried = [jax.jit(method.init)(key, None, frozen)]
     batch = random_batch(config, batch_size)

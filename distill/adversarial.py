@@ -15,12 +15,28 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from dit_jax import experiment
-from dit_jax.config import AnyConfig, ConfigError, default_config
+from dit_jax.config import ConfigError
 from dit_jax.diffusion.process import Process
 from dit_jax.diffusion.timesteps import TimeDistribution
 from dit_jax.distill.discriminator import Discriminator
-from dit_jax.distill.few_step import counted_config
+from dit_jax.distill.few_step import FewStepOptions, counted_config
+from dit_jax.options import option, schema
+from dit_jax.ranges import NOT_NEGATIVE, PERIOD, POSITIVE
 from dit_jax.training.method import Metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class AdversarialOptions(FewStepOptions):
+    """Keys of the methods with a discriminator."""
+
+    discriminator_learning_rate: float = option(0.0, "0: config.optimizer's", NOT_NEGATIVE)
+    feature_indices: tuple[int, ...] = option(
+        (), "feature maps it reads; empty: a U-Net's last, a transformer's middle", PERIOD
+    )
+    same_noise: bool = option(False, "renoise real and generated data alike")
+    r1_weight: float = option(0.0, "of the approximate R1 penalty (APT); 0: none", NOT_NEGATIVE)
+    r1_noise: float = option(0.1, "its perturbation of data", POSITIVE)
+
 
 FEATURES_OF = ("teacher", "fake_score")
 HEADS_OF = {"tokens": "transformer", "maps": "unet"}
@@ -78,9 +94,9 @@ class Adversary:
     indices: tuple[int, ...]
     optimizer: optax.GradientTransformation
     features_of: str = "teacher"
-    same_noise: bool = False
-    r1_weight: float = 0.0
-    r1_noise: float = 0.1
+    same_noise: bool = AdversarialOptions.same_noise
+    r1_weight: float = AdversarialOptions.r1_weight
+    r1_noise: float = AdversarialOptions.r1_noise
 
     def __post_init__(self):
         if self.features_of not in FEATURES_OF:
@@ -222,10 +238,9 @@ def refuse_changed(
         ConfigError: naming the key and the reason.
     """
     name = config.method.name
-    defaults: AnyConfig = default_config().method[name]
+    known = schema()
     for key in () if unless else keys:
-        value, default = config.method[name][key], defaults[key]
-        if isinstance(value, list | tuple):
-            value, default = tuple(value), tuple(default)
+        value, default = config.method[name][key], known[f"method.{name}.{key}"].default
+        value = tuple(value) if isinstance(value, list) else value
         if value != default:
             raise ConfigError(f"config.method.{name}.{key}={value!r} would do nothing: {reason}")

@@ -13,6 +13,37 @@ from jaxtyping import Array, Float
 
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion.process import expand
+from dit_jax.options import option
+from dit_jax.ranges import NOT_NEGATIVE, PERIOD, POSITIVE, SHARE, SHARE_BELOW_ONE
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanFlowOptions:
+    """Keys of config.method.mean_flow."""
+
+    velocity: str = option("data", "data | teacher: whose velocity is learned")
+    direction: str = option("velocity", "velocity (MeanFlow) | network (improved MeanFlow)")
+    interval_share: float = option(0.25, "of examples with r < t; of the others r = t", SHARE)
+    r_distribution: str = option("same", "same (as timesteps) | uniform | logit_normal")
+    r_mean: float = option(0.0, "of logit_normal")
+    r_std: float = option(1.0, "of logit_normal", POSITIVE)
+    guidance_omega: float = option(
+        1.0, "guidance of scale omega / (1 - kappa), from data only", POSITIVE
+    )
+    guidance_kappa: float = option(
+        0.0, "share of the network's own conditional velocity", SHARE_BELOW_ONE
+    )
+    guidance_interval: tuple[float, ...] = option(
+        (), "(low, high) times of that; empty: always", NOT_NEGATIVE, interval=True
+    )
+    loss: str = option("l2", "l2 | opt_grad")
+    weight_power: float = option(1.0, "of the adaptive loss weight; 0: none", NOT_NEGATIVE)
+    weight_constant: float = option(0.01, "kept from the weight's pole", NOT_NEGATIVE)
+    scale_by_dimension: bool = option(False, "errors by the root of the pixels, in opt_grad")
+    tangent_warmup_steps: int = option(0, "over which the derivative comes in", PERIOD)
+    derivative: str = option("jvp", "jvp | finite_difference")
+    derivative_dtype: str = option("", "float32 | bfloat16; empty: as model.dtype")
+    finite_difference_step: float = option(1e-3, "in t", POSITIVE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +59,10 @@ class Regression:
             that the constant means the same for all sizes.
     """
 
-    loss: str = "l2"
-    power: float = 1.0
-    constant: float = 0.01
-    scale_by_dimension: bool = False
+    loss: str = MeanFlowOptions.loss
+    power: float = MeanFlowOptions.weight_power
+    constant: float = MeanFlowOptions.weight_constant
+    scale_by_dimension: bool = MeanFlowOptions.scale_by_dimension
 
     def __post_init__(self):
         if self.loss not in ("l2", "opt_grad"):
@@ -83,8 +114,8 @@ class GuidanceMixing:
         interval: (low, high) times outside which there is no guidance, or None.
     """
 
-    omega: float = 1.0
-    kappa: float = 0.0
+    omega: float = MeanFlowOptions.guidance_omega
+    kappa: float = MeanFlowOptions.guidance_kappa
     interval: tuple[float, float] | None = None
 
     def __post_init__(self):
@@ -138,8 +169,8 @@ class TotalDerivative:
             in bfloat16; then nothing is shared with the pass that trains, and it costs one more.
     """
 
-    method: str = "jvp"
-    step: float = 1e-3
+    method: str = MeanFlowOptions.derivative
+    step: float = MeanFlowOptions.finite_difference_step
     denoiser: Denoiser | None = None
 
     def __post_init__(self):

@@ -17,10 +17,18 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from dit_jax import experiment
-from dit_jax.config import ConfigError, default_config
+from dit_jax.config import ConfigError
 from dit_jax.diffusion.conversions import expand
+from dit_jax.diffusion.ode import ode_step
+from dit_jax.diffusion.solvers import SOLVERS
 from dit_jax.diffusion.timesteps import TimeDistribution
-from dit_jax.distill.consistency_loss import ConsistencyLoss, ECTSchedule, TimePair, TimePairs
+from dit_jax.distill.consistency_loss import (
+    ConsistencyLoss,
+    ECTSchedule,
+    StageOptions,
+    TimePair,
+    TimePairs,
+)
 from dit_jax.distill.student import (
     DistillState,
     Student,
@@ -31,9 +39,18 @@ from dit_jax.distill.student import (
     nulls_of,
 )
 from dit_jax.models.call import Request
+from dit_jax.options import option
 from dit_jax.training.method import Batch, Metrics, OnePhase, accumulated_gradients
 
-SOLVERS = ("euler", "heun")
+
+@dataclasses.dataclass(frozen=True)
+class ConsistencyOptions(StageOptions):
+    """Keys of config.method.consistency."""
+
+    trajectory: str = option("data", "data (training) | teacher (distillation): x at time r")
+    solver: str = option("euler", "euler | heun: of the teacher's step from t to r")
+    target: str = option("student", "whose x0 at r: student (its own), or an average's name")
+    quantize: bool = option(False, "t and r are indices (process.name = ddpm)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +74,13 @@ class Consistency(OnePhase):
     schedule: ECTSchedule = dataclasses.field(default_factory=ECTSchedule)
     criterion: ConsistencyLoss = dataclasses.field(default_factory=ConsistencyLoss)
     teacher: Teacher | None = None
-    solver: str = "euler"
-    target: str = "student"
+    solver: str = ConsistencyOptions.solver
+    target: str = ConsistencyOptions.target
 
     def __post_init__(self):
-        if self.solver not in SOLVERS:
-            raise ValueError(f"solver={self.solver!r}: expected one of {', '.join(SOLVERS)}")
+        known = [name for name, solver in SOLVERS.items() if solver.ode_order]
+        if self.solver not in known:
+            raise ValueError(f"solver={self.solver!r}: expected one of {', '.join(known)}")
         targets = ["student", *(average.name for average in self.student.averages)]
         if self.target not in targets:
             raise ValueError(
@@ -81,7 +99,7 @@ class Consistency(OnePhase):
         evaluations = 4.0
         if self.teacher is not None:
             guided = 2 if self.teacher.guidance_scale != 1.0 else 1
-            evaluations += guided * (2 if self.solver == "heun" else 1)
+            evaluations += guided * SOLVERS[self.solver].ode_order
         return evaluations * self.student.denoiser.network.flops_per_example
 
     def init(self, key: Key[Array, ""], params: Any = None, frozen: Any = None) -> DistillState:
@@ -118,20 +136,12 @@ class Consistency(OnePhase):
             return process.add_noise(examples["x0"], examples["eps"], pair.r)
         params, conditions = frozen["teacher"], examples["conditions"]
 
-        def slope(x, t):
+        def predict(x, t, carry):
             request = Request(x, t, conditions)
-            return process.ode_derivative(self.teacher.predict(params, request, nulls_of(frozen)))
+            return self.teacher.predict(params, request, nulls_of(frozen)), carry
 
-        (scale_t, clock_t), (scale_r, clock_r) = map(process.ode_coordinates, (pair.t, pair.r))
-        elapsed = expand(clock_r - clock_t, x_t)
-        start, rescale = x_t / expand(scale_t, x_t), expand(scale_r, x_t)
-        first = slope(x_t, pair.t)
-        x_r = rescale * (start + elapsed * first)
-        if self.solver == "heun":
-            mean = 0.5 * (first + slope(x_r, pair.r))
-            # As in EDM's sampler: no slope is defined at clean data.
-            clean = expand(pair.r, x_t) <= process.clean_time
-            x_r = jnp.where(clean, x_r, rescale * (start + elapsed * mean))
+        order = SOLVERS[self.solver].ode_order
+        x_r, _ = ode_step(process, predict, x_t, pair.t, pair.r, order=order)
         return jax.lax.stop_gradient(x_r)
 
     def x0_at_r(
@@ -212,7 +222,7 @@ def build_criterion(config: ml_collections.ConfigDict) -> ConsistencyLoss:
     """
     name = config.method.name
     options = config.method[name]
-    unset = default_config().method[name].huber_constant
+    unset = StageOptions.huber_constant
     if options.distance != "pseudo_huber" and options.huber_constant != unset:
         raise ConfigError(
             f"config.method.{name}.huber_constant={options.huber_constant} would do nothing with "
@@ -248,7 +258,7 @@ def build(config: ml_collections.ConfigDict) -> Consistency:
             "(consistency training) or 'teacher' (distillation)"
         )
     distillation = options.trajectory == "teacher"
-    if not distillation and options.solver != "euler":
+    if not distillation and options.solver != ConsistencyOptions.solver:
         raise ConfigError(
             f"config.method.consistency.solver={options.solver!r} would do nothing: it is of "
             "trajectory='teacher'"

@@ -12,12 +12,34 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dit_jax.diffusion.process import DDPM, EDM, Process, RectifiedFlow
+from dit_jax.options import option
+from dit_jax.ranges import COUNT, NOT_NEGATIVE, SHARE_BELOW_ONE, Range
 
 DISTANCES = ("pseudo_huber", "l2", "squared_l2")
 WEIGHTINGS = ("default", "c_out", "c_out_sq", "sigma_sq", "sqrt", "one")
 
 # Smallest distance of t and r: 1 / (t - r) is a weight.
 _SMALLEST_GAP = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class StageOptions:
+    """Keys that both stages of consistency models have."""
+
+    growth: float = option(
+        2.0, "q: the ratio r / t is 1 - growth^-(stage + 1)", Range(1, above=True)
+    )
+    ratio_limit: float = option(0.999, "its largest value", SHARE_BELOW_ONE)
+    images_per_stage: int = option(6_400_000, "images seen until r comes nearer to t", COUNT)
+    min_r: float = option(0.0, "smallest noise level of r; 0: clean data", NOT_NEGATIVE)
+    distance: str = option("pseudo_huber", "pseudo_huber | l2 | squared_l2")
+    huber_constant: float = option(
+        1e-8, "c of pseudo_huber, sqrt(|error|^2 + c^2) - c", NOT_NEGATIVE
+    )
+    weighting: str = option(
+        "default",
+        "default: 1 / (t - r) | c_out | c_out_sq | sigma_sq | sqrt: 1 / sqrt(t - r) | one",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +56,9 @@ class ECTSchedule:
         images_before: images that count as seen before the first update.
     """
 
-    growth: float = 2.0
-    ratio_limit: float = 0.999
-    images_per_stage: int = 6_400_000
+    growth: float = StageOptions.growth
+    ratio_limit: float = StageOptions.ratio_limit
+    images_per_stage: int = StageOptions.images_per_stage
     images_before: int = 0
 
     def __post_init__(self):
@@ -102,7 +124,7 @@ class TimePairs:
     """
 
     process: Process
-    min_r: float = 0.0
+    min_r: float = StageOptions.min_r
     quantize: bool = False
 
     def __post_init__(self):
@@ -155,9 +177,9 @@ class ConsistencyLoss:
             one over EDM's c_out(t) or its square, 'sigma_sq' one over sigma(t)^2, or 'one'.
     """
 
-    distance: str = "pseudo_huber"
-    huber_constant: float = 1e-8
-    weighting: str = "default"
+    distance: str = StageOptions.distance
+    huber_constant: float = StageOptions.huber_constant
+    weighting: str = StageOptions.weighting
 
     def __post_init__(self):
         if self.distance not in DISTANCES:

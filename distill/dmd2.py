@@ -25,6 +25,7 @@ from dit_jax.config import ConfigError
 from dit_jax.diffusion import LOSS_WEIGHTS
 from dit_jax.diffusion.losses import LossWeight, NoWeight
 from dit_jax.distill.adversarial import (
+    AdversarialOptions,
     Adversary,
     build_adversary,
     generator_loss,
@@ -33,6 +34,8 @@ from dit_jax.distill.adversarial import (
 from dit_jax.distill.few_step import FewStepMethod, build_few_steps, counted_config
 from dit_jax.distill.student import build_student, build_teacher, drift_metrics, nulls_of
 from dit_jax.models.call import Request
+from dit_jax.options import option
+from dit_jax.ranges import NOT_NEGATIVE, POSITIVE
 from dit_jax.training.method import Batch, Metrics
 
 FAKE_SCORE_LOSSES = ("raw", "x0", "eps", "velocity")
@@ -62,6 +65,23 @@ def matching_loss(
 
 
 @dataclasses.dataclass(frozen=True)
+class DMD2Options(AdversarialOptions):
+    """Keys of config.method.dmd2."""
+
+    fake_score_learning_rate: float = option(0.0, "0: config.optimizer's", NOT_NEGATIVE)
+    fake_score_loss: str = option("raw", "raw (the process's own) | x0 | eps | velocity")
+    gan_weight: float = option(
+        0.001, "of the student's GAN loss; 0: no discriminator", NOT_NEGATIVE
+    )
+    gan_critic_weight: float = option(
+        1.0, "of the discriminator's loss beside the fake score's", POSITIVE
+    )
+    features_of: str = option(
+        "teacher", "teacher | fake_score: whose features the discriminator reads"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class DMD2(FewStepMethod):
     """The Method 'dmd2'; see also `FewStepMethod`.
 
@@ -81,11 +101,11 @@ class DMD2(FewStepMethod):
     fake_score_optimizer: optax.GradientTransformation = dataclasses.field(
         default_factory=optax.identity
     )
-    fake_score_loss: str = "raw"
+    fake_score_loss: str = DMD2Options.fake_score_loss
     fake_score_weighting: LossWeight = dataclasses.field(default_factory=NoWeight)
     adversary: Adversary | None = None
-    gan_weight: float = 0.001
-    gan_critic_weight: float = 1.0
+    gan_weight: float = DMD2Options.gan_weight
+    gan_critic_weight: float = DMD2Options.gan_critic_weight
 
     def __post_init__(self):
         super().__post_init__()

@@ -18,8 +18,10 @@ from jaxtyping import Array, Float, Int, Key
 from dit_jax.config import ConfigError
 from dit_jax.diffusion.process import EDM, Process
 from dit_jax.distill.adversarial import refuse_changed
-from dit_jax.distill.dmd2 import DMD2, dmd2_parts
+from dit_jax.distill.dmd2 import DMD2, DMD2Options, dmd2_parts
 from dit_jax.distill.student import DistillState, Player
+from dit_jax.options import option
+from dit_jax.ranges import COUNT, POSITIVE, SHARE_BELOW_ONE
 from dit_jax.training.method import Metrics
 
 # Logits are clipped before the exponential.
@@ -53,6 +55,25 @@ def weights_of(ratio: Float[Array, " b"], divergence: str) -> Float[Array, " b"]
 
 
 @dataclasses.dataclass(frozen=True)
+class FDistillOptions(DMD2Options):
+    """Keys of config.method.f_distill."""
+
+    divergence: str = option("js", "js | kl | rkl | sh | neyman | jf | sf")
+    ratio_lower: float = option(
+        0.1,
+        "of real over generated density; smaller ratios are clipped",
+        POSITIVE,
+        below="ratio_upper",
+    )
+    ratio_upper: float = option(20.0, "of the same; larger ones are clipped", POSITIVE)
+    ratio_normalization: bool = option(True, "divide it by its recent mean at like times")
+    ratio_bins: int = option(10, "of time", COUNT)
+    ratio_decay: float = option(
+        0.0, "share of the old mean kept; 0: the batch's own", SHARE_BELOW_ONE
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class RatioHistogram:
     """Recent means of the density ratio in bins of time, evenly spaced in the process's own time.
 
@@ -63,8 +84,8 @@ class RatioHistogram:
     """
 
     process: Process
-    bins: int = 10
-    decay: float = 0.0
+    bins: int = FDistillOptions.ratio_bins
+    decay: float = FDistillOptions.ratio_decay
 
     def __post_init__(self):
         if self.bins < 1 or not 0 <= self.decay < 1:
@@ -122,9 +143,9 @@ class FDistill(DMD2):
         histogram: by whose means ratios are divided; None for no such normalisation.
     """
 
-    divergence: str = "js"
-    ratio_lower: float = 0.1
-    ratio_upper: float = 20.0
+    divergence: str = FDistillOptions.divergence
+    ratio_lower: float = FDistillOptions.ratio_lower
+    ratio_upper: float = FDistillOptions.ratio_upper
     histogram: RatioHistogram | None = None
 
     def __post_init__(self):

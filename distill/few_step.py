@@ -19,14 +19,35 @@ from jaxtyping import Array, Float, Key
 from dit_jax import experiment
 from dit_jax.config import ConfigError
 from dit_jax.diffusion.process import Prediction, Process
-from dit_jax.diffusion.solvers import SOLVERS, Solver, Step
+from dit_jax.diffusion.solvers import Solver, Step
 from dit_jax.diffusion.timesteps import TimeDistribution
-from dit_jax.distill.student import DistillState, Student, Teacher, create_player, update_player
+from dit_jax.distill.student import (
+    DistillState,
+    Student,
+    Teacher,
+    create_player,
+    require_few_step_solver,
+    update_player,
+)
 from dit_jax.models.call import Request
+from dit_jax.options import option
+from dit_jax.ranges import COUNT
 from dit_jax.training import ema as ema_lib
 from dit_jax.training.method import Batch, Metrics, accumulated_gradients
 
 INPUTS = ("data", "simulation")
+
+
+@dataclasses.dataclass(frozen=True)
+class FewStepOptions:
+    """Keys that the methods with critics have."""
+
+    student_update_frequency: int = option(
+        5, "updates of a round: one of the student, the rest its critics'", COUNT
+    )
+    student_input: str = option(
+        "data", "data (renoised) | simulation (the student's own), of several steps"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +66,7 @@ class FewSteps:
     process: Process
     solver: Solver
     times: tuple[float, ...]
-    inputs: str = "data"
+    inputs: str = FewStepOptions.student_input
 
     def __post_init__(self):
         if self.inputs not in INPUTS:
@@ -141,7 +162,7 @@ class FewStepMethod(abc.ABC):
     teacher: Teacher
     steps: FewSteps
     timesteps: TimeDistribution
-    student_update_frequency: int = 5
+    student_update_frequency: int = FewStepOptions.student_update_frequency
 
     def __post_init__(self):
         if self.student_update_frequency < 2:
@@ -305,11 +326,7 @@ def build_few_steps(config: ml_collections.ConfigDict) -> FewSteps:
     """
     method = config.method.name
     inputs = config.method[method].student_input
-    if not SOLVERS[config.sampling.solver].few_steps:
-        raise ConfigError(
-            f"config.sampling.solver={config.sampling.solver!r}: the student of {method} is "
-            "trained for the steps it is sampled with, by 'consistency' (fresh noise) or 'euler'"
-        )
+    require_few_step_solver(config)
     if config.model.second_time != "none":
         raise ConfigError(
             f"config.model.second_time={config.model.second_time!r} would do nothing: the student "

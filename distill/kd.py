@@ -20,9 +20,16 @@ from jaxtyping import Array, Float, Key
 
 from dit_jax import experiment
 from dit_jax.config import ConfigError
-from dit_jax.diffusion.solvers import SOLVERS
-from dit_jax.distill.student import DistillState, Student, build_student, drift_metrics
+from dit_jax.distill.student import (
+    DistillState,
+    Student,
+    build_student,
+    drift_metrics,
+    require_few_step_solver,
+)
 from dit_jax.models.call import Request
+from dit_jax.options import option
+from dit_jax.ranges import NOT_NEGATIVE
 from dit_jax.training.method import Batch, Metrics, OnePhase, accumulated_gradients
 
 LOSSES = ("mse", "pseudo_huber")
@@ -31,6 +38,16 @@ LOSSES = ("mse", "pseudo_huber")
 def default_huber_c(shape: tuple[int, ...]) -> float:
     """0.00054 sqrt(d) for examples of d values (Song & Dhariwal 2023, section 3.3)."""
     return 0.00054 * float(np.sqrt(np.prod(shape)))
+
+
+@dataclasses.dataclass(frozen=True)
+class KDOptions:
+    """Keys of config.method.kd."""
+
+    loss: str = option("mse", "mse: half the mean square | pseudo_huber")
+    huber_c: float = option(
+        0.0, "of pseudo_huber; 0: 0.00054 sqrt(values of an example)", NOT_NEGATIVE
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +66,8 @@ class KnowledgeDistillation(OnePhase):
 
     student: Student
     times: tuple[float, ...]
-    loss: str = "mse"
-    huber_c: float = 0.0
+    loss: str = KDOptions.loss
+    huber_c: float = KDOptions.huber_c
     teacher_given: bool = False
 
     def __post_init__(self):
@@ -163,11 +180,7 @@ def build(config: ml_collections.ConfigDict) -> KnowledgeDistillation:
             f"config.method.name='kd' learns from pairs; config.data.name is {config.data.name!r}: "
             "write them with launch/write_pairs.py and set config.data.name='pairs'"
         )
-    if not SOLVERS[config.sampling.solver].few_steps:
-        raise ConfigError(
-            f"config.sampling.solver={config.sampling.solver!r}: a student of few steps samples "
-            "with 'consistency' or 'euler'"
-        )
+    require_few_step_solver(config)
     if options.loss == "mse" and options.huber_c:
         raise ConfigError(
             f"config.method.kd.huber_c={options.huber_c} would do nothing: config.method.kd.loss "

@@ -14,11 +14,21 @@ from jaxtyping import Array, Key
 
 from dit_jax import experiment
 from dit_jax.config import ConfigError
-from dit_jax.distill.adversarial import Adversary, build_adversary, generator_loss
+from dit_jax.distill.adversarial import (
+    AdversarialOptions,
+    Adversary,
+    build_adversary,
+    generator_loss,
+)
 from dit_jax.distill.few_step import FewStepMethod, build_few_steps, counted_config
 from dit_jax.distill.student import build_student, build_teacher, drift_metrics
 from dit_jax.models.call import Request
 from dit_jax.training.method import Batch, Metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class LADDOptions(AdversarialOptions):
+    """Keys of config.method.ladd."""
 
 
 @dataclasses.dataclass(frozen=True)

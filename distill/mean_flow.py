@@ -28,7 +28,13 @@ from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion.process import RectifiedFlow, expand
 from dit_jax.diffusion.timesteps import LogitNormal, TimeDistribution, Uniform
 from dit_jax.distill import mean_flow_checks
-from dit_jax.distill.average_velocity import GuidanceMixing, Regression, TotalDerivative, sum_pixels
+from dit_jax.distill.average_velocity import (
+    GuidanceMixing,
+    MeanFlowOptions,
+    Regression,
+    TotalDerivative,
+    sum_pixels,
+)
 from dit_jax.distill.student import (
     DistillState,
     Student,
@@ -75,11 +81,11 @@ class MeanFlow(OnePhase):
     end_timesteps: TimeDistribution
     teacher: Teacher | None = None
     mixing: GuidanceMixing = dataclasses.field(default_factory=GuidanceMixing)
-    direction: str = "velocity"
+    direction: str = MeanFlowOptions.direction
     regression: Regression = dataclasses.field(default_factory=Regression)
     derivative: TotalDerivative = dataclasses.field(default_factory=TotalDerivative)
-    interval_share: float = 0.25
-    tangent_warmup_steps: int = 0
+    interval_share: float = MeanFlowOptions.interval_share
+    tangent_warmup_steps: int = MeanFlowOptions.tangent_warmup_steps
     augmentation: Augmentation | None = None
 
     def __post_init__(self):

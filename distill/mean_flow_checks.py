@@ -2,7 +2,9 @@
 
 import ml_collections
 
-from dit_jax.config import ConfigError, default_config
+from dit_jax.config import ConfigError
+from dit_jax.diffusion.solvers import SOLVERS
+from dit_jax.distill.average_velocity import MeanFlowOptions
 from dit_jax.distill.student import require_forward_mode
 
 
@@ -29,10 +31,13 @@ def check(config: ml_collections.ConfigDict) -> None:
             "(low, high) or ()"
         )
     _refuse_unused(config)
-    if config.sampling.solver not in ("mean_flow", "euler", "heun"):
+    solver = SOLVERS.get(config.sampling.solver)
+    if solver is None or not solver.follows_velocity:
+        others = [name for name, s in SOLVERS.items() if s.follows_velocity and not s.second_time]
         raise ConfigError(
             f"config.sampling.solver={config.sampling.solver!r} cannot sample average velocities: "
-            "set 'mean_flow' ('euler' and 'heun' follow the instantaneous velocity, in many steps)"
+            f"set 'mean_flow' ({' and '.join(map(repr, others))} follow the instantaneous "
+            "velocity, in many steps)"
         )
     if c.derivative == "jvp":
         require_forward_mode(config, c.derivative_dtype)
@@ -46,9 +51,8 @@ def _refuse_unused(config: ml_collections.ConfigDict) -> None:
         "finite_difference_step": c.derivative == "finite_difference"
         or "derivative='finite_difference'",
     }
-    defaults = default_config().method.mean_flow
     for key, need in needs.items():
-        if need is not True and c[key] != defaults[key]:
+        if need is not True and c[key] != getattr(MeanFlowOptions, key):
             raise ConfigError(
                 f"config.method.mean_flow.{key} would do nothing: it needs "
                 f"config.method.mean_flow.{need}"

@@ -48,6 +48,8 @@ from dit_jax.distill.student import (
 )
 from dit_jax.distill.trig_flow import TrigFlow
 from dit_jax.models.call import Request
+from dit_jax.options import option
+from dit_jax.ranges import NOT_NEGATIVE, PERIOD, POSITIVE
 from dit_jax.training.method import Batch, Metrics, OnePhase, accumulated_gradients
 
 VELOCITIES = ("data", "teacher")
@@ -102,6 +104,26 @@ def bounded_tangent(
 
 
 @dataclasses.dataclass(frozen=True)
+class SCMOptions:
+    """Keys of config.method.scm."""
+
+    velocity: str = option("teacher", "teacher (sCD) | data (sCT): which flow is followed")
+    sigma_data: float = option(0.5, "standard deviation of the data, for TrigFlow", POSITIVE)
+    tangent_warmup_steps: int = option(10_000, "over which the derivative comes in", PERIOD)
+    tangent: str = option("normalize", "normalize: g / (|g| + constant) | clip: to [-1, 1]")
+    tangent_constant: float = option(
+        0.1, "added to the norm that the tangent is divided by", NOT_NEGATIVE
+    )
+    spatially_invariant: bool = option(True, "|g| a root mean square, not of the sum")
+    adaptive_weighting: bool = option(True, "learn a log variance of the loss by noise level")
+    prior_weighting: bool = option(True, "divide the loss by sigma / alpha")
+    divide_by_dimension: bool = option(True, "the mean square by the values of an example")
+    derivative: str = option("jvp", "jvp | finite_difference")
+    derivative_dtype: str = option("", "float32 | bfloat16; empty: as model.dtype")
+    finite_difference_step: float = option(1e-3, "in log(sigma / alpha)", POSITIVE)
+
+
+@dataclasses.dataclass(frozen=True)
 class SCM(OnePhase):
     """The Method 'scm', sCT without and sCD with a teacher.
 
@@ -127,16 +149,16 @@ class SCM(OnePhase):
     student: Student
     timesteps: TimeDistribution
     teacher: Teacher | None = None
-    sigma_data: float = 0.5
-    tangent_warmup_steps: int = 10_000
-    tangent: str = "normalize"
-    tangent_constant: float = 0.1
-    spatially_invariant: bool = True
-    adaptive_weighting: bool = True
-    prior_weighting: bool = True
-    divide_by_dimension: bool = True
-    derivative: str = "jvp"
-    finite_difference_step: float = 1e-3
+    sigma_data: float = SCMOptions.sigma_data
+    tangent_warmup_steps: int = SCMOptions.tangent_warmup_steps
+    tangent: str = SCMOptions.tangent
+    tangent_constant: float = SCMOptions.tangent_constant
+    spatially_invariant: bool = SCMOptions.spatially_invariant
+    adaptive_weighting: bool = SCMOptions.adaptive_weighting
+    prior_weighting: bool = SCMOptions.prior_weighting
+    divide_by_dimension: bool = SCMOptions.divide_by_dimension
+    derivative: str = SCMOptions.derivative
+    finite_difference_step: float = SCMOptions.finite_difference_step
     derivative_denoiser: Denoiser | None = None
 
     def __post_init__(self):
@@ -361,12 +383,12 @@ def build(config: ml_collections.ConfigDict) -> SCM:
 
 def _refuse_unused(options: dict[str, Any]) -> None:
     """Refuses keys of an alternative that was not chosen."""
-    for key, default, selector, value in (
-        ("finite_difference_step", 1e-3, "derivative", "finite_difference"),
-        ("tangent_constant", 0.1, "tangent", "normalize"),
-        ("spatially_invariant", True, "tangent", "normalize"),
+    for key, selector, value in (
+        ("finite_difference_step", "derivative", "finite_difference"),
+        ("tangent_constant", "tangent", "normalize"),
+        ("spatially_invariant", "tangent", "normalize"),
     ):
-        if options[selector] != value and options[key] != default:
+        if options[selector] != value and options[key] != getattr(SCMOptions, key):
             raise ConfigError(
                 f"config.method.scm.{key}={options[key]!r} would do nothing: "
                 f"config.method.scm.{selector} is {options[selector]!r}, not {value!r}"

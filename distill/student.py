@@ -15,9 +15,12 @@ from dit_jax import experiment
 from dit_jax.config import ConfigError
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import guidance
-from dit_jax.diffusion.process import Prediction, expand
+from dit_jax.diffusion.process import Prediction
+from dit_jax.diffusion.solvers import SOLVERS
 from dit_jax.models.call import Request
 from dit_jax.models.dit import resolve_dtype
+from dit_jax.options import option, register_section
+from dit_jax.ranges import GUIDANCE, NOT_NEGATIVE
 from dit_jax.target import target_platform
 from dit_jax.training import ema as ema_lib
 from dit_jax.training.denoising import drop_conditions, require_null_class
@@ -159,6 +162,22 @@ class Student:
 
 
 @dataclasses.dataclass(frozen=True)
+class TeacherOptions:
+    """Keys of config.teacher."""
+
+    path: str = option("", "[KIND:]SRC as for --init_from: workdir, .pt, folder, hub:...")
+    weights: str = option("ema", "ema: the first average; or raw, or an average's own name")
+    initialize_student: bool = option(True, "start from it (unless --init_from says otherwise)")
+    guidance_scale: float = option(1.0, "of the teacher's answers; 1: none", GUIDANCE)
+    guidance_interval: tuple[float, ...] = option(
+        (), "(low, high) in process time; empty: always", NOT_NEGATIVE, interval=True
+    )
+
+
+register_section("teacher", TeacherOptions)
+
+
+@dataclasses.dataclass(frozen=True)
 class Teacher:
     """A trained network whose answers, guidance included, the student learns from.
 
@@ -233,15 +252,8 @@ class Teacher:
             params,
             Request(jax.lax.stop_gradient(x), t, conditions_lib.without(request.conditions, nulls)),
         )
-        scale = jnp.full(t.shape, self.guidance_scale)
-        if self.guidance_interval is not None:
-            low, high = self.guidance_interval
-            scale = jnp.where((t >= low) & (t <= high), scale, 1.0)
-        # A learned variance is the conditional one.
-        raw = conditional.out
-        own, other = (r[..., : x.shape[-1]].astype(jnp.float32) for r in (raw, null.out))
-        mixed = other + expand(scale, x) * (own - other)
-        raw = jnp.concatenate([mixed.astype(raw.dtype), raw[..., x.shape[-1] :]], axis=-1)
+        scale = guidance.strength(self.guidance_scale, t, self.guidance_interval)
+        raw = guidance.combine(conditional.out, null.out, scale, x.shape[-1])
         return process.interpret(raw, x, t), conditional.features
 
 
@@ -311,4 +323,20 @@ def require_forward_mode(config: ml_collections.ConfigDict, dtype: str = "") -> 
         raise ConfigError(
             f"config.model.attention={model.attention!r} cannot be differentiated forwards, as "
             f"config.method.name={method!r} does: set 'einsum' or 'xla'"
+        )
+
+
+def require_few_step_solver(config: ml_collections.ConfigDict) -> None:
+    """Refuses solvers that students of few steps are not trained for.
+
+    Raises:
+        ConfigError: with those they are.
+    """
+    chosen = config.sampling.solver
+    fitting = [repr(name) for name, solver in SOLVERS.items() if solver.few_steps]
+    if repr(chosen) not in fitting:
+        raise ConfigError(
+            f"config.sampling.solver={chosen!r}: the student of config.method.name="
+            f"{config.method.name!r} is trained for the steps it is sampled with, by "
+            f"{' or '.join(fitting)}"
         )

@@ -17,9 +17,11 @@ from jaxtyping import Array, Bool, Float, Key
 from dit_jax import experiment
 from dit_jax.diffusion.conversions import expand
 from dit_jax.distill.consistency import Consistency, build_criterion, require_one_time
-from dit_jax.distill.consistency_loss import ECTSchedule, TimePair, TimePairs
+from dit_jax.distill.consistency_loss import ECTSchedule, StageOptions, TimePair, TimePairs
 from dit_jax.distill.student import DistillState, build_student, drift_metrics
 from dit_jax.models.call import Request
+from dit_jax.options import option, same_option
+from dit_jax.ranges import NOT_NEGATIVE, PERIOD, SHARE
 from dit_jax.training.method import Batch, Metrics
 
 # Parts into which the evaluations at r are split, counted over all microbatches: all but one need
@@ -37,6 +39,21 @@ def arrange(order: Any, num_microbatches: int, parts: int) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
+class TCMOptions(StageOptions):
+    """Keys of config.method.tcm, the second stage; its times are those of config.timesteps."""
+
+    stage1: str = option("", "the first stage, a consistency model: [KIND:]SRC")
+    stage1_weights: str = option("ema", "ema: the first average; or raw, or an average's name")
+    transition: float = option(1.0, "time from which the student takes over", NOT_NEGATIVE)
+    boundary_probability: float = option(0.25, "share of examples at the transition", SHARE)
+    boundary_weight: float = option(0.1, "of their loss", NOT_NEGATIVE)
+    images_per_stage: int = same_option(StageOptions, "images_per_stage", 1_000_000)
+    images_before: int = option(
+        0, "that count as seen, so that the ratio goes on from there", PERIOD
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class TCM(Consistency):
     """The second stage of a truncated consistency model.
 
@@ -50,9 +67,9 @@ class TCM(Consistency):
         boundary_weight: of the boundary's mean loss beside that of the others.
     """
 
-    transition: float = 1.0
-    boundary_probability: float = 0.25
-    boundary_weight: float = 0.1
+    transition: float = TCMOptions.transition
+    boundary_probability: float = TCMOptions.boundary_probability
+    boundary_weight: float = TCMOptions.boundary_weight
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,4 +1,7 @@
-"""The door of the configuration, where mistakes stop; keys and meanings are in `defaults`.
+"""The door of the configuration, where mistakes stop.
+
+An experiment starts from `default_config()` and states only what differs. The keys, their defaults,
+meanings and ranges stand beside what they configure (`options`).
 
 Where one of several things is chosen by `name`, each has a namespace of its own (`process.ddpm`,
 `process.edm`, ...); setting a key of a namespace that was not chosen is an error, since it would do
@@ -12,23 +15,13 @@ from typing import Any
 
 import ml_collections
 
-from dit_jax import abbreviations, ranges
-from dit_jax.defaults import default_config as default_config  # part of this module's face
+from dit_jax import abbreviations
+from dit_jax import defaults as defaults  # registers its keys
+from dit_jax import options as options_lib
+from dit_jax.options import Option
 from dit_jax.untrusted import parse_json
 
 AnyConfig = Mapping | ml_collections.ConfigDict  # the latter is not registered as the former
-
-# Sections in which one of several namespaces is chosen, and the key that chooses.
-_SELECTORS = {
-    "model": "name",
-    "method": "name",
-    "process": "name",
-    "timesteps": "name",
-    "loss": "weighting",
-    "data": "name",
-    "optimizer": "name",
-    "sampling": "solver",
-}
 
 # Keys that had another name, and have it still in runs and checkpoints of before.
 RENAMED = {
@@ -55,6 +48,18 @@ class ConfigError(ValueError):
     """A configuration that cannot mean what it says."""
 
 
+def default_config() -> ml_collections.ConfigDict:
+    """The default experiment: DiT-XL/2 on 256-pixel ImageNet latents, as in the paper."""
+    tree = {}
+    for path, known in options_lib.schema().items():
+        *parents, leaf = path.split(".")
+        section = tree
+        for name in parents:
+            section = section.setdefault(name, {})
+        section[leaf] = known.default
+    return ml_collections.ConfigDict(tree, convert_dict=True).lock()
+
+
 def flatten(config: AnyConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields ('model.dit.depth', 28) pairs of every leaf."""
     for key, value in config.items():
@@ -70,7 +75,7 @@ def nearest_key(key: str) -> str:
 
     A word of the field first ('lr'), then the same name in another section, then the spelling.
     """
-    known = [path for path, _ in flatten(default_config())]
+    known = list(options_lib.schema())
     section, _, leaf = key.rpartition(".")
     meant = abbreviations.meant_by(leaf)
     same = [path for path in known if path.rpartition(".")[2] == leaf]
@@ -97,19 +102,18 @@ def resolve(config: AnyConfig) -> ml_collections.ConfigDict:
         ConfigError: an unknown key (with the nearest valid name), a value of another type, a key
             set in a namespace that was not chosen.
     """
-    resolved = default_config()
-    defaults = dict(flatten(resolved))
+    resolved, schema = default_config(), options_lib.schema()
     for path, value in _renamed(config):
-        if path not in defaults:
+        if path not in schema:
             raise ConfigError(f"unknown key config.{path}{nearest_key(path)}")
-        value = _of_type(path, value, defaults[path])
+        value = _of_type(path, value, schema[path])
         section, _, leaf = path.rpartition(".")
         parent = resolved
         for part in section.split(".") if section else ():
             parent = parent[part]
         parent[leaf] = value
-    _refuse_unused(resolved, defaults)
-    if message := ranges.order_error(dict(flatten(resolved))):
+    _refuse_unused(resolved, {path: known.default for path, known in schema.items()})
+    if message := options_lib.order_error(dict(flatten(resolved)), schema):
         raise ConfigError(message)
     return resolved
 
@@ -128,7 +132,7 @@ def leave_out_unchosen(
         {'process.name': {'process.flow.time_scale': 1000.0}}: by flag what was reset.
     """
     defaults, left_out = dict(flatten(default_config())), {}
-    for section, selector in _SELECTORS.items():
+    for section, selector in _selectors().items():
         chosen = f"{section}.{selector}"
         if chosen not in typed or section not in config:
             continue
@@ -168,9 +172,9 @@ def _renamed(config: AnyConfig) -> Iterator[tuple[str, Any]]:
             yield new, value
 
 
-def _of_type(path: str, value: Any, default: Any) -> Any:
+def _of_type(path: str, value: Any, known: Option) -> Any:
     """The value of one key as the type of its default, its numbers within their range."""
-    given, element_range = value, ranges.range_of(path)
+    given, default, element_range = value, known.default, known.within
     if isinstance(default, tuple):
         value = value if isinstance(value, tuple) else (value,)
         kind = "int" if element_range.whole else "float"
@@ -191,13 +195,19 @@ def _of_type(path: str, value: Any, default: Any) -> Any:
             f"{type(wrong).__name__}, expected {wanted} (default {default!r}"
             f"{'; () for none' if isinstance(default, tuple) else ''})"
         )
-    if message := ranges.number_error(path, value):
+    if message := options_lib.number_error(path, value, known):
         raise ConfigError(message)
     return value
 
 
+def _selectors() -> dict[str, str]:
+    """By section the key that chooses one of its namespaces."""
+    sections = options_lib.sections()
+    return {name: found.chosen_by for name, found in sections.items() if found.chosen_by}
+
+
 def _refuse_unused(config: ml_collections.ConfigDict, defaults: dict[str, Any]) -> None:
-    for section, selector in _SELECTORS.items():
+    for section, selector in _selectors().items():
         chosen = config[section][selector]
         for path, value in flatten(config[section]):
             namespace, dot, _ = path.partition(".")
@@ -207,28 +217,7 @@ def _refuse_unused(config: ml_collections.ConfigDict, defaults: dict[str, Any]) 
                     f"config.{full}={value!r} would do nothing: config.{section}.{selector} is "
                     f"{chosen!r}. Set config.{section}.{selector}={namespace!r} or leave it out"
                 )
-    if config.method.name != "denoising":
-        scores = config.method.name in ("dmd2", "f_distill")  # their fake score is a denoiser
-        _refuse_changed(
-            config,
-            defaults,
-            ("loss.vlb_weight",) if scores else ("loss.",),
-            "it is of config.method.name='denoising'",
-        )
-        if config.timesteps.name.startswith("speed") and not scores:
-            raise ConfigError(
-                f"config.timesteps.name={config.timesteps.name!r} weights the loss of "
-                f"config.method.name='denoising', which {config.method.name!r} has not: choose "
-                "another distribution"
-            )
-    if config.method.name == "kd":
-        _refuse_changed(config, defaults, ("timesteps.",), "pairs have times of their own")
-    augmenting = config.method.name in ("denoising", "mean_flow")
-    if config.augmentation.probability and not augmenting:
-        raise ConfigError(
-            f"config.augmentation.probability={config.augmentation.probability} would do nothing: "
-            f"config.method.name={config.method.name!r} augments no images"
-        )
+    _refuse_unread(config, defaults)
     if config.optimizer.schedule == "constant" and config.optimizer.final_learning_rate:
         raise ConfigError(
             "config.optimizer.final_learning_rate would do nothing with schedule='constant': "
@@ -247,6 +236,31 @@ def _refuse_unused(config: ml_collections.ConfigDict, defaults: dict[str, Any]) 
         raise ConfigError(
             "config.loss.vlb_weight would do nothing: it needs config.process.name='ddpm' and "
             f"config.model.{chosen}.learn_sigma=True"
+        )
+
+
+def _refuse_unread(config: ml_collections.ConfigDict, defaults: dict[str, Any]) -> None:
+    """Refuses what is set of sections that the chosen method does not read."""
+    name = config.method.name
+    known = options_lib.facts("method", name)
+    if not known:
+        return  # refused where it is built, with those there are
+    reads = known["reads"]
+    if "variance" not in reads:
+        unread = ("loss.vlb_weight",) if "loss" in reads else ("loss.",)
+        _refuse_changed(config, defaults, unread, "it is of config.method.name='denoising'")
+    weighting = options_lib.facts("timesteps", config.timesteps.name).get("weights_loss")
+    if weighting and "loss" not in reads:
+        raise ConfigError(
+            f"config.timesteps.name={config.timesteps.name!r} weights the loss of "
+            f"config.method.name='denoising', which {name!r} has not: choose another distribution"
+        )
+    if "timesteps" not in reads:
+        _refuse_changed(config, defaults, ("timesteps.",), "pairs have times of their own")
+    if config.augmentation.probability and "augmentation" not in reads:
+        raise ConfigError(
+            f"config.augmentation.probability={config.augmentation.probability} would do nothing: "
+            f"config.method.name={name!r} augments no images"
         )
 
 

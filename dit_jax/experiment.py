@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,10 +13,9 @@ import numpy as np
 
 from dit_jax import conditions as conditions_lib
 from dit_jax import data as data_lib
-from dit_jax.config import AnyConfig, ConfigError, default_config, flatten, resolve
+from dit_jax.config import AnyConfig, ConfigError, flatten, resolve
 from dit_jax.data.augmentation import Augmentation
 from dit_jax.data.latents import extraction_command
-from dit_jax.defaults import register_namespace
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import LOSS_WEIGHTS, PROCESSES, TIME_DISTRIBUTIONS, TimeDistribution
 from dit_jax.diffusion.process import DDPM, Process
@@ -24,22 +23,20 @@ from dit_jax.diffusion.samplers import Solver, make_solver, schedule
 from dit_jax.diffusion.schedules import shift_of_tokens
 from dit_jax.models import NETWORK_CONFIGS, Network
 from dit_jax.named_options import options_named, renamed
+from dit_jax.options import NoOptions, option, options_of, register, register_section, schema
 from dit_jax.programs import Program
-from dit_jax.ranges import INTERVALS
+from dit_jax.ranges import SHARE
 from dit_jax.sampling import Sampler
 from dit_jax.training import ema, optimizer
 from dit_jax.training.denoising import Denoising
 from dit_jax.training.method import Method
 
 
-def resolve_config(
-    config: AnyConfig, methods: Mapping[str, Any] | None = None
-) -> ml_collections.ConfigDict:
+def resolve_config(config: AnyConfig) -> ml_collections.ConfigDict:
     """`config.resolve`, then builds everything that needs no data, so that mistakes stop here.
 
     Args:
         config: complete or not.
-        methods: builders by name; by default those of this library alone (`METHODS`).
 
     Raises:
         ConfigError: a value no object accepts, or a combination that cannot work.
@@ -48,7 +45,7 @@ def resolve_config(
     _check_weights(config)
     try:
         _check_intervals(config)
-        build_method(config, methods)
+        build_method(config)
         build_sampling(config)
     except ConfigError:
         raise
@@ -78,7 +75,7 @@ def _of_keys(text: str, config: ml_collections.ConfigDict) -> str:
 def _check_intervals(config: ml_collections.ConfigDict) -> None:
     """Refuses a guidance interval that holds none of the process's times: it would do nothing."""
     process = build_process(config)
-    for path in INTERVALS:
+    for path in (path for path, known in schema().items() if known.interval):
         *sections, key = path.split(".")
         interval = functools.reduce(lambda values, name: values[name], sections, config)[key]
         if interval and (interval[1] < process.clean_time or interval[0] > process.noise_time):
@@ -234,13 +231,12 @@ def build_optimizer(config: ml_collections.ConfigDict):
         num_steps=config.training.num_steps,
         final_learning_rate=c.final_learning_rate,
     )
-    _choose({"adamw": 1, "radam": 1, "lion": 1}, c.name, "optimizer.name")
+    chosen = _choose(optimizer.OPTIMIZERS, c.name, "optimizer.name")
     return optimizer.create_optimizer(
-        c.name,
+        chosen(**c[c.name].to_dict()),
         rate,
         weight_decay=c.weight_decay,
         gradient_clip_norm=c.gradient_clip_norm,
-        **c[c.name].to_dict(),
     )
 
 
@@ -249,8 +245,6 @@ def build_timesteps(config: ml_collections.ConfigDict) -> TimeDistribution:
     times = config.timesteps
     distribution = _choose(TIME_DISTRIBUTIONS, times.name, "timesteps.name")
     options = times[times.name].to_dict() if times.name in times else {}
-    if "tau" in options:
-        options["tau"] = options["tau"] or None
     return distribution(build_process(config), **options)
 
 
@@ -269,8 +263,8 @@ def build_augmentation(config: ml_collections.ConfigDict) -> Augmentation | None
     options = config.augmentation.to_dict()
     if options["probability"]:
         return Augmentation(**options)
-    for key, default in default_config().augmentation.items():
-        if options[key] != default:
+    for key, known in options_of(Augmentation).items():
+        if options[key] != known.default:
             raise ConfigError(
                 f"config.augmentation.{key}={options[key]!r} would do nothing with "
                 "config.augmentation.probability=0.0"
@@ -295,33 +289,60 @@ def build_denoising(config: ml_collections.ConfigDict) -> Denoising:
     )
 
 
-METHODS = {"denoising": build_denoising}
-"""Builders of the library's own methods by name; see `register_method`."""
+METHODS: dict[str, Callable[..., Method]] = {}
+"""Builders of methods by name; see `register_method`."""
 
 
-def register_method(name: str, build: Callable[..., Method], options: Any) -> None:
+@dataclasses.dataclass(frozen=True)
+class MethodOptions:
+    """Keys of config.method, whatever the method."""
+
+    label_dropout: float = option(0.1, "share of labels, if any, replaced by the null class", SHARE)
+
+
+register_section("method", MethodOptions, "name", "denoising")
+
+
+def register_method(
+    name: str,
+    build: Callable[..., Method],
+    options: type = NoOptions,
+    *,
+    reads: Collection[str] = ("timesteps",),
+    scheduled: bool = False,
+) -> None:
     """Makes a method known under `name`.
 
     Args:
         name: as config.method.name.
         build: a resolved configuration -> the method.
-        options: a dataclass whose fields, with their defaults, become config.method.<name>.<field>.
+        options: a dataclass whose fields, each made by `options.option`, become
+            config.method.<name>.<field>.
+        reads: what of the configuration's other sections does something: of 'timesteps', 'loss'
+            (the weighting), 'variance' (loss.vlb_weight) and 'augmentation'. What is set of the
+            others is refused.
+        scheduled: whether the student is trained for the very steps of config.sampling, which then
+            decide what is learned.
 
     Raises:
         ValueError: the name is another method's.
     """
     if METHODS.get(name, build) is not build:
         raise ValueError(f"there is a method {name!r} already")
+    register("method", name, options, reads=frozenset(reads), scheduled=scheduled)
     METHODS[name] = build
-    fields = {field.name: field.default for field in dataclasses.fields(options)}
-    register_namespace("method", name, fields)
 
 
-def build_method(
-    config: ml_collections.ConfigDict, methods: Mapping[str, Any] | None = None
-) -> Method:
-    """The Method of `config.method.name` among `methods` (name -> builder from a config)."""
-    return _choose(methods or METHODS, config.method.name, "method.name")(config)
+register_method(
+    "denoising",
+    build_denoising,
+    reads=("timesteps", "loss", "variance", "augmentation"),
+)
+
+
+def build_method(config: ml_collections.ConfigDict) -> Method:
+    """The Method of `config.method.name`, one of `METHODS`."""
+    return _choose(METHODS, config.method.name, "method.name")(config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -505,22 +526,12 @@ def _data_names(config: ml_collections.ConfigDict, options: Iterable[str]) -> di
     }
 
 
-# What to give for data that were not named, by name.
-_EXPECTED = {
-    "image_folder": "IMAGES, a folder with a subfolder of images for every class "
-    "(IMAGES/cat/1.jpg, IMAGES/dog/2.png), or with such folders train/ and test/",
-    "jpeg_npz": "'data/cifar10_{split}.npz', files of JPEGs, {split} where train or test stands",
-    "pairs": "PAIRS, which a trained teacher fills: python launch/write_pairs.py --workdir=RUN "
-    "--num_pairs=50000 --out=PAIRS",
-    "tfds": "NAME of a data set of TensorFlow Datasets, as cifar10",
-}
-
-
 def _missing_data(config: ml_collections.ConfigDict, key: str) -> str:
     """What to do where an experiment's data were not named."""
     model, name = config.model, config.data.name
     if name != "latents":
-        return f"{key} is empty: set --{key}={_EXPECTED.get(name, '...')}"
+        expected = schema()[key.removeprefix("config.")].expected
+        return f"{key} is empty: set --{key}={expected}"
     vae = 8 if model.in_channels == 4 else 1  # pixels a latent's side, of Stable Diffusion's
     pixels = tuple(vae * side for side in build_network(config).sample_shape[:2])
     lines = [
@@ -565,8 +576,8 @@ def open_data(config: ml_collections.ConfigDict, split: str):
     """
     name, model = config.data.name, config.model
     options = config.data[name].to_dict() if name in config.data else {}
-    for key in ("path", "dataset"):
-        if options.get(key) == "":
+    for key, value in options.items():
+        if value == "" and schema()[f"data.{name}.{key}"].expected:
             raise ConfigError(_missing_data(config, f"config.data.{name}.{key}"))
     options = {key: value for key, value in options.items() if value != ""}
     taken = data_lib.options_of(name)

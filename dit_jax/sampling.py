@@ -22,7 +22,39 @@ from dit_jax.diffusion import samplers
 from dit_jax.models.call import Carried as Carried
 from dit_jax.models.call import Request
 from dit_jax.models.step_cache import CachedNetwork
+from dit_jax.options import option, register_section
 from dit_jax.programs import Program
+from dit_jax.ranges import COUNT, GUIDANCE, NOT_NEGATIVE, POSITIVE, SOLVER_STEPS, Range
+
+_TIMES = Range(0, also=(-1,))  # -1: DDPM's clean data
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """Keys of config.sampling, whatever the solver."""
+
+    steps: int = option(250, "of the solver", SOLVER_STEPS)
+    times: tuple[float, ...] = option(
+        (), "explicit process times from noise to clean, instead of a spacing", _TIMES
+    )
+    guidance_scale: float = option(1.0, "of classifier-free guidance; 1: none", GUIDANCE)
+    guidance_interval: tuple[float, ...] = option(
+        (), "(low, high) in process time; empty: always", NOT_NEGATIVE, interval=True
+    )
+    guidance_channels: str = option("all", "all | first3 (the original DiT's)")
+    spacing: str = option("", "of the times (diffusion.schedules); empty: by solver and process")
+    shift: float = option(1.0, "of flow's times, above 1 towards noise", POSITIVE)
+    shift_by_tokens: tuple[float, ...] = option(
+        (),
+        "instead of shift, by size: (tokens, log of the shift, more tokens, log of theirs), linear "
+        "between and beyond; FLUX.1's (256, 0.5, 4096, 1.15); empty: by shift alone",
+    )
+    rho: float = option(7.0, "of EDM's times", POSITIVE)
+    batch_size: int = option(64, "images sampled at once, over all devices", COUNT)
+    weights: str = option("ema", "ema: the first average; or raw, or an average's own name")
+
+
+register_section("sampling", SamplingOptions, "solver", "ddpm")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,7 +65,6 @@ def open_model(
     like: Any = None,
     time_frequency_spacing: str = "",
     allow_nonfinite: bool = False,
-    methods: Mapping[str, Any] = experiment.METHODS,
 ) -> FoundModel:
     """Opens a model without reading its parameters yet.
 
@@ -82,7 +81,6 @@ def open_model(
         time_frequency_spacing: 'original' or 'diffusers', where it is known to differ from what
             the format's own code computes.
         allow_nonfinite: read NaN and infinity instead of refusing them.
-        methods: builders of the Methods a workdir may have been trained by.
 
     Raises:
         InteropError: nothing there, damaged, another architecture, or tensors and configuration
@@ -98,7 +96,7 @@ def open_model(
         raise InteropError(f"{path} does not exist")
     kind = _tell_kind(path) if kind == "auto" else kind
     shape = {"num_heads": num_heads, "num_classes": num_classes}
-    found = _open(path, kind, weights, step, shape, like, time_frequency_spacing, methods)
+    found = _open(path, kind, weights, step, shape, like, time_frequency_spacing)
     found.finiteness.allowed = allow_nonfinite
     return found
 
@@ -111,7 +109,6 @@ def _open(
     shape: dict[str, int | None],
     like: Any,
     time_frequency_spacing: str,
-    methods: Any,
 ) -> FoundModel:
     _require(kind == "dit_jax" or step is None, "step", step, kind, "has no checkpoints by step")
     is_pt = kind in ("dit_pt", "sit_pt")
@@ -122,8 +119,8 @@ def _open(
         if (path / CARD).is_file():
             _require(step is None, "step", step, kind, "folder holds one set of weights")
             _require(not weights, "weights", weights, kind, "folder holds one set of weights")
-            return _open_folder(path, methods)
-        return _open_workdir(path, weights, step, methods)
+            return _open_folder(path)
+        return _open_workdir(path, weights, step)
     if kind in ("edm_pkl", "edm_pt"):
         spacing = time_frequency_spacing
         _require(not spacing, "time_frequency_spacing", spacing, kind, "has one spacing")
@@ -131,7 +128,7 @@ def _open(
     if is_pt:
         return _open_original(path, kind, weights, time_frequency_spacing, shape, like)
     _require(not weights, "weights", weights, kind, "holds one set of weights")
-    return _open_diffusers(path, time_frequency_spacing, methods)
+    return _open_diffusers(path, time_frequency_spacing)
 
 
 def _require(condition: bool, name: str, value: Any, kind: str, reason: str) -> None:
@@ -190,7 +187,7 @@ _EXECUTION = ("layer_loop", "remat", "attention", "custom_gradients", "dtype", "
 def model_section(network_config: Any) -> dict[str, Any]:
     """The part of a network's configuration that the architecture decides, for `config.model`."""
     name = network_name(network_config)
-    own = default_config().model[name]
+    own = default_config().model.get(name, {})
     values = {
         key: value
         for key, value in dataclasses.asdict(network_config).items()
@@ -217,9 +214,9 @@ def _found(
     )
 
 
-def _open_workdir(path: Path, weights: str, step: int | None, methods: Any) -> FoundModel:
-    config = experiment.resolve_config(workdir.load_config(path), methods)
-    method = experiment.build_method(config, methods)
+def _open_workdir(path: Path, weights: str, step: int | None) -> FoundModel:
+    config = experiment.resolve_config(workdir.load_config(path))
+    method = experiment.build_method(config)
     saved = RunWeights(path, method, weights or config.sampling.weights).open(step)
     leaves = dict(flatten(saved.leaves))
     found_autoencoder = Path(config.autoencoder.path) if config.autoencoder.path else None
@@ -268,7 +265,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     return card
 
 
-def _card_config(folder: Path, card: Mapping[str, Any], methods: Any, file: TensorFile) -> Any:
+def _card_config(folder: Path, card: Mapping[str, Any], file: TensorFile) -> Any:
     where, values = folder / CARD, card.get("config")
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         raise InteropError(f"{where}: its configuration is missing, or no object")
@@ -279,15 +276,15 @@ def _card_config(folder: Path, card: Mapping[str, Any], methods: Any, file: Tens
         if isinstance(section, dict):
             check_counts(where, section, file)
     try:
-        return experiment.resolve_config(from_json(json.dumps(card["config"])), methods)
+        return experiment.resolve_config(from_json(json.dumps(card["config"])))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InteropError(f"{where}: its configuration cannot be used: {error}") from error
 
 
-def _open_folder(path: Path, methods: Any) -> FoundModel:
+def _open_folder(path: Path) -> FoundModel:
     card = read_card(path)
     file = open_tensors(path / WEIGHTS, within=path)
-    config = _card_config(path, card, methods, file)
+    config = _card_config(path, card, file)
     return _found(
         "dit_jax",
         path,
@@ -398,7 +395,7 @@ def _refuse_other_sit(path: Path, arguments: Mapping[str, Any]) -> None:
             )
 
 
-def _open_diffusers(path: Path, spacing: str, methods: Any) -> FoundModel:
+def _open_diffusers(path: Path, spacing: str) -> FoundModel:
     given = path if path.is_file() else None  # one of several, or under another name
     path = path.parent if given else path
     is_pipeline = (path / "model_index.json").is_file() or (path / "transformer").is_dir()
@@ -417,7 +414,7 @@ def _open_diffusers(path: Path, spacing: str, methods: Any) -> FoundModel:
     )
     notes = []
     if card:
-        config = _card_config(path, card, methods, file)
+        config = _card_config(path, card, file)
         config = _agree(path, config, network, spacing)
     else:
         scheduler = path / "scheduler" / "scheduler_config.json"

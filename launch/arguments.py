@@ -64,7 +64,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of how to sample; by default as the model was configured."""
     group = parser.add_argument_group("sampling (defaults: the model's config.sampling)")
-    group.add_argument("--solver", help="ddpm, ddim, euler, heun or dpmpp_2m")
+    group.add_argument("--solver", help="one of config.sampling.solver's")
     group.add_argument("--steps", type=argument_types.solver_steps, help="solver steps")
     group.add_argument("--spacing", help="of the solver's times, see dit_jax.diffusion.schedules")
     group.add_argument(

@@ -13,7 +13,7 @@ from dit_jax.evaluation.comparison import (
     require_same_count,
 )
 from dit_jax.interop.inception import load_extractor
-from dit_jax.launch import classifier_scores, methods, sample, wiring
+from dit_jax.launch import classifier_scores, sample, wiring
 from dit_jax.parallel.mesh import create_mesh
 from dit_jax.training import workdir
 
@@ -96,7 +96,7 @@ def choose_features(
     run = args.classifier or args.workdir
     if run is None:
         return None, "no features; give --inception=FILE, or --classifier=WORKDIR for small images"
-    config = methods.resolve_config(workdir.load_config(run).to_dict())
+    config = experiment.resolve_config(workdir.load_config(run).to_dict())
     config = classifier_scores.real_images(config)
     wanted = experiment.build_network(config).sample_shape
     why = ""

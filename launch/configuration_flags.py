@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dit_jax import abbreviations, rooms
+from dit_jax import abbreviations, options, rooms
 from dit_jax import config as config_lib
 from dit_jax.launch import command, spelling
 
@@ -70,18 +70,17 @@ def parse(argv: list[str], *, announce: bool = True) -> list[str]:
     """
     show_help_config(argv[1:])
     rooms.know_former_name("configs")  # in files of users
-    known = {path for path, _ in config_lib.flatten(config_lib.default_config())}
     argv = _arguments[:] = with_config_files([argv[0], *map(_with_todays_key, argv[1:])])
     with command.readable_errors():
         require_config_file(argv[1:])
         for argument in argv[1:]:
             key = argument.lstrip("-").partition("=")[0].removeprefix("no")
-            if key.startswith("config.") and key.removeprefix("config.") not in known:
+            if key.startswith("config.") and key.removeprefix("config.") not in options.schema():
                 hint = config_lib.nearest_key(key.removeprefix("config."))
                 raise config_lib.ConfigError(f"unknown key {key}{hint}")
             meant = abbreviations.meant_by(key)
             if argument.startswith("--") and key not in flags.FLAGS:
-                named = any(path.rpartition(".")[2] == key for path in known)
+                named = any(path.rpartition(".")[2] == key for path in options.schema())
                 hint = f"; did you mean --config.{meant[0]}?" if meant else ""
                 hint = hint or (config_lib.nearest_key(key).replace("config", "--config", 1))
                 if meant or named:

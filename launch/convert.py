@@ -95,9 +95,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     with command.readable_errors(traceback=args.traceback):
         from dit_jax.interop.export import write_model
-        from dit_jax.launch import loading, methods
+        from dit_jax.interop.models import open_model
+        from dit_jax.launch import loading
 
-        model = methods.open_any(
+        model = open_model(
             args.source,
             kind=args.source_kind,
             weights=args.weights,

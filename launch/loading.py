@@ -14,7 +14,7 @@ from dit_jax import class_names, experiment
 from dit_jax.config import default_config
 from dit_jax.interop import hub
 from dit_jax.interop.autoencoder_kl import load_autoencoder
-from dit_jax.interop.models import FoundModel
+from dit_jax.interop.models import FoundModel, open_model
 from dit_jax.interop.table import abstract_params
 from dit_jax.launch import arguments, methods, wiring
 from dit_jax.launch.sizes import size_overrides
@@ -81,7 +81,7 @@ def load_from_arguments(args: argparse.Namespace, overrides: dict[str, Any]) -> 
             vae=vae,
             size=size,
         )
-    found = methods.open_any(
+    found = open_model(
         args.init_from,
         weights=args.weights,
         step=args.step,
@@ -129,9 +129,9 @@ def load_model(
     config = workdir.load_config(directory).copy_and_resolve_references()
     autoencoder = vae or (Path(config.autoencoder.path) if config.autoencoder.path else None)
     overrides = {**(overrides or {}), **size_overrides(config, *size, autoencoder)}
-    config = methods.resolve_config(_here(wiring.override(config.to_dict(), overrides)))
+    config = experiment.resolve_config(_here(wiring.override(config.to_dict(), overrides)))
     param_dtype, config.model.param_dtype = config.model.param_dtype, "float32"
-    method = methods.build_method(config)  # of whose state the run's checkpoints are
+    method = experiment.build_method(config)  # of whose state the run's checkpoints are
     config.model.param_dtype = resolve_param_dtype(param_dtype)
     run = RunWeights(directory, method, weights or config.sampling.weights)
     saved, params = run.load(_placer(config), step, _shapes(config))
@@ -153,7 +153,7 @@ def load_found(
     vae = vae or found.autoencoder
     overrides = {**(overrides or {}), **size_overrides(found.config, *size, vae)}
     values = _here(wiring.override(found.config.to_dict(), overrides))
-    config = methods.resolve_config(values)
+    config = experiment.resolve_config(values)
     put, model = _placer(config), config.model
     model.param_dtype = resolve_param_dtype(model.param_dtype, found.param_dtype)
     params = found.load(lambda path, array: put(array), param_dtype=model.param_dtype)
@@ -198,7 +198,7 @@ def open_initial(source: str, config: ml_collections.ConfigDict, **options: Any)
         ConfigError: the checkpoint's network is another, with the values to set.
         InteropError: it cannot be read.
     """
-    found = methods.open_any(source, like=config.model, **options)
+    found = open_model(source, like=config.model, **options)
     experiment.require_same_network(found.config, config, str(found.path))
     return found
 

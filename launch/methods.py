@@ -1,10 +1,9 @@
-"""Every method there is, those of the library and those of distillation, and what they need."""
+"""The models that methods read besides data: opened, checked, recorded."""
 
 import dataclasses
 import hashlib
 import json
 import shlex
-from collections import ChainMap
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +11,15 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from dit_jax import distill, experiment
-from dit_jax.config import AnyConfig, ConfigError, differences
+from dit_jax import experiment
+from dit_jax.config import ConfigError, differences
 from dit_jax.data import Pairs, Source
 from dit_jax.interop.models import KINDS, FoundModel, open_model
 from dit_jax.training import workdir
 from dit_jax.training.checkpoints import fingerprint
 from dit_jax.training.method import Method
 
-METHODS = ChainMap(experiment.METHODS, distill.METHODS)
 FROZEN_FILE = "frozen.json"
-
-
-def resolve_config(config: AnyConfig) -> ml_collections.ConfigDict:
-    """`experiment.resolve_config` for all methods."""
-    return experiment.resolve_config(config, METHODS)
-
-
-def build_method(config: ml_collections.ConfigDict) -> Method:
-    """`experiment.build_method` among all methods."""
-    return experiment.build_method(config, METHODS)
-
-
-def open_any(source: str, **options: Any) -> FoundModel:
-    """`interop.open_model` that also knows runs of distillation."""
-    return open_model(source, methods=METHODS, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,10 +103,10 @@ def _require_there(key: str, source: str) -> None:
 
 def _open(config: ml_collections.ConfigDict, key: str, source: str, weights: str) -> FoundModel:
     _require_there(key, source)
-    found = open_any(source, like=config.model)
+    found = open_model(source, like=config.model)
     if weights != "ema" or (found.path / workdir.CHECKPOINTS).is_dir():
         # Of the several that a run has; a file of another format holds one, good for "ema".
-        found = open_any(source, weights=weights, like=config.model)
+        found = open_model(source, weights=weights, like=config.model)
     student = config.copy_and_resolve_references()
     with student.unlocked():
         if key == "teacher.path":

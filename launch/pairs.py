@@ -14,11 +14,9 @@ from dit_jax import experiment
 from dit_jax.data.records import check_destination
 from dit_jax.data.records.header import LABEL
 from dit_jax.data.source import fingerprint
-from dit_jax.diffusion.samplers import insert_times
+from dit_jax.diffusion.samplers import SOLVERS, insert_times
 from dit_jax.launch import arguments, loading, recording, wiring
 from dit_jax.sampling import image_keys
-
-DETERMINISTIC = "ddim with eta=0, euler, heun without churn, dpmpp_2m or mean_flow"
 
 
 def choose_sizes(
@@ -46,9 +44,10 @@ def plan_path(
     """
     if plan.sampler.solver.is_stochastic:
         name = type(plan.sampler.solver).__name__
+        others = [key for key, solver in SOLVERS.items() if not solver().is_stochastic]
         raise ValueError(
             f"pairs need a solver that adds no noise on its way, which {name} as configured does: "
-            f"give --solver={DETERMINISTIC}"
+            f"give --solver={', '.join(others)}, with options that add none"
         )
     try:
         return insert_times(plan.times, path_times)

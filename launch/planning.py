@@ -6,7 +6,8 @@ from typing import Any
 
 import ml_collections
 
-from dit_jax.launch import methods, sizes, wiring
+from dit_jax import experiment
+from dit_jax.launch import sizes, wiring
 from dit_jax.output_formats import require_suffix
 from dit_jax.parallel.planning import choices, compilers, programs
 from dit_jax.parallel.planning import plan as planning
@@ -142,7 +143,7 @@ def make_plan(
     else:
         compiler = compilers.GpuCompiler(accelerator_name, devices)
     with compiler.targeting():
-        config = methods.resolve_config(sizes.at_size(config, *size))
+        config = experiment.resolve_config(sizes.at_size(config, *size))
 
     def needs(config: ml_collections.ConfigDict) -> programs.Needs:
         if parallel is not None:
@@ -150,7 +151,7 @@ def make_plan(
         placement = wiring.create_placement(config, compiler.devices())
         if what == "sample":
             return programs.plan_sampling(config, placement)
-        return programs.plan_training(config, placement, methods.build_method(config))
+        return programs.plan_training(config, placement, experiment.build_method(config))
 
     subject = planning.Subject(config, given, what, needs)
     return planning.make_plan(subject, compiler, hbm_gib, reason)

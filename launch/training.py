@@ -46,7 +46,7 @@ def run(
         init_options: how to read it, for instance num_classes.
         force: go on in a workdir of another configuration.
     """
-    config = workdir.keep_earlier(directory, methods.resolve_config(config))
+    config = workdir.keep_earlier(directory, experiment.resolve_config(config))
     experiment.require_trainable(config)
     agreed = f"{config_lib.to_json(config)}{init_from}{force}"
     distributed.require_agreement(agreed, "the configuration, --init_from and --force")
@@ -68,7 +68,7 @@ def train_in(
     force: bool,
 ) -> loop.TrainResult:
     """As `run`, in a workdir whose lock is `held`."""
-    method = methods.build_method(config)
+    method = experiment.build_method(config)
     plan = experiment.build_sampling(config)
     placement = wiring.create_placement(config)
     training = config.training
@@ -171,7 +171,7 @@ def mean_flops(config, info: data_lib.DatasetInfo) -> float | None:
     for bucket in info.buckets:
         with config.unlocked():
             config.model.input_size = bucket.size
-        total += bucket.count * methods.build_method(config).flops_per_example
+        total += bucket.count * experiment.build_method(config).flops_per_example
     return total / info.num_examples
 
 

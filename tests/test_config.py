@@ -12,7 +12,6 @@ from dit_jax import abbreviations, experiment
 from dit_jax import config as config_lib
 from dit_jax.config import ConfigError, default_config, differences, resolve
 from dit_jax.distill.student import build_teacher
-from dit_jax.launch import methods
 
 EXPERIMENTS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
 
@@ -181,7 +180,7 @@ def test_differences_name_the_keys():
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_resolves_and_initialises(name):
     config = importlib.import_module(f"dit_jax.configs.{name}").get_config()
-    resolved = methods.resolve_config(config)
+    resolved = experiment.resolve_config(config)
     assert config_lib.from_json(config_lib.to_json(resolved)) == resolved
     assert resolved.name == name
     # Traced faster; scanned layers are accelerators' choice besides.
@@ -189,7 +188,7 @@ def test_every_experiment_resolves_and_initialises(name):
         resolved.model.dit.layer_loop = "scan"
     else:
         resolved.model[resolved.model.name].num_blocks = 1
-    method = methods.build_method(resolved)
+    method = experiment.build_method(resolved)
     key = jax.random.key(0)
     network = build_teacher(resolved).denoiser.network
     frozen = {name: jax.eval_shape(network.init, key) for name in method.frozen_names}

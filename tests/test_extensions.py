@@ -1,11 +1,11 @@
 """What is added from outside: a network told by text, its rules, a source, a solver, a method.
 
-tests/toy holds the network, its partition rules and its data, in a file each, and nothing of the
-library knows of them. Here they are trained, distilled, sampled, divided and exported all the same.
+tests/toy holds the network, its partition rules, its data, a solver and a method, in a file each,
+and nothing of the library knows of them. Here they are trained, distilled, sampled, divided and
+exported all the same.
 """
 
 import contextlib
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from dit_jax import conditions as conditions_lib
-from dit_jax import data, defaults, experiment
-from dit_jax.config import ConfigError, default_config
+from dit_jax import config_help, data, experiment, options
+from dit_jax.config import ConfigError, default_config, resolve
 from dit_jax.data import registry
-from dit_jax.diffusion.solvers import SOLVERS, Euler, register_solver
+from dit_jax.diffusion.solvers import SOLVERS
 from dit_jax.interop.export import write_model
 from dit_jax.interop.models import open_model
-from dit_jax.launch import methods, pairs, training, write_pairs
+from dit_jax.launch import pairs, training, write_pairs
 from dit_jax.models import NETWORK_CONFIGS, Network, register_network
 from dit_jax.models import network as network_lib
 from dit_jax.parallel import partitioning
@@ -29,13 +29,15 @@ from dit_jax.parallel.partitioning import ShardedPlacement, rules_for
 from dit_jax.parallel.sampling import ImageParallel
 from dit_jax.sampling import image_keys
 from tests.models.conftest import random_params
-from tests.toy import captions, network, rules
+from tests.toy import captions, network, overshoot, rules, shrunken
 
+SECTIONS = (("method", "sampling"), ("data", "timesteps"))
 TABLES = (
     (NETWORK_CONFIGS, network_lib._MODULES),
     (partitioning.TABLES, IMAGE_NETWORKS),
     (registry.SOURCES, SOLVERS),
-    (experiment.METHODS, defaults._REGISTERED),
+    (experiment.METHODS, options.sections()["model"].choices),
+    *((options.sections()[a].choices, options.sections()[b].choices) for a, b in SECTIONS),
 )
 
 
@@ -44,7 +46,7 @@ def registered():
     """The toy among the library's own, for the tests of this file alone."""
     tables = [table for pair in TABLES for table in pair]
     before = [dict(table) for table in tables]
-    for module in (network, rules, captions):
+    for module in (network, rules, captions, overshoot, shrunken):
         module.register()
     yield
     for table, entries in zip(tables, before, strict=True):
@@ -100,7 +102,7 @@ def run(tmp_path_factory):
 def test_it_trains_by_the_command_and_samples_what_the_text_says(run):
     directory, result = run
     assert (directory / "previews" / "step_00000150.png").stat().st_size > 100
-    model = open_model(directory, methods=methods.METHODS)
+    model = open_model(directory)
     assert isinstance(model.network.config, network.ToyConfig)
     plan = experiment.build_sampling(model.config)
     params = result.state.ema["ema_0.9"]
@@ -124,8 +126,8 @@ STUDENTS = {
 @pytest.mark.parametrize("name", STUDENTS)
 def test_every_family_of_methods_distils_it(name):
     overrides = {"method.name": name, "sampling.guidance_scale": 1.0, **STUDENTS[name]}
-    config = methods.resolve_config(config_of(**overrides))
-    method = methods.build_method(config)
+    config = experiment.resolve_config(config_of(**overrides))
+    method = experiment.build_method(config)
     params = random_params(Network(network.ToyConfig()), scale=0.1)
     frozen = {**{key: params for key in method.frozen_names}, "nulls": NULLS}
     batch = batch_of(config_of())
@@ -164,7 +166,7 @@ def test_its_texts_become_records_and_its_samples_pairs_to_distil_from(run, tmp_
     pairs.run(write_pairs.parse_arguments(arguments))
     overrides = {"data.name": "pairs", "data.pairs.path": str(tmp_path / "pairs")}
     overrides |= {"method.name": "kd", "sampling.steps": 1, "sampling.guidance_scale": 1.0}
-    source = experiment.open_data(methods.resolve_config(config_of(**overrides)), "train")
+    source = experiment.open_data(experiment.resolve_config(config_of(**overrides)), "train")
     batch = source.batch(np.arange(12))
     np.testing.assert_array_equal(batch["text"], np.tile(texts(2)["text"], (6, 1, 1)))
     np.testing.assert_array_equal(source.info.null_conditions["text"], captions.EMPTY)
@@ -173,13 +175,13 @@ def test_its_texts_become_records_and_its_samples_pairs_to_distil_from(run, tmp_
 
     wide = {**overrides, "model.toy.text_dim": 5}
     with pytest.raises(ConfigError, match=r"text float32 \[b, 3, 4\], the network takes .*any, 5"):
-        experiment.open_data(methods.resolve_config(config_of(**wide)), "train")
+        experiment.open_data(experiment.resolve_config(config_of(**wide)), "train")
 
 
 @pytest.mark.parametrize("axes", [{"data": 4, "fsdp": 2}, {"fsdp": 4, "tensor": 2}])
 def test_it_is_divided_by_its_rules(axes):
-    config = methods.resolve_config(config_of())
-    method = methods.build_method(config)
+    config = experiment.resolve_config(config_of())
+    method = experiment.build_method(config)
     mesh = create_mesh(**axes)
     losses = []
     for placement in (DataParallel(create_mesh()), ShardedPlacement(mesh, rules_for("toy"))):
@@ -199,7 +201,7 @@ def test_it_is_divided_by_its_rules(axes):
 
 @pytest.mark.parametrize("mode", ["displaced", "synchronous", "ulysses", "ring"])
 def test_one_image_on_many_devices(mode):
-    config = methods.resolve_config(config_of(**{"sampling.steps": 6}))
+    config = experiment.resolve_config(config_of(**{"sampling.steps": 6}))
     plan = experiment.build_sampling(config)
     params = random_params(plan.network, scale=0.3)
     keys = image_keys(0, np.arange(2))
@@ -216,9 +218,9 @@ def test_one_image_on_many_devices(mode):
 
 def test_it_is_exported_and_read_back(run, tmp_path):
     directory, _ = run
-    model = open_model(directory, methods=methods.METHODS)
+    model = open_model(directory)
     write_model(model, "dit_jax", tmp_path / "exported")
-    again = open_model(tmp_path / "exported", methods=methods.METHODS)
+    again = open_model(tmp_path / "exported")
     assert again.network == model.network
     jax.tree.map(np.testing.assert_array_equal, again.load(), model.load())
     for kind in ("diffusers", "dit_pt"):
@@ -229,26 +231,14 @@ def test_it_is_exported_and_read_back(run, tmp_path):
 
 
 def test_data_that_do_not_tell_what_the_network_takes_are_refused():
-    config = methods.resolve_config(config_of(**{"data.name": "digits"}))
+    config = experiment.resolve_config(config_of(**{"data.name": "digits"}))
     with pytest.raises(ConfigError, match=r"digits tells of an image label; the network of .*toy"):
         experiment.open_data(config, "train")
     with pytest.raises(ValueError, match="registered already"):
         register_network("toy", network.ToyConfig, network.Block)
 
 
-@dataclasses.dataclass(frozen=True)
-class Overshoot(Euler):
-    """Euler's steps, each a little too long."""
-
-    factor: float = 1.0
-
-    def step(self, process, denoise, x, step, state, carry):
-        new, state, carry = super().step(process, denoise, x, step, state, carry)
-        return x + self.factor * (new - x), state, carry
-
-
-def test_a_solver_is_one_class():
-    register_solver("overshoot", Overshoot)
+def test_a_solver_is_one_file():
     params = random_params(Network(network.ToyConfig()), scale=0.3)
     draws = []
     for overrides in (
@@ -256,35 +246,15 @@ def test_a_solver_is_one_class():
         {"sampling.solver": "overshoot"},
         {"sampling.solver": "overshoot", "sampling.overshoot.factor": 1.2},
     ):
-        plan = experiment.build_sampling(methods.resolve_config(config_of(**overrides)))
+        plan = experiment.build_sampling(experiment.resolve_config(config_of(**overrides)))
         draws.append(np.asarray(plan.bind(params, NULLS)(image_keys(0, np.arange(2)), texts(2))))
     np.testing.assert_allclose(draws[0], draws[1], atol=1e-5)
     assert np.abs(draws[2] - draws[0]).max() > 0.01
     with pytest.raises(ConfigError, match=r"sampling\.overshoot\.factor=1\.2 would do nothing"):
-        methods.resolve_config(config_of(**{"sampling.overshoot.factor": 1.2}))
-
-
-@dataclasses.dataclass(frozen=True)
-class ShrunkenOptions:
-    """Options of the method below."""
-
-    factor: float = 0.5
-
-
-def build_shrunken(config):
-    denoising = experiment.build_denoising(config)
-    optimizer = denoising.optimizer
-    factor = config.method.shrunken.factor
-
-    def update(gradients, state, params=None):
-        updates, state = optimizer.update(gradients, state, params)
-        return jax.tree.map(lambda leaf: factor * leaf, updates), state
-
-    return dataclasses.replace(denoising, optimizer=optimizer._replace(update=update))
+        experiment.resolve_config(config_of(**{"sampling.overshoot.factor": 1.2}))
 
 
 def test_a_method_is_one_file():
-    experiment.register_method("shrunken", build_shrunken, ShrunkenOptions)
     batch, key = batch_of(config_of()), jax.random.key(0)
     moved = []
     for overrides in (
@@ -292,7 +262,7 @@ def test_a_method_is_one_file():
         {"method.name": "shrunken"},
         {"method.name": "shrunken", "method.shrunken.factor": 0.0},
     ):
-        method = methods.build_method(methods.resolve_config(config_of(**overrides)))
+        method = experiment.build_method(experiment.resolve_config(config_of(**overrides)))
         state = method.init(key)
         new, _ = jax.jit(method.update)(state, batch, key, {"nulls": NULLS})
         leaf = [s.params["out"]["bias"] for s in (state, new)]
@@ -300,3 +270,49 @@ def test_a_method_is_one_file():
     np.testing.assert_allclose(moved[1], 0.5 * moved[0], rtol=1e-5)
     assert not moved[2].any() and np.abs(moved[0]).min() > 0
     assert conditions_lib.can_guide(method.denoiser.network.conditions)
+
+
+def test_a_source_of_data_is_one_file():
+    for overrides, count in (({}, 32), ({"data.captions.count": 6}, 6)):
+        config = experiment.resolve_config(config_of(**overrides))
+        assert experiment.open_data(config, "train").info.num_examples == count
+
+
+OPTIONS = [
+    ("model.name", "toy", "text_dim", 4, "width of a token of the text", 0),
+    ("data.name", "captions", "count", 32, "how many there are", 0),
+    ("sampling.solver", "overshoot", "factor", 1.0, "by which a step is too long", 0.0),
+    ("method.name", "shrunken", "factor", 0.5, "share of every update that is made", 1.5),
+]
+
+
+@pytest.mark.parametrize(("key", "name", "option", "default", "meaning", "wrong"), OPTIONS)
+def test_options_of_an_extension_are_keys_like_all_others(
+    key, name, option, default, meaning, wrong
+):
+    section, chosen_by = key.split(".")
+    path = f"{section}.{name}.{option}"
+    assert default_config()[section][name][option] == default
+    line, *_ = config_help.explain(path).splitlines()
+    assert line.split(maxsplit=2) == [f"config.{path}", repr(default), meaning]
+    listed, *_ = config_help.explain(f"config.{key}").splitlines()
+    assert listed.endswith(f"| {name}")
+    with pytest.raises(ConfigError, match=rf"config\.{path}={wrong}: expected"):
+        experiment.resolve_config(config_of(**{key: name, path: wrong}))
+    with pytest.raises(ConfigError, match=rf"did you mean config\.{path}\?"):
+        resolve({section: {name: {f"{option}s": default}}})
+    others = {"model.name": "dit", "data.name": "digits"}
+    others |= {"sampling.solver": "ddim", "method.name": "denoising"}
+    other = 3 if option != "factor" else 0.25
+    with pytest.raises(ConfigError, match=rf"config\.{path}={other} would do nothing"):
+        resolve({section: {chosen_by: others[key], name: {option: other}}})
+    with pytest.raises(ValueError, match=rf"config\.{section}\.{name} is there already"):
+        options.register(section, name, options.NoOptions)
+
+
+def test_what_a_method_does_not_read_is_refused():
+    path = "loss.vlb_weight"
+    with pytest.raises(ConfigError, match=rf"config\.{path}=2\.0 would do nothing"):
+        experiment.resolve_config(config_of(**{"method.name": "shrunken", path: 2.0}))
+    weighted = config_of(**{"method.name": "shrunken", "loss.weighting": "min_snr"})
+    assert experiment.resolve_config(weighted).loss.weighting == "min_snr"

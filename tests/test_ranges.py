@@ -4,11 +4,18 @@ import re
 
 import pytest
 
-from dit_jax import ranges
+from dit_jax import options
 from dit_jax.config import ConfigError, default_config, flatten, resolve
 from tests.test_config import tree
 
+SCHEMA = options.schema()
 DEFAULTS = dict(flatten(default_config()))
+PAIRS = {
+    path: f"{path.rpartition('.')[0]}.{known.below or known.at_most}"
+    for path, known in SCHEMA.items()
+    if known.below or known.at_most
+}
+INTERVALS = [path for path, known in SCHEMA.items() if known.interval]
 NUMBERS = {
     path: value
     for path, value in DEFAULTS.items()
@@ -25,13 +32,11 @@ ALONE = {
 }
 
 
-def test_every_number_has_one_range_in_which_its_default_lies():
-    assert {path for path in DEFAULTS if ranges.range_of(path)} == set(NUMBERS)
+def test_every_number_has_a_range_in_which_its_default_lies():
+    assert {path for path in DEFAULTS if SCHEMA[path].within} == set(NUMBERS)
     for path, value in NUMBERS.items():
-        assert ranges.number_error(path, value) is None
-        patterns = " ".join(ranges._KEYS.values()).split()
-        assert sum(ranges._matches(pattern, path) for pattern in patterns) == 1, path
-    assert ranges.order_error(DEFAULTS) is None
+        assert options.number_error(path, value, SCHEMA[path]) is None
+    assert options.order_error(DEFAULTS, SCHEMA) is None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -44,17 +49,18 @@ def test_no_number_is_nan_or_infinite(value):
 def test_every_pair_that_has_an_order_is_known():
     ends = re.compile(r"(^|_)(min|max|low|high|lower|upper|start|end)(_|$)")
     found = {path for path in NUMBERS if ends.search(path.rpartition(".")[2])}
-    known = {path for pair in ranges.PAIRS for path in (pair.low, pair.high)}
+    known = {*PAIRS, *PAIRS.values()}
     assert found - known == ALONE
     intervals = {path for path in NUMBERS if path.endswith("interval")}
-    assert intervals == set(ranges.INTERVALS)
+    assert intervals == set(INTERVALS)
 
 
-@pytest.mark.parametrize("pair", ranges.PAIRS, ids=lambda pair: pair.low)
-def test_a_pair_the_wrong_way_round_is_refused(pair):
+@pytest.mark.parametrize("low", PAIRS)
+def test_a_pair_the_wrong_way_round_is_refused(low):
+    high = PAIRS[low]
     config = default_config()
-    config.model.dit.learn_sigma = "edm" not in pair.low
-    for path, value in ((pair.low, 0.5), (pair.high, 0.3)):
+    config.model.dit.learn_sigma = "edm" not in low
+    for path, value in ((low, 0.5), (high, 0.3)):
         *sections, name, key = path.split(".")
         section = config
         for part in sections:
@@ -64,11 +70,11 @@ def test_a_pair_the_wrong_way_round_is_refused(pair):
         else:
             section.name = name
         section[name][key] = value
-    with pytest.raises(ConfigError, match=f"config.{pair.low}=.*expected .*config.{pair.high}="):
+    with pytest.raises(ConfigError, match=f"config.{low}=.*expected .*config.{high}="):
         resolve(config)
 
 
-@pytest.mark.parametrize("path", ranges.INTERVALS)
+@pytest.mark.parametrize("path", INTERVALS)
 def test_an_interval_has_two_ends_the_lower_one_first(path):
     for value in [(0.8, 0.2), (0.5,), 0.5, (0.1, 0.2, 0.3)]:
         with pytest.raises(ConfigError, match=rf"config.{path}=.*expected \(low, high\)"):

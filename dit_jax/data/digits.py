@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from dit_jax.data.images import Size, crop_pixels, validate_resize
 from dit_jax.data.source import ArraySource
+from dit_jax.options import option
 
 _SIDE = 8
 
 
-def open_digits(split: str, *, image_size: Size | None = None, resize: str = "none") -> ArraySource:
+@dataclasses.dataclass(frozen=True)
+class DigitsOptions:
+    """Keys of config.data.digits."""
+
+    resize: str = option("none", "adm: scale and centre-crop to the model's size | none")
+
+
+def open_digits(
+    split: str, *, image_size: Size | None = None, resize: str = DigitsOptions.resize
+) -> ArraySource:
     """Open the 1,797 digits (10 classes, one grey channel, 8x8).
 
     Every fifth example of each class is held out: 1,442 training and 355 test images. The rule

@@ -26,6 +26,8 @@ from dit_jax.data.images import (
     validate_resize,
 )
 from dit_jax.data.source import DatasetInfo, Example, Source, fingerprint
+from dit_jax.options import option
+from dit_jax.ranges import SHARE_BELOW_ONE
 from dit_jax.untrusted import walk_files
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,29 @@ _SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val", "validation")}
 _MESSAGES_SHOWN = 20
 
 
+@dataclass(frozen=True)
+class ImageFolderOptions:
+    """Keys of config.data.image_folder."""
+
+    path: str = option(
+        "",
+        "folder of class subfolders",
+        expected="IMAGES, a folder with a subfolder of images for every class (IMAGES/cat/1.jpg, "
+        "IMAGES/dog/2.png), or with such folders train/ and test/",
+    )
+    resize: str = option("adm", "adm: scale and centre-crop to the model's size | none")
+    buckets: str = option(
+        "",
+        "sizes, '192x320,256x256', of which an image gets the one of nearest aspect; auto:64: all "
+        "of about the model's pixels in multiples of 64; empty: one size",
+    )
+    test_fraction: float = option(
+        0.0, "share held out where the folder has no test/", SHARE_BELOW_ONE
+    )
+    verify: str = option("fast", "fast | full | none: looking for corrupt files")
+    index_cache: str = option("", "where the result of that is kept; empty: beside the data")
+
+
 def open_image_folder(
     split: str,
     *,
@@ -43,9 +68,9 @@ def open_image_folder(
     image_size: Size | None = None,
     channels: int = 3,
     resize: str = "none",
-    buckets: str = "",
-    test_fraction: float = 0.0,
-    verify: str = "fast",
+    buckets: str = ImageFolderOptions.buckets,
+    test_fraction: float = ImageFolderOptions.test_fraction,
+    verify: str = ImageFolderOptions.verify,
     index_cache: str | None = None,
 ) -> ImageFolder:
     """Open a folder of JPEG, PNG, WebP, BMP and TIFF images (suffixes in upper or lower case).

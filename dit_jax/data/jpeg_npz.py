@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,22 @@ from jaxtyping import Int, Integer, UInt8
 from dit_jax.data.images import DECODE_ERRORS, Size, as_size, decode_image, validate_resize
 from dit_jax.data.records.header import MAX_CLASSES
 from dit_jax.data.source import Batch, DatasetInfo, Example, Source, fingerprint, validate_labels
+from dit_jax.options import option
 from dit_jax.untrusted import npz_names, read_npz, shown
 
 _KEYS = ("jpeg", "offsets", "labels")
+
+
+@dataclasses.dataclass(frozen=True)
+class JpegNpzOptions:
+    """Keys of config.data.jpeg_npz."""
+
+    path: str = option(
+        "",
+        "with {split} where the split's name stands",
+        expected="'data/cifar10_{split}.npz', files of JPEGs, {split} where train or test stands",
+    )
+    resize: str = option("none", "adm: scale and centre-crop to the model's size | none")
 
 
 def open_jpeg_npz(
@@ -21,7 +35,7 @@ def open_jpeg_npz(
     path: str,
     image_size: Size | None = None,
     channels: int = 3,
-    resize: str = "none",
+    resize: str = JpegNpzOptions.resize,
     keep_decoded: bool = True,
 ) -> JpegNpz:
     """Open a .npz file of JPEG images.

@@ -22,6 +22,7 @@ from dit_jax.data.records import Field, Header, Records, RecordSource, open_reco
 from dit_jax.data.records.header import LABEL
 from dit_jax.data.source import Batch
 from dit_jax.data.transforms import random_bit
+from dit_jax.options import option
 
 KIND = "latents"
 VERSIONS = {"none": ("plain",), "pairs": ("plain", "mirrored")}
@@ -71,8 +72,16 @@ def latents_header(
     return Header(KIND, {KIND: latents, **conditions}, provenance or {}, **others)
 
 
+@dataclasses.dataclass(frozen=True)
+class LatentsOptions:
+    """Keys of config.data.latents."""
+
+    path: str = option("", "folder that launch/extract_features.py wrote", expected="that folder")
+    moments: str = option("sample", "of the VAE's posterior: sample (at every read) | mean")
+
+
 def open_latents(
-    split: str, *, path: str, moments: str = "sample", verify_checksums: bool = False
+    split: str, *, path: str, moments: str = LatentsOptions.moments, verify_checksums: bool = False
 ) -> Latents:
     """Open a set of pre-extracted latents.
 

@@ -19,6 +19,7 @@ from jaxtyping import Int, UInt64
 from dit_jax.data.records import Field, Header, Records, RecordSource, open_records
 from dit_jax.data.records.header import HEADER, LABEL
 from dit_jax.data.source import Batch
+from dit_jax.options import option
 from dit_jax.untrusted import Fields, FileRefusedError
 
 KIND = "pairs"
@@ -145,6 +146,18 @@ def positions_of(stored: Sequence[float], wanted: Sequence[float]) -> tuple[int,
             )
         found.append(int(np.argmax(equal)))
     return tuple(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairsOptions:
+    """Keys of config.data.pairs."""
+
+    path: str = option(
+        "",
+        "noise and a teacher's samples, of launch/write_pairs.py",
+        expected="PAIRS, which a trained teacher fills: python launch/write_pairs.py "
+        "--workdir=RUN --num_pairs=50000 --out=PAIRS",
+    )
 
 
 def open_pairs(

@@ -2,48 +2,62 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from dit_jax.data.digits import open_digits
-from dit_jax.data.image_folder import open_image_folder
-from dit_jax.data.jpeg_npz import open_jpeg_npz
-from dit_jax.data.latents import open_latents
-from dit_jax.data.pairs import open_pairs
+from dit_jax.data.digits import DigitsOptions, open_digits
+from dit_jax.data.image_folder import ImageFolderOptions, open_image_folder
+from dit_jax.data.jpeg_npz import JpegNpzOptions, open_jpeg_npz
+from dit_jax.data.latents import LatentsOptions, open_latents
+from dit_jax.data.pairs import PairsOptions, open_pairs
 from dit_jax.data.source import Source
-from dit_jax.data.tfds import open_tfds
-from dit_jax.defaults import register_namespace
+from dit_jax.data.tfds import TfdsOptions, open_tfds
+from dit_jax.options import NoOptions, option, register, register_section
+from dit_jax.ranges import PERIOD
 
-SOURCES: dict[str, Callable[..., Source]] = {
-    "digits": open_digits,
-    "image_folder": open_image_folder,
-    "jpeg_npz": open_jpeg_npz,
-    "latents": open_latents,
-    "pairs": open_pairs,
-    "tfds": open_tfds,
-}
+SOURCES: dict[str, Callable[..., Source]] = {}
 
 
-def register_source(name: str, opener: Callable[..., Source]) -> None:
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """Keys of config.data, whatever the source."""
+
+    horizontal_flip: bool = option(False, "mirror half of the training images")
+    num_workers: int = option(0, "processes that read and decode; 0: a thread of this one", PERIOD)
+
+
+register_section("data", DataOptions, "name", "latents")
+
+
+def register_source(name: str, opener: Callable[..., Source], options: type = NoOptions) -> None:
     """Makes a source known under `name`.
 
     Args:
         name: As config.data.name.
-        opener: Takes the split and options; those with defaults become config.data.<name>.<option>.
-            Options called image_size (a side, or the height and width of what is not square) and
-            channels are given the model's.
+        opener: Takes the split and, by name, the options. It is given the model's image_size (a
+            side, or the height and width of what is not square) and channels where it has
+            arguments of these names.
+        options: A dataclass whose fields, each made by `options.option`, become
+            config.data.<name>.<field>. An empty text stands for "not given", and is not handed on.
 
     Raises:
         ValueError: The name is another source's.
     """
     if SOURCES.get(name, opener) is not opener:
         raise ValueError(f"there is a data source {name!r} already")
+    register("data", name, options)
     SOURCES[name] = opener
-    parameters = inspect.signature(opener).parameters.values()
-    options = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    register_namespace("data", name, options)
+
+
+register_source("digits", open_digits, DigitsOptions)
+register_source("image_folder", open_image_folder, ImageFolderOptions)
+register_source("jpeg_npz", open_jpeg_npz, JpegNpzOptions)
+register_source("latents", open_latents, LatentsOptions)
+register_source("pairs", open_pairs, PairsOptions)
+register_source("tfds", open_tfds, TfdsOptions)
 
 
 def options_of(name: str) -> tuple[str, ...]:
@@ -70,15 +84,15 @@ def open_source(name: str, split: str, **options: Any) -> Source:
     if name not in SOURCES:
         raise ValueError(f"unknown data source {name!r}{_nearest(name, SOURCES)}")
     parameters = inspect.signature(SOURCES[name]).parameters
-    accepted = [option for option in parameters if option != "split"]
-    for option in options:
-        if option not in accepted:
+    accepted = [each for each in parameters if each != "split"]
+    for given in options:
+        if given not in accepted:
             raise ValueError(
-                f"data source {name!r} has no option {option!r}{_nearest(option, accepted)}"
+                f"data source {name!r} has no option {given!r}{_nearest(given, accepted)}"
             )
-    for option in accepted:
-        if parameters[option].default is inspect.Parameter.empty and option not in options:
-            raise ValueError(f"data source {name!r} needs the option {option!r}")
+    for needed in accepted:
+        if parameters[needed].default is inspect.Parameter.empty and needed not in options:
+            raise ValueError(f"data source {name!r} needs the option {needed!r}")
     return SOURCES[name](split, **options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import shlex
@@ -17,6 +18,20 @@ from dit_jax.data.images import (
     validate_resize,
 )
 from dit_jax.data.source import DatasetInfo, Example, Source, fingerprint
+from dit_jax.options import option
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsOptions:
+    """Keys of config.data.tfds."""
+
+    dataset: str = option(
+        "",
+        "its name in TFDS, as cifar10",
+        expected="NAME of a data set of TensorFlow Datasets, as cifar10",
+    )
+    data_dir: str = option("", "where TFDS keeps it; empty: TFDS's default")
+    resize: str = option("adm", "adm: scale and centre-crop to the model's size | none")
 
 
 def open_tfds(
@@ -187,7 +202,7 @@ def _resolve_split(splits: Any, split: str, dataset: str) -> str:
 
 
 def _features(tfds: Any, features: Any, dataset: str, image_key: str, label_key: str) -> Any:
-    for option, key, kind in (
+    for argument, key, kind in (
         ("image_key", image_key, tfds.features.Image),
         ("label_key", label_key, tfds.features.ClassLabel),
     ):
@@ -195,7 +210,7 @@ def _features(tfds: Any, features: Any, dataset: str, image_key: str, label_key:
             suitable = [name for name, value in features.items() if isinstance(value, kind)]
             raise ValueError(
                 f"TFDS data set {dataset!r} has no {kind.__name__} feature {key!r}; set "
-                f"{option} to one of {suitable}"
+                f"{argument} to one of {suitable}"
                 if suitable
                 else f"TFDS data set {dataset!r} is no image classification data set: it has no "
                 f"{kind.__name__} feature"

@@ -59,38 +59,63 @@ def guided(
         )
         times = t if t.ndim == 0 else jnp.concatenate([t, t])
         output, carry = raw(jnp.concatenate([x, x]), times, doubled, carry)
-        return _combine(
-            output, scale, x.shape[-1] if channels == "all" else min(3, x.shape[-1])
-        ), carry
+        guided_channels = x.shape[-1] if channels == "all" else min(3, x.shape[-1])
+        return combine(*jnp.split(output, 2), scale, guided_channels), carry
 
     def evaluate(x: Array, t: Array, conditions: Any, carry: Any = None) -> tuple[Array, Any]:
-        t, strength = jnp.asarray(t, jnp.float32), jnp.asarray(scale, jnp.float32)
-        if strength.ndim > 1 or (strength.ndim == 1 and strength.shape != x.shape[:1]):
+        t, everywhere = jnp.asarray(t, jnp.float32), jnp.asarray(scale, jnp.float32)
+        if everywhere.ndim > 1 or (everywhere.ndim == 1 and everywhere.shape != x.shape[:1]):
             raise ValueError(
                 f"The guidance scale is a scalar or one per example, shape {x.shape[:1]}; got "
-                f"shape {strength.shape}."
+                f"shape {everywhere.shape}."
             )
-        if interval is None:
-            return double(x, t, conditions, carry, strength)
-        inside = (t >= interval[0]) & (t <= interval[1])
-        if t.ndim == 0 and not jax.tree.leaves(carry):
+        if interval is not None and t.ndim == 0 and not jax.tree.leaves(carry):
             return jax.lax.cond(
-                inside,
-                lambda: double(x, t, conditions, carry, strength),
+                _inside(t, interval),
+                lambda: double(x, t, conditions, carry, everywhere),
                 lambda: raw(x, t, conditions, carry),
             )
-        return double(x, t, conditions, carry, jnp.where(inside, strength, 1.0))
+        return double(x, t, conditions, carry, strength(everywhere, t, interval))
 
     return evaluate
 
 
-def _combine(output: Array, scale: Array, guided_channels: int) -> Array:
-    conditional, unconditional = jnp.split(output, 2)
-    scale = scale.reshape(scale.shape + (1,) * (output.ndim - scale.ndim)) if scale.ndim else scale
+def _inside(t: Array, interval: tuple[float | Array, ...]) -> Array:
+    return (t >= interval[0]) & (t <= interval[1])
+
+
+def strength(
+    scale: float | Float[Array, "..."],
+    t: Float[Array, "..."],
+    interval: tuple[float | Float[Array, ""], ...] | None,
+) -> Float[Array, "..."]:
+    """The scale at times t, a scalar or one per example: 1, no guidance, outside the interval."""
+    scale = jnp.asarray(scale, jnp.float32)
+    return scale if interval is None else jnp.where(_inside(t, interval), scale, 1.0)
+
+
+def combine(
+    conditional: Float[Array, "b *shape"],
+    unconditional: Float[Array, "b *shape"],
+    scale: Float[Array, "..."],
+    guided_channels: int,
+) -> Float[Array, "b *shape"]:
+    """``unconditional + scale (conditional - unconditional)`` of raw outputs.
+
+    Args:
+        conditional: With the conditions; of it are the channels that are not guided, among them a
+            learned variance's.
+        unconditional: Without.
+        scale: A scalar or one per example.
+        guided_channels: How many of the first channels are guided.
+    """
+    scale = (
+        scale.reshape(scale.shape + (1,) * (conditional.ndim - scale.ndim)) if scale.ndim else scale
+    )
     head, null = conditional[..., :guided_channels], unconditional[..., :guided_channels]
     # In float32 whatever the network's dtype: a large scale amplifies the rounding of the
     # difference.
     mixed = null.astype(jnp.float32) + scale * (head.astype(jnp.float32) - null.astype(jnp.float32))
     return jnp.concatenate(
-        [mixed.astype(output.dtype), conditional[..., guided_channels:]], axis=-1
+        [mixed.astype(conditional.dtype), conditional[..., guided_channels:]], axis=-1
     )

@@ -17,6 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dit_jax.diffusion.process import DDPM, Process, expand
+from dit_jax.options import option
+from dit_jax.ranges import NOT_NEGATIVE, POSITIVE
 
 
 @runtime_checkable
@@ -25,6 +27,15 @@ class LossWeight(Protocol):
 
     def __call__(self, process: Process, t: Float[Array, " b"]) -> Float[Array, " b"]:
         """Weights, one per example."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """What a denoising loss has under any weighting."""
+
+    vlb_weight: float = option(
+        1.0, "of the variance term, when the network's learn_sigma is on", NOT_NEGATIVE
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +51,10 @@ class NoWeight:
 class P2:
     """Perception-prioritised weight 1 / (k + snr)^gamma of the raw output's error (Choi et al.
     2022, eq. 8, for eps).
-
-    Attributes:
-        k: Keeps the weight finite for noise; > 0.
-        gamma: Strength; 0 is no weight.
     """
 
-    k: float = 1.0
-    gamma: float = 1.0
+    k: float = option(1.0, "keeps the weight of noise finite", POSITIVE)
+    gamma: float = option(1.0, "strength; 0: no weight", NOT_NEGATIVE)
 
     def __post_init__(self):
         if not self.k > 0 or self.gamma < 0:
@@ -73,12 +80,11 @@ class MinSNR:
     * x0: min(snr, gamma);
     * velocity of DDPM: min(snr, gamma) / (snr + 1); of rectified flow: min(snr, gamma) t^2;
     * EDM: min(snr, gamma) c_out^2.
-
-    Attributes:
-        gamma: Where the weight of clean data is cut off; the paper's 5.
     """
 
-    gamma: float = 5.0
+    gamma: float = option(
+        5.0, "the weight of x0's error, snr, is cut off here; the paper's 5", POSITIVE
+    )
 
     def __post_init__(self):
         if not self.gamma > 0:

@@ -22,8 +22,12 @@ from dit_jax.diffusion.conversions import (
     expand,
 )
 from dit_jax.diffusion.preconditioning import IDDPM, VE, VP, EDMPreconditioning, Preconditioning
+from dit_jax.options import option
+from dit_jax.ranges import COUNT, POSITIVE, Range
 
 __all__ = ["DDPM", "EDM", "KINDS", "Kind", "Prediction", "Process", "RectifiedFlow", "expand"]
+
+_BETA = Range(0, 1, above=True, below=True)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -73,20 +77,19 @@ class DDPM(Process):
     solvers may also stop in between. The network is given the index. velocity = alpha eps - sigma
     x0 (Salimans & Ho 2022).
 
+    The default betas are those of 1000 levels; Improved DDPM scales both by 1000 / T for other T.
+
     Attributes:
-        num_timesteps: T.
-        beta_start: First beta.
-        beta_end: Last beta. The defaults are those of T = 1000; Improved DDPM scales both by 1000 /
-            T for other T.
-        prediction: What the network predicts: 'eps', 'x0' or 'velocity'.
-        learned_variance: Whether the last half of its output is a learned-range variance (Improved
-            DDPM).
+        learned_variance: Whether the last half of the network's output is a learned-range variance
+            (Improved DDPM); it follows from the network and is no key.
     """
 
-    num_timesteps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 2e-2
-    prediction: str = "eps"
+    num_timesteps: int = option(1000, "noise levels", COUNT)
+    beta_start: float = option(
+        1e-4, "variance of the first level's noise", _BETA, at_most="beta_end"
+    )
+    beta_end: float = option(2e-2, "of the last level's; linear in between", _BETA)
+    prediction: str = option("eps", "eps | x0 | velocity")
     learned_variance: bool = False
 
     def __post_init__(self):
@@ -175,14 +178,14 @@ class RectifiedFlow(Process):
 
     Time runs from 0 (data) to 1 (pure noise); velocity = dx/dt = eps - x0.
 
-    Attributes:
-        network_convention: What the network was or is to be trained with: 'sit' sees 1 - t and
-            outputs x0 - eps (Ma et al. 2024); 'flux' sees t and outputs eps - x0 (Flux, SD3).
-        time_scale: Multiplies the time that the network sees: 1 for SiT, 1000 for Flux.
+    A network of convention 'sit' sees 1 - t and outputs x0 - eps (Ma et al. 2024); one of 'flux'
+    sees t and outputs eps - x0 (Flux, SD3).
     """
 
-    network_convention: str = "sit"
-    time_scale: float = 1.0
+    network_convention: str = option("sit", "sit | flux")
+    time_scale: float = option(
+        1.0, "multiplies the time the network sees: 1 for SiT, 1000 for Flux", POSITIVE
+    )
 
     def __post_init__(self):
         _require(
@@ -261,34 +264,24 @@ class EDM(Process):
     Time is sigma itself; velocity = dx/dsigma = eps. The network F outputs what makes ``x0 = c_skip
     x + c_out F(c_in x, c_noise)``, with the coefficients of a preconditioning (preconditioning.py):
     EDM's own, or that of a network trained otherwise.
-
-    Attributes:
-        sigma_data: Standard deviation of the data (0.5 for pixels in [-1, 1]).
-        sigma_min: Smallest noise of the sampling schedule.
-        sigma_max: Largest noise, at which sampling starts.
-        preconditioning: 'edm', 'vp', 've' or 'iddpm'; the options below are each of one or two.
-        vp_beta_d: Extent of VP's schedule.
-        vp_beta_min: Its initial slope.
-        vp_epsilon_t: Its smallest t of training.
-        ve_sigma_min: Least noise that a VE network was trained on.
-        ve_sigma_max: Largest one.
-        iddpm_c_1: Least factor of alpha-bar between neighbours in iDDPM's table.
-        iddpm_c_2: Offset of its cosine.
-        num_timesteps: M of VP and iDDPM, the steps of the discrete chain.
     """
 
-    sigma_data: float = 0.5
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    preconditioning: str = "edm"
-    vp_beta_d: float = 19.9
-    vp_beta_min: float = 0.1
-    vp_epsilon_t: float = 1e-5
-    ve_sigma_min: float = 0.02
-    ve_sigma_max: float = 100.0
-    iddpm_c_1: float = 0.001
-    iddpm_c_2: float = 0.008
-    num_timesteps: int = 1000
+    sigma_data: float = option(
+        0.5, "standard deviation of the data, 0.5 for pixels in [-1, 1]", POSITIVE
+    )
+    sigma_min: float = option(0.002, "where sampling ends, before 0", POSITIVE, below="sigma_max")
+    sigma_max: float = option(80.0, "where sampling starts", POSITIVE)
+    preconditioning: str = option("edm", "edm | vp | ve | iddpm: how the network is wrapped")
+    vp_beta_d: float = option(19.9, "of vp: growth of beta from time 0 to 1", POSITIVE)
+    vp_beta_min: float = option(0.1, "of vp: beta at time 0", POSITIVE)
+    vp_epsilon_t: float = option(1e-5, "of vp: smallest time trained on", POSITIVE)
+    ve_sigma_min: float = option(
+        0.02, "of ve: smallest noise level", POSITIVE, below="ve_sigma_max"
+    )
+    ve_sigma_max: float = option(100.0, "of ve: largest noise level", POSITIVE)
+    iddpm_c_1: float = option(0.001, "of iddpm: least ratio of neighbouring alpha bars", POSITIVE)
+    iddpm_c_2: float = option(0.008, "of iddpm: offset of its cosine schedule", POSITIVE)
+    num_timesteps: int = option(1000, "M of vp and iddpm", COUNT)
 
     def __post_init__(self):
         _require(self.sigma_data > 0, f"EDM needs sigma_data > 0, got {self.sigma_data}.")

@@ -22,14 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from dit_jax.defaults import register_namespace
+from dit_jax.diffusion.ode import ode_step
 from dit_jax.diffusion.process import DDPM, Prediction, Process, RectifiedFlow
+from dit_jax.options import option, register
+from dit_jax.ranges import NOT_NEGATIVE, SHARE
 
 Denoise = Callable[..., tuple[Prediction, Any]]
 """``denoise(x, t_scalar, carry) -> (Prediction, carry)``; networks of average velocities are also
 told the time at the end of the step, ``denoise(x, t_scalar, carry, r=s_scalar)``."""
 
 _TINY = 1e-20
+_CLIP = "clamp predicted x0 to [-1, 1] (of pixels)"
 
 
 class Step(NamedTuple):
@@ -61,16 +64,21 @@ class Solver(abc.ABC):
 
     Attributes:
         clip_denoised: Whether predictions of x0 are clamped to [-1, 1] (for pixels; latents have no
-            such range) and eps made to match.
+            such range) and eps made to match. An option of the solvers that say so.
         evaluations_per_step: Network evaluations of one step.
         second_time: Whether it asks the network for average velocities, between two times.
         few_steps: Whether students of few steps are trained for being sampled with it.
         extrapolates: Whether long last steps, as of indices evenly spaced from 0, mislead it.
+        follows_velocity: Whether networks of average velocities can be sampled with it: by these,
+            or in many steps by the instantaneous ones.
+        ode_order: Of its steps along the probability flow if `ode_step` makes them, else 0.
     """
 
     clip_denoised: bool = False
 
     evaluations_per_step: ClassVar[int] = 1
+    follows_velocity: ClassVar[bool] = False
+    ode_order: ClassVar[int] = 0
     second_time: ClassVar[bool] = False
     few_steps: ClassVar[bool] = False
     extrapolates: ClassVar[bool] = False
@@ -142,13 +150,16 @@ class Ancestral(Solver):
     = 1 - alpha-bar_t / alpha-bar_s = sigma^2 (1 - shrink^2), or between the two in the logarithm as
     the network says. The step to clean data adds no noise.
 
-    Attributes:
-        variance: 'learned' (needs a process with learned_variance), 'fixed_small' (posterior),
-            'fixed_large' (beta), or 'auto': learned where the network predicts it, else
-            fixed_small.
+    `variance` is 'learned' (needs a process with learned_variance), 'fixed_small' (posterior),
+    'fixed_large' (beta), or 'auto': learned where the network predicts it, else fixed_small.
     """
 
-    variance: str = "auto"
+    variance: str = option(
+        "auto",
+        "auto | learned | fixed_small | fixed_large: of a step's noise; auto: learned where the "
+        "network predicts it",
+    )
+    clip_denoised: bool = option(False, _CLIP)
 
     @property
     def is_stochastic(self) -> bool:
@@ -212,12 +223,12 @@ class DDIM(Solver):
 
     Of the noise sigma' to be left, eta^2 (1 - shrink^2) is fresh (in variance) and the rest is the
     predicted eps; for DDPM that is DDIM's sigma_t(eta).
-
-    Attributes:
-        eta: 0 is deterministic, 1 is ancestral with the posterior variance.
     """
 
-    eta: float = 0.0
+    eta: float = option(
+        0.0, "noise of a step: 0 is deterministic, 1 ancestral with the posterior variance", SHARE
+    )
+    clip_denoised: bool = option(False, _CLIP)
 
     @property
     def is_stochastic(self) -> bool:
@@ -254,6 +265,8 @@ class Euler(Solver):
     (for flow, x + (s - t) v)."""
 
     few_steps: ClassVar[bool] = True
+    follows_velocity: ClassVar[bool] = True
+    ode_order: ClassVar[int] = 1
 
     def step(
         self,
@@ -279,20 +292,21 @@ class Heun(Solver):
     Churn first adds noise: sigma / alpha grows by the factor 1 + min(s_churn / steps, sqrt(2) - 1)
         where it lies between s_min and s_max (not beyond DDPM's noisiest index, and not at
     flow's pure noise).
-
-    Attributes:
-        s_churn: 0 is deterministic.
-        s_min: Smallest sigma / alpha that is churned.
-        s_max: Largest sigma / alpha that is churned.
-        s_noise: Standard deviation of the added noise.
     """
 
-    s_churn: float = 0.0
-    s_min: float = 0.0
-    s_max: float = math.inf
-    s_noise: float = 1.0
+    s_churn: float = option(0.0, "noise added back, over all steps; 0: deterministic", NOT_NEGATIVE)
+    s_min: float = option(
+        0.0,
+        "smallest sigma / alpha at which noise is added",
+        NOT_NEGATIVE,
+        at_most="s_max",
+    )
+    s_max: float = option(1e9, "largest sigma / alpha at which noise is added", NOT_NEGATIVE)
+    s_noise: float = option(1.0, "standard deviation of the added noise", NOT_NEGATIVE)
 
     evaluations_per_step: ClassVar[int] = 2
+    follows_velocity: ClassVar[bool] = True
+    ode_order: ClassVar[int] = 2
 
     @property
     def is_stochastic(self) -> bool:
@@ -328,23 +342,12 @@ class Heun(Solver):
         t = step.t
         if self.s_churn > 0:
             x, t = self._churn(process, x, step)
-        (scale_t, clock_t), (scale_s, clock_s) = (
-            process.ode_coordinates(t),
-            process.ode_coordinates(step.s),
-        )
-        prediction, carry = self._predict(process, denoise, x, t, carry)
-        slope, elapsed = process.ode_derivative(prediction), clock_s - clock_t
-        start = x / scale_t
-        predicted = start + elapsed * slope
 
-        def correct(carry: Any) -> tuple[Array, Any]:
-            prediction, carry = self._predict(process, denoise, scale_s * predicted, step.s, carry)
-            return start + elapsed * 0.5 * (slope + process.ode_derivative(prediction)), carry
+        def predict(x: Array, t: Array, carry: Any) -> tuple[Prediction, Any]:
+            return self._predict(process, denoise, x, t, carry)
 
-        end, carry = jax.lax.cond(
-            process.sigma(step.s) > 0, correct, lambda carry: (predicted, carry), carry
-        )
-        return scale_s * end, state, carry
+        x, carry = ode_step(process, predict, x, t, step.s, carry, order=self.ode_order)
+        return x, state, carry
 
     def _churn(self, process: Process, x: Array, step: Step) -> tuple[Array, Array]:
         gamma = min(self.s_churn / step.count, math.sqrt(2.0) - 1.0)
@@ -447,6 +450,7 @@ class MeanFlow(Solver):
     """
 
     second_time: ClassVar[bool] = True
+    follows_velocity: ClassVar[bool] = True
 
     def init(self, process: Process, x: Float[Array, "b *shape"]) -> None:
         """Nothing; refuses other processes, and clipping."""
@@ -485,13 +489,20 @@ SOLVERS: dict[str, type[Solver]] = {
 
 
 def register_solver(name: str, solver: type[Solver]) -> None:
-    """Makes a solver known under `name`; its fields are its options.
+    """Makes a solver known under `name`.
+
+    Args:
+        name: as config.sampling.solver.
+        solver: its fields made by `options.option` are the keys config.sampling.<name>.*.
 
     Raises:
         ValueError: the name is another solver's.
     """
     if SOLVERS.get(name, solver) is not solver:
         raise ValueError(f"there is a solver {name!r} already")
+    register("sampling", name, solver)
     SOLVERS[name] = solver
-    options = {field.name: field.default for field in dataclasses.fields(solver)}
-    register_namespace("sampling", name, options)
+
+
+for _name, _solver in SOLVERS.items():
+    register("sampling", _name, _solver)

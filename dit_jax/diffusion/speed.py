@@ -22,7 +22,7 @@ log-normal base converges nowhere, as it already avoids the ends: there only wei
 import abc
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from dit_jax.diffusion.losses import P2
 from dit_jax.diffusion.process import DDPM, Process
 from dit_jax.diffusion.timesteps import ContinuousDistribution, default_base
+from dit_jax.options import option
+from dit_jax.ranges import PERIOD, Range
 
 # An increment counts as converged below this fraction of the average increment 1 / N: 1e-4 for
 # DDPM's 1000 steps.
@@ -71,10 +73,14 @@ class _IncrementDistribution(abc.ABC):
     """What both versions share: drawing cells of a grid, their duals, and turning cells into
     times."""
 
+    weights_loss: ClassVar[bool] = True
+
     process: Process
-    asymmetric: bool = True
+    asymmetric: bool = option(
+        True, "draw times by their own distribution, converged ones less often, not evenly"
+    )
     weighted: bool = True
-    dual: bool = True
+    dual: bool = option(True, "the second half of a batch at mirrored times")
     base: ContinuousDistribution | None = None
     grid_size: int = 1000
 
@@ -155,9 +161,6 @@ class SpeeDFirstRelease(_IncrementDistribution):
 
     Attributes:
         process: The process whose times are drawn.
-        asymmetric: Whether converged times are drawn less often; else all alike.
-        weighted: Whether `weight` is P2's 1 / (p2_k + snr)^p2_gamma; else 1.
-        dual: Whether half of each batch are mirror images of the other.
         base: For RectifiedFlow and EDM, the distribution that the grid is laid on; None is uniform
             and log-normal, respectively.
         grid_size: For these, the number of cells.
@@ -165,6 +168,7 @@ class SpeeDFirstRelease(_IncrementDistribution):
         p2_gamma: gamma of P2.
     """
 
+    weighted: bool = option(True, "weight the loss by P2's 1 / (1 + snr)")
     p2_k: float = 1.0
     p2_gamma: float = 1.0
 
@@ -190,21 +194,22 @@ class SpeeD(_IncrementDistribution):
 
     Attributes:
         process: The process whose times are drawn.
-        asymmetric: Whether times from tau on are drawn less often; else all alike.
-        weighted: Whether `weight` is change-aware; else 1.
-        dual: Whether half of each batch are mirror images of the other.
         base: For RectifiedFlow and EDM, the distribution that the grid is laid on; None is uniform
             and log-normal, respectively.
         grid_size: For these, the number of cells.
-        k: How much more often times below tau are drawn.
-        tau: The cell from which the process counts as converged. None is 0.7 T for DDPM (the
-            paper's 700 of 1000), and the first converged cell elsewhere.
-        lam: The paper's lambda, in [0.5, 1]: weights below tau lie in [1 - lam, lam].
     """
 
-    k: float = 5.0
-    tau: int | None = None
-    lam: float = 0.6
+    weighted: bool = option(True, "weight the loss by the process's change, below tau")
+    k: float = option(5.0, "how much more often times below tau are drawn", Range(1))
+    tau: int = option(
+        0,
+        "index from which the process counts as converged; 0: 0.7 of DDPM's chain (the paper's 700 "
+        "of 1000), elsewhere the first converged cell",
+        PERIOD,
+    )
+    lam: float = option(
+        0.6, "the paper's lambda: weights below tau lie in [1 - lam, lam]", Range(0.5, 1)
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -215,7 +220,7 @@ class SpeeD(_IncrementDistribution):
             )
         if not 0.5 <= self.lam <= 1:
             raise ValueError(f"SpeeD needs lam in [0.5, 1], got {self.lam}.")
-        if self.tau is not None and not 0 < self.tau <= cells:
+        if not 0 <= self.tau <= cells:
             raise ValueError(
                 f"SpeeD needs 0 < tau <= {cells}, the number of cells, got {self.tau}."
             )
@@ -223,7 +228,7 @@ class SpeeD(_IncrementDistribution):
     @property
     def converged_from(self) -> int:
         """tau, resolved."""
-        if self.tau is not None:
+        if self.tau:
             return self.tau
         if isinstance(self.process, DDPM):
             return round(0.7 * self.process.num_timesteps)

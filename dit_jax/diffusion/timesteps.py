@@ -9,7 +9,7 @@ and `cdf`, on which SpeeD's grid is laid.
 
 import dataclasses
 import functools
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ import scipy.special
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from dit_jax.diffusion.process import DDPM, EDM, Process, RectifiedFlow
+from dit_jax.options import option, same_option
+from dit_jax.ranges import COUNT, FINITE, NOT_NEGATIVE, POSITIVE, SHARE_BELOW_ONE
 
 # Keeps quantiles of unbounded distributions finite: the smallest step of a float32 uniform number.
 _SMALLEST_PROBABILITY = 2.0**-24
@@ -36,6 +38,8 @@ class TimeDistribution(Protocol):
 
 class _Unweighted:
     """A distribution that leaves the loss as it is."""
+
+    weights_loss: ClassVar[bool] = False
 
     def weight(self, t: Float[Array, " n"]) -> Float[Array, " n"]:
         """Ones."""
@@ -107,13 +111,11 @@ class LogNormal(_Unweighted):
 
     Attributes:
         process: The process whose times are drawn.
-        mean: Mean of log(sigma / alpha); EDM's default for pixels.
-        std: Its standard deviation.
     """
 
     process: Process
-    mean: float = -1.2
-    std: float = 1.2
+    mean: float = option(-1.2, "of log(sigma / alpha); the default is EDM's for pixels", FINITE)
+    std: float = option(1.2, "standard deviation of log(sigma / alpha)", POSITIVE)
 
     def __post_init__(self):
         _require_std(self.std)
@@ -151,16 +153,14 @@ class LogitNormal(_Unweighted):
 
     Attributes:
         process: The process whose times are drawn.
-        mean: Mean of logit(t): negative favours data, positive noise.
-        std: Its standard deviation.
 
     Raises:
         ValueError: For EDM, whose times have no upper end.
     """
 
     process: Process
-    mean: float = 0.0
-    std: float = 1.0
+    mean: float = option(0.0, "of log(t / (1 - t)): above 0 more noise", FINITE)
+    std: float = option(1.0, "standard deviation of log(t / (1 - t))", POSITIVE)
 
     def __post_init__(self):
         _require_std(self.std)
@@ -273,16 +273,18 @@ class TruncatedLogNormal(_Truncated):
 
     Attributes:
         process: The process whose times are drawn.
-        mean: Mean of log(sigma / alpha) before truncation.
-        std: Its standard deviation.
-        min_time: Smallest time; 0 for the process's own (EDM's sigma_min).
-        max_time: Largest time; 0 for the process's own.
     """
 
-    mean: float = -1.1
-    std: float = 2.0
-    min_time: float = 0.0
-    max_time: float = 0.0
+    mean: float = option(-1.1, "of log(sigma / alpha), before truncation", FINITE)
+    std: float = option(2.0, "standard deviation of log(sigma / alpha)", POSITIVE)
+    min_time: float = option(
+        0.0,
+        "smallest time; 0: the process's own (EDM's sigma_min)",
+        NOT_NEGATIVE,
+        below="max_time",
+        zero_is_open=True,
+    )
+    max_time: float = option(0.0, "largest time; 0: the process's own", NOT_NEGATIVE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,18 +296,13 @@ class LogStudentT(_Truncated):
 
     Attributes:
         process: The process whose times are drawn.
-        mean: Location of log(sigma / alpha).
-        std: Its scale.
-        min_time: Smallest time; 0 for the process's own (EDM's sigma_min).
-        max_time: Largest time; 0 for the process's own.
-        df: Degrees of freedom.
     """
 
-    mean: float = 0.0
-    std: float = 0.2
-    min_time: float = 0.0
-    max_time: float = 0.0
-    df: float = 0.01
+    mean: float = option(0.0, "location of log(sigma / alpha)", FINITE)
+    std: float = option(0.2, "scale of log(sigma / alpha)", POSITIVE)
+    min_time: float = same_option(TruncatedLogNormal, "min_time", 0.0)
+    max_time: float = same_option(TruncatedLogNormal, "max_time", 0.0)
+    df: float = option(0.01, "degrees of freedom: few of them pile times up at the mean", POSITIVE)
 
     def __post_init__(self):
         super().__post_init__()
@@ -323,20 +320,21 @@ class Polynomial(_Unweighted):
 
     Attributes:
         process: The process whose times are drawn.
-        rho: Larger ones favour small noise.
-        num_levels: N.
-        min_fraction: The first i is this fraction of N, rounded down.
-        max_fraction: The last i likewise, included.
 
     Raises:
         ValueError: For processes other than EDM, or fractions that leave no level.
     """
 
     process: Process
-    rho: float = 7.0
-    num_levels: int = 1000
-    min_fraction: float = 0.002
-    max_fraction: float = 0.998
+    rho: float = option(7.0, "larger ones favour small noise", POSITIVE)
+    num_levels: int = option(1000, "N, noise levels of EDM's sampling schedule", COUNT)
+    min_fraction: float = option(
+        0.002,
+        "the first level drawn, as a share of all, rounded down",
+        SHARE_BELOW_ONE,
+        at_most="max_fraction",
+    )
+    max_fraction: float = option(0.998, "the last level drawn likewise", SHARE_BELOW_ONE)
 
     def __post_init__(self):
         if not isinstance(self.process, EDM):

@@ -18,64 +18,34 @@ from dit_jax.models import cpu_kernels, layers, stack, step_cache
 from dit_jax.models.batch_axes import divided_by_rows
 from dit_jax.models.call import Request, Result
 from dit_jax.models.linear import ZEROS, Linear, Precision, precision_of, resolve_dtype
+from dit_jax.models.network_options import NetworkOptions
+from dit_jax.options import option
+from dit_jax.ranges import COUNT, POSITIVE
 
 # The paper's table 1: (depth, hidden size, heads).
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 
 @dataclasses.dataclass(frozen=True)
-class DiTConfig:
-    """Shape and execution of a DiT.
+class DiTConfig(NetworkOptions):
+    """Shape and execution of a DiT, of any height and width that are multiples of the patch's.
 
-    Attributes:
-        image_size: height and width of the input (an int for both): 32 for 256-pixel images encoded
-            by the VAE, 64 for 512, or pixels when trained on pixels.
-        in_channels: channels of the input.
-        patch_size: side of a patch; divides the image size.
-        hidden_size: width, a multiple of `num_heads` and of 4.
-        depth: number of blocks.
-        num_heads: attention heads.
-        mlp_ratio: hidden width of the MLP over `hidden_size`.
-        num_classes: classes, without the null class; 0 for an unconditional network.
-        null_class: whether the class table has a last row for "no class", which guidance needs; a
-            DiT trained without label dropout has none.
-        learn_sigma: whether a second half of output channels interpolates the variance.
-        time_frequency_spacing: 'original' or 'diffusers', see `layers.timestep_frequencies`.
-        mlp_norm_epsilon: of the normalisation before the MLP: 1e-6 in the original, 1e-5 by default
-            in diffusers (whose other norms have 1e-6 all the same).
-        second_time: 'r' or 't-r' for a network that sees a second time (MeanFlow), else 'none'.
-        augment_dim: number of augmentation labels it sees; 0 for none.
-        layer_loop: 'scan', 'unroll' or 'auto' (`stack.resolve_layer_loop`).
-        remat: 'none', 'block' or 'dots' (`stack.rematerialised`).
-        attention: kernel of the local attention, see `attention.resolve_implementation`.
-        custom_gradients: 'on' for hand-written backward passes (`cpu_kernels`), which have no
-            forward mode; 'off' for JAX's own; 'auto' is 'on' on CPUs.
-        dtype: of the matrix products, 'float32', 'bfloat16', 'float16', or 'auto': bfloat16 on
-            accelerators and float32 on CPUs.
-        param_dtype: what parameters are stored in: 'float32', 'bfloat16' (for inference), or
-            'auto', here float32; see `linear.Precision` for what stays float32 in either.
+    `null_class`: a DiT trained without label dropout has no row of its class table for "no class".
+    `time_frequency_spacing`: see `layers.timestep_frequencies`. `mlp_norm_epsilon`: diffusers'
+    default is of the norm before the MLP alone, its other norms have 1e-6 all the same.
+    `layer_loop`: see `stack.resolve_layer_loop`.
     """
 
-    image_size: int | tuple[int, int] = 32
-    in_channels: int = 4
-    patch_size: int = 2
-    hidden_size: int = 1152
-    depth: int = 28
-    num_heads: int = 16
-    mlp_ratio: float = 4.0
-    num_classes: int = 1000
-    null_class: bool = True
-    learn_sigma: bool = True
-    time_frequency_spacing: str = "original"
-    mlp_norm_epsilon: float = 1e-6
-    second_time: str = "none"
-    augment_dim: int = 0
-    layer_loop: str = "auto"
-    remat: str = "none"
-    attention: str = "auto"
-    custom_gradients: str = "auto"
-    dtype: str = "auto"
-    param_dtype: str = "auto"
+    patch_size: int = option(2, "side of the square of the input that becomes a token", COUNT)
+    hidden_size: int = option(1152, "width of the blocks", COUNT)
+    depth: int = option(28, "blocks", COUNT)
+    num_heads: int = option(16, "of attention", COUNT)
+    mlp_ratio: float = option(4.0, "width of a block's MLP over hidden_size", POSITIVE)
+    null_class: bool = option(True, 'whether there is a "no class", which guidance needs')
+    learn_sigma: bool = option(True, "predict the variance, too (of process ddpm)")
+    time_frequency_spacing: str = option("original", "original | diffusers")
+    mlp_norm_epsilon: float = option(1e-6, "1e-5 in diffusers' default DiT", POSITIVE)
+    layer_loop: str = option("auto", "scan | unroll | auto: by backend")
 
     def __post_init__(self):
         for name in ("in_channels", "patch_size", "hidden_size", "depth", "num_heads"):

@@ -9,29 +9,33 @@ from dit_jax.models import attention as attention_lib
 from dit_jax.models import cpu_kernels, edm_plan, layers, stack
 from dit_jax.models.edm_layers import BlockStyle
 from dit_jax.models.linear import Initialization, Precision, precision_of
+from dit_jax.models.network_options import NetworkOptions
+from dit_jax.options import option, same_option
+from dit_jax.ranges import COUNT, PERIOD, SHARE_BELOW_ONE, Range
 
 
 @dataclasses.dataclass(frozen=True)
-class UNetConfig:
-    """What both networks have in common; see `SongUNetConfig` for the meaning."""
+class UNetConfig(NetworkOptions):
+    """What both networks have in common. Its input is a square.
+
+    `learn_sigma`: whether a second half of output channels is there, iDDPM's variance; it follows
+    from the process and is no key.
+    """
 
     image_size: int = 32
     in_channels: int = 3
     num_classes: int = 0
     learn_sigma: bool = False
-    model_channels: int = 128
-    channel_mult: tuple[int, ...] = (2, 2, 2)
-    channel_mult_emb: int = 4
-    num_blocks: int = 4
-    attn_resolutions: tuple[int, ...] = (16,)
-    dropout: float = 0.10
-    augment_dim: int = 0
-    second_time: str = "none"
-    remat: str = "none"
-    attention: str = "auto"
-    custom_gradients: str = "auto"
-    dtype: str = "auto"
-    param_dtype: str = "auto"
+    model_channels: int = option(128, "width, before the multipliers", COUNT)
+    channel_mult: tuple[int, ...] = option(
+        (2, 2, 2), "multiplier of each resolution, from the input's down by halves", COUNT
+    )
+    channel_mult_emb: int = option(4, "multiplier of the embedding", COUNT)
+    num_blocks: int = option(4, "residual blocks a resolution", COUNT)
+    attn_resolutions: tuple[int, ...] = option(
+        (16,), "sides at which blocks have attention", PERIOD
+    )
+    dropout: float = option(0.10, "rate inside the blocks, in training", SHARE_BELOW_ONE)
     size: tuple[int, int] | None = None
 
     layers_are_named_by_size: ClassVar[bool] = True
@@ -158,37 +162,17 @@ class UNetConfig:
 class SongUNetConfig(UNetConfig):
     """Shape and execution of a DDPM++ (the defaults, EDM's for CIFAR-10) or an NCSN++.
 
-    Attributes:
-        image_size: side of the input, after which layers are named and `attn_resolutions` chosen.
-        in_channels: channels of the input.
-        num_classes: classes, without the null class; 0 for an unconditional network.
-        learn_sigma: whether a second half of output channels is there (iDDPM's variance).
-        model_channels: width, before the multipliers.
-        channel_mult: multiplier of each resolution, from the input's down by halves.
-        channel_mult_emb: multiplier of the embedding.
-        num_blocks: residual blocks a resolution.
-        attn_resolutions: sides at which blocks have attention, of one head.
-        dropout: rate inside the blocks, in training.
-        augment_dim: number of augmentation labels; 0 for none.
-        second_time: 'r' or 't-r' for a network that sees a second time (MeanFlow), else 'none'.
-        remat: 'none', 'block', or 'dots', which also saves the results of convolutions.
-        attention: kernel of the local attention, see `attention.resolve_implementation`.
-        custom_gradients: of attention, see `DiTConfig`.
-        dtype: of convolutions and matrix products, see `DiTConfig`.
-        param_dtype: what parameters are stored in, see `DiTConfig`.
-        size: (height, width) of the input where it is not the square of `image_size`.
-        embedding_type: features of time: 'positional' (DDPM++) or 'fourier' (NCSN++).
-        channel_mult_noise: multiplier of those features: 1 (DDPM++) or 2 (NCSN++).
-        encoder_type: 'standard' (DDPM++), 'residual' (NCSN++) or 'skip'.
-        decoder_type: 'standard' (both) or 'skip'.
-        resample_filter: (1, 1) (DDPM++) or (1, 3, 3, 1) (NCSN++).
+    `image_size`: its side, after which layers are named and `attn_resolutions` chosen. `size`:
+    (height, width) of the input where it is not that square. Attention has one head.
     """
 
-    embedding_type: str = "positional"
-    channel_mult_noise: int = 1
-    encoder_type: str = "standard"
-    decoder_type: str = "standard"
-    resample_filter: tuple[float, ...] = (1, 1)
+    embedding_type: str = option("positional", "features of time: positional | fourier (NCSN++)")
+    channel_mult_noise: int = option(1, "multiplier of the features of time; 2 for NCSN++", COUNT)
+    encoder_type: str = option("standard", "standard | skip | residual (NCSN++)")
+    decoder_type: str = option("standard", "standard | skip")
+    resample_filter: tuple[float, ...] = option(
+        (1, 1), "of down- and upsampling; (1, 3, 3, 1) for NCSN++", Range(whole=True)
+    )
 
     def __post_init__(self):
         for name, choices in (
@@ -245,15 +229,15 @@ class SongUNetConfig(UNetConfig):
 class DhariwalUNetConfig(UNetConfig):
     """Shape and execution of an ADM (the defaults are EDM's for ImageNet at 64 pixels).
 
-    Attributes: those of `SongUNetConfig` without the last five; attention has heads of 64 channels.
+    Attention has heads of 64 channels.
     """
 
     image_size: int = 64
     num_classes: int = 1000
-    model_channels: int = 192
-    channel_mult: tuple[int, ...] = (1, 2, 3, 4)
-    num_blocks: int = 3
-    attn_resolutions: tuple[int, ...] = (32, 16, 8)
+    model_channels: int = same_option(UNetConfig, "model_channels", 192)
+    channel_mult: tuple[int, ...] = same_option(UNetConfig, "channel_mult", (1, 2, 3, 4))
+    num_blocks: int = same_option(UNetConfig, "num_blocks", 3)
+    attn_resolutions: tuple[int, ...] = same_option(UNetConfig, "attn_resolutions", (32, 16, 8))
 
     def __post_init__(self):
         _require_even("model.dhariwal_unet.model_channels", self.model_channels, 2)

@@ -13,10 +13,10 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 from dit_jax import conditions as conditions_lib
-from dit_jax.defaults import register_namespace
 from dit_jax.models import dit, edm
 from dit_jax.models.call import Request, Result
 from dit_jax.models.linear import resolve_dtype
+from dit_jax.options import register
 
 Params = dict[str, Any]
 
@@ -30,11 +30,12 @@ def register_network(name: str, config: type, module: type[nnx.Module]) -> None:
 
     Args:
         name: as config.model.name.
-        config: a frozen dataclass of its shape and execution, with the properties `title`,
-            `input_size`, `in_channels`, `conditions`, `feature_shapes`, `feature_kind` ('tokens' or
-            'maps'), `learn_sigma` and `flops_per_example`. If it takes inputs of more than one size
-            also `side_multiple` (what both sides are multiples of) and a method `at_size`: (height,
-            width) -> the configuration of the same network for such inputs.
+        config: a frozen dataclass of its shape and execution, perhaps a `NetworkOptions`; its own
+            fields made by `options.option` are the keys config.model.<name>.*. With the properties
+            `title`, `input_size`, `in_channels`, `conditions`, `feature_shapes`, `feature_kind`
+            ('tokens' or 'maps'), `learn_sigma` and `flops_per_example`. If it takes inputs of
+            more than one size also `side_multiple` (what both sides are multiples of) and a method
+            `at_size`: (height, width) -> the configuration of the same network for such inputs.
         module: created as `module(config, rngs=...)`, called with a `Request`, gives a `Result`.
 
     Raises:
@@ -43,17 +44,13 @@ def register_network(name: str, config: type, module: type[nnx.Module]) -> None:
     known = NETWORK_CONFIGS.get(name, config), _MODULES.get(config, module)
     if known != (config, module):
         raise ValueError(f"a network {name!r} or a {config.__name__} is registered already")
+    register("model", name, config)
     NETWORK_CONFIGS[name], _MODULES[config] = config, module
-    fields = dataclasses.fields(config)
-    register_namespace("model", name, {field.name: field.default for field in fields})
 
 
-for _name, _config, _module in (
-    ("dit", dit.DiTConfig, dit.DiT),
-    ("song_unet", edm.SongUNetConfig, edm.SongUNet),
-    ("dhariwal_unet", edm.DhariwalUNetConfig, edm.DhariwalUNet),
-):
-    NETWORK_CONFIGS[_name], _MODULES[_config] = _config, _module
+register_network("dit", dit.DiTConfig, dit.DiT)
+register_network("song_unet", edm.SongUNetConfig, edm.SongUNet)
+register_network("dhariwal_unet", edm.DhariwalUNetConfig, edm.DhariwalUNet)
 
 
 @dataclasses.dataclass(frozen=True)

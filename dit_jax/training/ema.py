@@ -8,6 +8,27 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dit_jax.options import option, register_section
+from dit_jax.ranges import SHARE_BELOW_ONE, Range
+
+_WIDTH = Range(0, 0.28, above=True, below=True)  # EDM2's
+
+
+@dataclasses.dataclass(frozen=True)
+class EMAOptions:
+    """Which averages are kept."""
+
+    decays: tuple[float, ...] = option(
+        (0.9999,), "constant decays, each its own average", SHARE_BELOW_ONE
+    )
+    power_stds: tuple[float, ...] = option(
+        (), "EDM2 power-function averages by relative width, e.g. 0.05", _WIDTH
+    )
+    warmup: bool = option(True, "constant decays grow to theirs, as (1 + step) / (10 + step)")
+
+
+register_section("ema", EMAOptions)
+
 
 def power_function_exponent(std: float) -> float:
     """EDM2's gamma for an average of relative width `std` (arXiv 2312.02696, equation 123 on).

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.defaults import Training
 from dit_jax.quantities import counted
 from dit_jax.training import memory
 from dit_jax.training import metrics as metrics_lib
@@ -77,9 +78,9 @@ class LoopOptions:
 
     num_steps: int
     batch_size: int
-    log_every: int = 100
-    preview_every: int = 0
-    checkpoint_every: int = 5000
+    log_every: int = Training.log_every
+    preview_every: int = Training.preview_every
+    checkpoint_every: int = Training.checkpoint_every
     flops_per_example: float | None = None
 
     def __post_init__(self):

@@ -1,11 +1,78 @@
 """Optimizers and learning-rate schedules, by optax."""
 
+import dataclasses
 import math
 
 import jax
 import optax
 
+from dit_jax.options import option, register, register_section
+from dit_jax.ranges import NOT_NEGATIVE, PERIOD, POSITIVE, SHARE_BELOW_ONE
+
 SCHEDULES = ("constant", "cosine", "linear")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+    """Keys of config.optimizer, whatever the optimizer."""
+
+    learning_rate: float = option(1e-4, "after the warm-up", POSITIVE)
+    schedule: str = option("constant", "constant | cosine | linear, after the warm-up")
+    warmup_steps: int = option(0, "steps in which the learning rate rises to its value", PERIOD)
+    final_learning_rate: float = option(
+        0.0, "of cosine and linear, at training.num_steps", NOT_NEGATIVE
+    )
+    weight_decay: float = option(0.0, "decoupled, times the learning rate", NOT_NEGATIVE)
+    gradient_clip_norm: float = option(0.0, "0: no clipping", NOT_NEGATIVE)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay."""
+
+    beta1: float = option(0.9, "decay of the mean of gradients", SHARE_BELOW_ONE)
+    beta2: float = option(0.999, "decay of the mean of their squares", SHARE_BELOW_ONE)
+    epsilon: float = option(1e-8, "added to the root of that, which divides", NOT_NEGATIVE)
+
+    def create(self, schedule: optax.Schedule, weight_decay: float):
+        """The optax transformation."""
+        betas = self.beta1, self.beta2
+        return optax.adamw(schedule, *betas, self.epsilon, weight_decay=weight_decay, mask=_decays)
+
+
+@dataclasses.dataclass(frozen=True)
+class RAdam(AdamW):
+    """Adam with a rectified variance at first, which needs no warm-up."""
+
+    def create(self, schedule: optax.Schedule, weight_decay: float):
+        """The optax transformation."""
+        return optax.chain(
+            optax.scale_by_radam(self.beta1, self.beta2, self.epsilon),
+            optax.add_decayed_weights(weight_decay, _decays),
+            optax.scale_by_learning_rate(schedule),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Lion:
+    """Steps by the sign of the mean gradient."""
+
+    beta1: float = option(
+        0.9, "share of the mean, beside the gradient, in an update's sign", SHARE_BELOW_ONE
+    )
+    beta2: float = option(0.99, "decay of the mean of gradients", SHARE_BELOW_ONE)
+
+    def create(self, schedule: optax.Schedule, weight_decay: float):
+        """The optax transformation."""
+        return optax.lion(schedule, self.beta1, self.beta2, weight_decay=weight_decay, mask=_decays)
+
+
+OPTIMIZERS = {"adamw": AdamW, "radam": RAdam, "lion": Lion}
+"""Optimizers by their name in configs."""
+
+register_section("optimizer", OptimizerOptions, "name", "adamw")
+for _name, _optimizer in OPTIMIZERS.items():
+    register("optimizer", _name, _optimizer)
 
 
 def learning_rate_schedule(
@@ -63,41 +130,22 @@ def fitted_warmup(schedule: str, warmup_steps: int, num_steps: int) -> int:
 
 
 def create_optimizer(
-    name: str,
+    optimizer: AdamW | RAdam | Lion,
     schedule: optax.Schedule,
     *,
     weight_decay: float = 0.0,
     gradient_clip_norm: float = 0.0,
-    **parameters: float,
 ) -> optax.GradientTransformation:
-    """AdamW, RAdam or Lion with decoupled weight decay, after clipping by global norm.
+    """An optimizer with decoupled weight decay, after clipping by global norm.
 
     Args:
-        name: 'adamw', 'radam' or 'lion'.
+        optimizer: one of `OPTIMIZERS` with its options.
         schedule: learning rate by update.
         weight_decay: decoupled; 0 for none.
         gradient_clip_norm: largest global gradient norm; 0 for no clipping.
-        **parameters: of the optimizer: beta1, beta2 and, but for Lion, epsilon.
     """
-    b1, b2 = parameters.pop("beta1"), parameters.pop("beta2")
-    if name == "adamw":
-        update = optax.adamw(
-            schedule, b1, b2, parameters.pop("epsilon"), weight_decay=weight_decay, mask=_decays
-        )
-    elif name == "radam":
-        update = optax.chain(
-            optax.scale_by_radam(b1, b2, parameters.pop("epsilon")),
-            optax.add_decayed_weights(weight_decay, _decays),
-            optax.scale_by_learning_rate(schedule),
-        )
-    elif name == "lion":
-        update = optax.lion(schedule, b1, b2, weight_decay=weight_decay, mask=_decays)
-    else:
-        raise ValueError(f"optimizer.name={name!r}: expected 'adamw', 'radam' or 'lion'")
-    if parameters:
-        raise ValueError(f"optimizer {name!r} does not take {sorted(parameters)}")
     clip = optax.clip_by_global_norm(gradient_clip_norm) if gradient_clip_norm else optax.identity()
-    return optax.chain(clip, update)
+    return optax.chain(clip, optimizer.create(schedule, weight_decay))
 
 
 def _decays(params):

@@ -18,6 +18,7 @@ import ml_collections
 from absl import logging
 
 from dit_jax import config as config_lib
+from dit_jax import options
 from dit_jax.atomic import save_text
 from dit_jax.quantities import counted, format_bytes
 from dit_jax.training.checkpoints import MismatchError
@@ -45,8 +46,7 @@ _FREE = (
 )
 
 
-# Methods whose students are trained for the very steps of config.sampling, and the keys of those.
-_SCHEDULED_METHODS = ("kd", "dmd2", "f_distill", "ladd")
+# Keys of the steps for which the students of some methods are trained.
 _SCHEDULE = tuple(
     f"sampling.{key}"
     for key in ("solver", "steps", "times", "spacing", "shift", "shift_by_tokens", "rho")
@@ -228,7 +228,7 @@ def _essential_differences(old, new) -> dict:
     changed = config_lib.differences(old, new)
     decays = new.optimizer.schedule != "constant"  # the schedule's length is then part of it
     learned = ("training.num_steps",) if decays else ()
-    learned += _SCHEDULE if new.method.name in _SCHEDULED_METHODS else ()
+    learned += _SCHEDULE if options.facts("method", new.method.name).get("scheduled") else ()
     return {
         key: values
         for key, values in changed.items()

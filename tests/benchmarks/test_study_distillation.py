@@ -5,7 +5,7 @@ import json
 import pytest
 
 import study_distillation as study
-from dit_jax.launch import methods
+from dit_jax import experiment
 
 
 def row(distance):
@@ -53,4 +53,4 @@ def test_every_row_builds(name, tmp_path):
         )
         if name == "tcm":
             config.method.tcm.stage1 = str(tmp_path)
-        methods.build_method(methods.resolve_config(config))
+        experiment.build_method(experiment.resolve_config(config))

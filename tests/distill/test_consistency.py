@@ -274,7 +274,7 @@ def test_trains_a_class_conditional_transformer_in_every_process(process):
         changes["method__consistency__quantize"] = True
     changes["method__consistency__trajectory"] = "teacher"
     changes["teacher__guidance_scale"] = 2.0
-    config = resolve_config(tiny_config(**changes), {"consistency": build})
+    config = resolve_config(tiny_config(**changes))
     method = build(config)
     assert method.frozen_names == ("teacher",)
     shape = jax.eval_shape(method.init, jax.random.key(0))
@@ -299,7 +299,7 @@ def test_trains_a_class_conditional_transformer_in_every_process(process):
 def test_options_that_cannot_work_are_refused():
     def refused(message, error=ConfigError, **changes):
         with pytest.raises(error, match=message):
-            resolve_config(tiny_config(**changes), {"consistency": build})
+            resolve_config(tiny_config(**changes))
 
     refused("expected 'data'", method__consistency__trajectory="ode")
     refused("would do nothing: it is of trajectory", method__consistency__solver="heun")

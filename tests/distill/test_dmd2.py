@@ -13,7 +13,6 @@ from dit_jax.config import ConfigError, default_config
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import DDPM, EDM, LogNormal, Polynomial
 from dit_jax.diffusion.samplers import make_solver
-from dit_jax.distill import METHODS
 from dit_jax.distill.adversarial import Adversary
 from dit_jax.distill.discriminator import Discriminator
 from dit_jax.distill.dmd2 import DMD2
@@ -360,8 +359,8 @@ def small_config(**changes):
 
 def test_builds_from_a_config():
     changes = {"method.dmd2.feature_indices": (0, 2), "teacher.guidance_scale": 2.0}
-    config = resolve_config(small_config(**changes), METHODS)
-    method = build_method(config, METHODS)
+    config = resolve_config(small_config(**changes))
+    method = build_method(config)
     assert isinstance(method, DMD2)
     assert method.adversary.indices == (0, 2)
     assert method.teacher.guidance_scale == 2.0
@@ -406,7 +405,7 @@ REFUSED = {
 def test_config_errors(name):
     changes, message = REFUSED[name]
     with pytest.raises(ConfigError, match=message):
-        resolve_config(small_config(**changes), METHODS)
+        resolve_config(small_config(**changes))
 
 
 def test_schedule_errors():

@@ -11,7 +11,6 @@ import torch
 
 from dit_jax.config import ConfigError
 from dit_jax.diffusion import EDM
-from dit_jax.distill import METHODS
 from dit_jax.distill.f_distill import (
     DIVERGENCES,
     FDistill,
@@ -108,13 +107,13 @@ def test_learns_the_mixture(divergence):
 
 def test_builds_from_a_config():
     changes = {"method.name": "f_distill", "method.f_distill.ratio_bins": 7}
-    config = resolve_config(small_config(**changes), METHODS)
-    method = build_method(config, METHODS)
+    config = resolve_config(small_config(**changes))
+    method = build_method(config)
     assert isinstance(method, FDistill)
     assert method.histogram.bins == 7
     changes = {"method.name": "f_distill", "method.f_distill.ratio_normalization": False}
-    config = resolve_config(small_config(**changes), METHODS)
-    assert build_method(config, METHODS).histogram is None
+    config = resolve_config(small_config(**changes))
+    assert build_method(config).histogram is None
 
 
 @pytest.mark.parametrize(
@@ -140,4 +139,4 @@ def test_builds_from_a_config():
 )
 def test_config_errors(changes, message):
     with pytest.raises(ConfigError, match=message):
-        resolve_config(small_config(**{"method.name": "f_distill", **changes}), METHODS)
+        resolve_config(small_config(**{"method.name": "f_distill", **changes}))

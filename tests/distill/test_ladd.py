@@ -7,7 +7,6 @@ import optax
 import pytest
 
 from dit_jax.config import ConfigError
-from dit_jax.distill import METHODS
 from dit_jax.distill.adversarial import discriminator_loss, generator_loss
 from dit_jax.distill.ladd import LADD
 from dit_jax.distill.student import Teacher
@@ -74,8 +73,8 @@ def test_learns_the_mixture():
 
 def test_builds_from_a_config():
     changes = {"method.name": "ladd", "method.ladd.feature_indices": (0, 2)}
-    config = resolve_config(small_config(**changes), METHODS)
-    method = build_method(config, METHODS)
+    config = resolve_config(small_config(**changes))
+    method = build_method(config)
     assert isinstance(method, LADD)
     assert set(method.critics) == {"discriminator"}
     assert method.flops_per_example > 0
@@ -94,4 +93,4 @@ def test_builds_from_a_config():
 )
 def test_config_errors(changes, message):
     with pytest.raises(ConfigError, match=message):
-        resolve_config(small_config(**{"method.name": "ladd", **changes}), METHODS)
+        resolve_config(small_config(**{"method.name": "ladd", **changes}))

@@ -204,7 +204,7 @@ def config(**changes):
 
 
 def test_trains_a_class_conditional_transformer():
-    resolved = resolve_config(config(), {"tcm": build})
+    resolved = resolve_config(config())
     method = build(resolved)
     stage1 = random_params(method.student.denoiser.network, 1)
     frozen = {"stage1": stage1}
@@ -220,7 +220,7 @@ def test_trains_a_class_conditional_transformer():
 def test_options_that_cannot_work_are_refused():
     def refused(message, **changes):
         with pytest.raises(ConfigError, match=message):
-            resolve_config(config(**changes), {"tcm": build})
+            resolve_config(config(**changes))
 
     refused("begin at 0.002, and below the transition", timesteps__log_student_t__min_time=0.0)
     refused("expected a time between clean data", method__tcm__transition=80.0)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from dit_jax import experiment
 from dit_jax.config import ConfigError
-from dit_jax.launch import classifier_scores, loading, methods, sample, training
+from dit_jax.launch import classifier_scores, loading, sample, training
 from tests.launch.conftest import curve, tiny_config
 
 SIZES = {(8, 16): 20, (12, 12): 30, (16, 8): 10}
@@ -70,9 +70,9 @@ def test_microbatches_and_a_mesh_take_buckets(images, tmp_path):
 
 
 def test_operations_are_those_of_the_buckets(images):
-    config = methods.resolve_config(config_of(images, 3))
+    config = experiment.resolve_config(config_of(images, 3))
     info = experiment.open_data(config, "train").info
-    method = methods.build_method(config)
+    method = experiment.build_method(config)
     mean = training.mean_flops(config, info)
     assert 0.7 * method.flops_per_example < mean < method.flops_per_example
     small = "  16x8: 10 images, 16.7% (fewer than a batch of 16, which holds some more than once)"

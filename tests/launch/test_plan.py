@@ -10,7 +10,7 @@ import pytest
 
 from dit_jax import experiment
 from dit_jax.configs import dit_7b, dit_xl2
-from dit_jax.launch import methods, planning
+from dit_jax.launch import planning
 from dit_jax.parallel.mesh import AXES, DataParallel
 from dit_jax.parallel.planning import programs
 from dit_jax.parallel.planning.report import format_plan
@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_told_with_what_to_try(planned):
 
 def test_seven_billion_parameters_and_the_size_of_a_state():
     for config, width, depth in ((dit_7b, 4096, 23), (dit_xl2, 1152, 28)):
-        method = methods.build_method(methods.resolve_config(config.get_config()))
+        method = experiment.build_method(experiment.resolve_config(config.get_config()))
         state = jax.eval_shape(method.init, jax.random.key(0))
         count = dit_parameters(width, depth, patch_values=16, out_values=32, classes=1000)
         assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)) == count

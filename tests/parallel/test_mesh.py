@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_jax.launch import methods, wiring
+from dit_jax import experiment
+from dit_jax.launch import wiring
 from dit_jax.models import layers
 from dit_jax.models.batch_axes import divided_by_rows
 from dit_jax.parallel.mesh import AXES, DataParallel, create_mesh, resolve_axes
@@ -42,7 +43,7 @@ def test_any_number_of_devices_can_be_resolved():
 
 
 def test_the_default_mesh_keeps_whole_states_and_sets_no_mesh_for_tracing():
-    placement = wiring.create_placement(methods.resolve_config(tiny_config()))
+    placement = wiring.create_placement(experiment.resolve_config(tiny_config()))
     assert type(placement) is DataParallel and placement.batch_parts == 8
     with placement.tracing():
         assert jax.sharding.get_abstract_mesh().empty
@@ -51,7 +52,7 @@ def test_the_default_mesh_keeps_whole_states_and_sets_no_mesh_for_tracing():
 
 
 def test_batches_are_divided_over_data_and_fsdp_and_rows_over_sequence():
-    config = methods.resolve_config(tiny_config(**{"mesh.fsdp": 2, "mesh.sequence": 2}))
+    config = experiment.resolve_config(tiny_config(**{"mesh.fsdp": 2, "mesh.sequence": 2}))
     placement = wiring.create_placement(config)
     assert type(placement) is ShardedPlacement
     assert (placement.batch_parts, placement.num_devices) == (4, 8)

@@ -9,7 +9,6 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dit_jax import experiment
-from dit_jax.launch import methods
 from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from dit_jax.parallel import partitioning
 from dit_jax.parallel.mesh import create_mesh
@@ -46,7 +45,7 @@ def experiments():
         if config.model.name == "song_unet":
             config.model.song_unet.num_blocks = 1
             config.teacher.path = config.teacher.path or "given"
-        yield name, methods.resolve_config(config)
+        yield name, experiment.resolve_config(config)
 
 
 def variants():
@@ -59,17 +58,17 @@ def variants():
         config = unet()
         config.model.song_unet.update(values, num_blocks=1)
         config.model.second_time = "r"
-        yield methods.resolve_config(config)
+        yield experiment.resolve_config(config)
     config = importlib.import_module("dit_jax.configs.edm_imagenet64").get_config()
     config.model.dhariwal_unet.num_blocks = 1
     config.model.second_time = "r"
-    yield methods.resolve_config(config)
+    yield experiment.resolve_config(config)
 
 
 def test_the_rules_fit_every_experiment_and_divide_its_state_evenly():
     used = set()
     for name, config in experiments():
-        method = methods.build_method(config)
+        method = experiment.build_method(config)
         state = jax.eval_shape(method.init, jax.random.key(0))
         rules = rules_for(config.model.name)
         placed = place_tree(state, rules, SIZES)
@@ -98,7 +97,7 @@ def test_the_rules_fit_the_autoencoder():
 
 def test_averages_optimizer_and_players_follow_their_parameter():
     config = dict(experiments())["digits_dmd2"]
-    method = methods.build_method(config)
+    method = experiment.build_method(config)
     state = jax.eval_shape(method.init, jax.random.key(0))
     specs = {p.path: p.spec for p in place_tree(state, rules_for("dit"), SIZES)}
     following = [path for path in specs if path.endswith("blocks/mlp/fc2/kernel")]

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from dit_jax.launch import methods
+from dit_jax import experiment
 from dit_jax.parallel.mesh import AXES, DataParallel, create_mesh
 from dit_jax.parallel.partitioning import ShardedPlacement, rules_for
 from tests.launch.conftest import tiny_config
@@ -50,7 +50,7 @@ DMD2 = {
 
 def build(values):
     config = tiny_config(**{**values, "optimizer.learning_rate": 1e-4, "ema.power_stds": ()})
-    return methods.build_method(methods.resolve_config(config))
+    return experiment.build_method(experiment.resolve_config(config))
 
 
 def one_device():

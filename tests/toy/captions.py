@@ -1,9 +1,13 @@
 """A source of images that a text tells of: bright or dark squares, in two words."""
 
+import dataclasses
+
 import numpy as np
 
 from dit_jax.data import register_source
 from dit_jax.data.source import DatasetInfo, Source
+from dit_jax.options import option
+from dit_jax.ranges import COUNT
 
 EMPTY = np.full((1, 4), 0.5, np.float32)  # the embedding of the empty prompt
 
@@ -30,9 +34,14 @@ class Captions(Source):
         return {"image": image, "text": text, "text_mask": np.array([True, True, False])}
 
 
-def open_captions(split: str, image_size: int, count: int = 32) -> Captions:
+@dataclasses.dataclass(frozen=True)
+class CaptionsOptions:
+    count: int = option(32, "how many there are", COUNT)
+
+
+def open_captions(split: str, image_size: int, count: int = CaptionsOptions.count) -> Captions:
     return Captions(split, image_size, count)
 
 
 def register() -> None:
-    register_source("captions", open_captions)
+    register_source("captions", open_captions, CaptionsOptions)

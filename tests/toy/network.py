@@ -10,14 +10,16 @@ from dit_jax.conditions import Condition
 from dit_jax.models import Request, Result, attention, layers, register_network, stack
 from dit_jax.models.attention_options import AttentionOptions
 from dit_jax.models.linear import Linear
+from dit_jax.options import option
+from dit_jax.ranges import COUNT
 
 
 @dataclasses.dataclass(frozen=True)
 class ToyConfig:
     image_size: int = 8
     in_channels: int = 1
-    text_dim: int = 4
-    hidden_size: int = 16
+    text_dim: int = option(4, "width of a token of the text", COUNT)
+    hidden_size: int = option(16, "width of the blocks", COUNT)
     attention: str = "auto"
     custom_gradients: str = "off"
     dtype: str = "float32"

@@ -14,7 +14,7 @@ from dit_jax.models import DiTConfig, Network
 from dit_jax.training.denoising import Denoising
 from dit_jax.training.ema import Average
 from dit_jax.training.method import accumulated_gradients
-from dit_jax.training.optimizer import create_optimizer
+from dit_jax.training.optimizer import AdamW, create_optimizer
 from tests.references import torch_dit
 from tests.references.torch_params import from_torch
 
@@ -25,7 +25,7 @@ RATE = 1e-3
 def make_method(process=None, **overrides):
     process = process or DDPM(learned_variance=True)
     config = dataclasses.replace(CONFIG, learn_sigma=isinstance(process, DDPM))
-    optimizer = create_optimizer("adamw", lambda c: RATE, beta1=0.9, beta2=0.999, epsilon=1e-8)
+    optimizer = create_optimizer(AdamW(), lambda c: RATE)
     options = {
         "denoiser": Denoiser(Network(config), process),
         "timesteps": Uniform(process),
