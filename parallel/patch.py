@@ -133,6 +133,10 @@ class Synchronous(Patches):
     displaced patches leaves what `Displaced` starts from.
     """
 
+    def prefetch_next(self, state: dict[str, Array]) -> dict[str, Array]:
+        """All devices' keys and values of one layer, as `Displaced.prefetch`."""
+        return {name: self._gather(values) for name, values in state.items()}
+
     def __call__(self, q, k, v, state: Any = None, options: AttentionOptions = PLAIN):
         """See `Attention`; of `state` only whether it is None matters."""
         if all_replicated(k, options):
@@ -158,6 +162,10 @@ class Displaced(Patches):
     def prefetch(self, state: dict[str, Array]) -> dict[str, Array]:
         """All devices' stale keys and values of one layer: the collectives of this strategy."""
         return {name: self._gather(values) for name, values in state.items()}
+
+    def prefetch_next(self, state: dict[str, Array]) -> dict[str, Array]:
+        """The same, for the next evaluation."""
+        return self.prefetch(state)
 
     def __call__(self, q, k, v, state: Any = None, options: AttentionOptions = PLAIN):
         """See `Attention`; `state` is of `prefetch`, what is returned is this device's own."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_jax.models import Request, Result, cpu_kernels
+from dit_jax.models import Request, Result, cpu_kernels, stack
 from dit_jax.models.attention import LocalAttention
 from dit_jax.models.attention_options import PLAIN, AttentionOptions
 from dit_jax.models.dit import DiTConfig, resolve_dtype
@@ -117,10 +117,16 @@ class ParallelTransformer(ImageNetwork):
         config, length = self.network.config, self._padded_length(size)
         shape = (config.depth, batch, length, config.num_heads, config.head_dim)
         dtype = resolve_dtype(config.dtype)
-        sharding = NamedSharding(self.mesh, self._state_spec(batch))
-        zeros = jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+        spec = self._state_spec(batch)
+
+        def zeros(shape, spec):
+            sharding = NamedSharding(self.mesh, spec)
+            values = jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+            return {"k": values, "v": values}
+
+        state = stack.Ahead(zeros(shape, spec.layers), zeros(shape[1:], spec.first))
         warmup = dataclasses.replace(self, mode="synchronous", warmup_steps=0)
-        return Carried({"k": zeros, "v": zeros}, warmup, self.warmup_steps)
+        return Carried(state, warmup, self.warmup_steps)
 
     def blank_tokens(self, batch: int, size: tuple[int, int]) -> jax.Array:
         """As `Network.blank_tokens`, with the padding and on the devices that hold them."""
@@ -147,7 +153,8 @@ class ParallelTransformer(ImageNetwork):
             return result.out, result.carry
 
         padding = -rows % self.patch_devices * self.network.config.patch_size
-        spec = self._state_spec(request.x.shape[0])
+        kept = request.carry if request.step_cache is None else request.carry.layers
+        spec = PartitionSpec() if kept is None else self._state_spec(request.x.shape[0])
         if (cache := request.step_cache) is not None:
             everyone = Everyone(PATCH_AXES, self.mesh.axis_names)
             request = request.replace(step_cache=dataclasses.replace(cache, everyone=everyone))
@@ -179,8 +186,10 @@ class ParallelTransformer(ImageNetwork):
         custom_gradients = cpu_kernels.resolve_custom_gradients(config.custom_gradients)
         return LocalAttention(config.attention, custom_gradients)
 
-    def _state_spec(self, batch: int) -> PartitionSpec:
-        return PartitionSpec(None, self.batch_axes(batch), PATCH_AXES)
+    def _state_spec(self, batch: int) -> stack.Ahead:
+        """Of keys and values: each device's own of all layers, everyone's of the first."""
+        axes = self.batch_axes(batch)
+        return stack.Ahead(PartitionSpec(None, axes, PATCH_AXES), PartitionSpec(axes))
 
     def _cache_spec(self, state: CacheState) -> CacheState:
         """Tokens lie as a device's rows do, numbers an example as the examples."""

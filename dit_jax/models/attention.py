@@ -8,11 +8,13 @@ before their product (normalisation, `rotary`) is the network's. `LocalAttention
 keeps no state. Strategies that exchange keys and values between devices live in the room `parallel`
 and fit the same call.
 
-A strategy may offer two methods more, which the networks look for:
+A strategy may offer three methods more, which the networks look for:
 
 - `prefetch(state)`: turns the state of one layer into what the call takes, without the layer's
   queries, keys and values. `stack.run_stack` calls it for layer l + 1 before layer l is computed,
   so that communication in it can overlap with that computation.
+- `prefetch_next(state)`: the same of the first layer's new state, for the call that comes next;
+  `run_stack` calls it before the last layer is computed, where the carry is `stack.Ahead`.
 - `own_tokens(values, count)`: of values for all of the image's tokens [L, ...] (positions, rotary
   tables) those of the `count` tokens at hand, where a device holds a part of the image only.
 """

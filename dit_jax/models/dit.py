@@ -322,6 +322,7 @@ class DiT(nnx.Module):
             layer_loop=config.layer_loop,
             remat=config.remat,
             prefetch=getattr(attention, "prefetch", None),
+            prefetch_next=getattr(attention, "prefetch_next", None),
         )
         patches = self.final_layer(tokens, condition)
         maps = (x.shape[0], *own, config.hidden_size)

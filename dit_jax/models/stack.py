@@ -5,6 +5,7 @@ compiles one block whatever the depth (accelerators, big models); the unrolled l
 schedule across blocks and is markedly faster there. Rematerialisation is a policy around the block.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,23 @@ def create_stack(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs:
     return create(rngs)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ahead:
+    """Per-layer state of which the first layer's is prefetched already, by the call before.
+
+    Before the first layer there is nothing beside which its communication could run; in the call
+    before there is the last layer.
+
+    Attributes:
+        layers: the state, with a leading layer axis.
+        first: what `prefetch` makes of the first layer's.
+    """
+
+    layers: Any
+    first: Any
+
+
 def _unstack(tree: Any, depth: int) -> list[Any]:
     """Splits the leading axis; the gradient is one concatenation, not `depth` padded sums."""
     leaves, treedef = jax.tree.flatten(tree)
@@ -78,6 +96,7 @@ def run_stack(
     remat: str = "none",
     capture: tuple[int, ...] = (),
     prefetch: Callable[[Any], Any] | None = None,
+    prefetch_next: Callable[[Any], Any] | None = None,
     layers: tuple[int, int] | None = None,
 ) -> tuple[Any, Any, tuple[Any, ...]]:
     """Runs `x, state_l = call(block_l, x, state_l, *args)` through the layers in order.
@@ -87,19 +106,21 @@ def run_stack(
         call: applies one block.
         x: the activations carried from layer to layer.
         *args: inputs every layer shares (conditioning).
-        state: per-layer state with a leading layer axis, or None.
+        state: per-layer state with a leading layer axis, `Ahead` of such, or None.
         depth: number of layers.
         layer_loop: 'scan', 'unroll' or 'auto'.
         remat: 'none', 'block' or 'dots'.
         capture: numbers of layers whose activations are wanted besides, ascending.
         prefetch: turns a layer's state into what `call` takes in its place; done for layer l + 1
             before layer l is computed, and once for every layer. Needs a state.
+        prefetch_next: makes of the first layer's new state `Ahead.first` for the next call; done
+            before the last layer is computed. Needed with `Ahead`.
         layers: (first, end) of the layers to run; None for all. Parameters and state are those of
             all, and the state of the others is returned as it was.
 
     Returns:
-        The last activations, the new stacked state (None if none was given), and the activations
-        after the layers of `capture`.
+        The last activations, the new state (None if none was given, `Ahead` if that was), and the
+        activations after the layers of `capture`.
 
     Raises:
         ValueError: `capture` is not ascending numbers of layers.
@@ -115,24 +136,67 @@ def run_stack(
 
     if state is None:
         prefetch = None
-    if layers not in (None, (0, depth)):
+    first = state.first if isinstance(state, Ahead) else None
+    stacked = state.layers if isinstance(state, Ahead) else state
+    part = (0, depth) if layers is None else layers
+    fetch = None if prefetch is None else _Prefetch(prefetch, first, prefetch_next)
+    inputs, captured, following = (parameters, stacked), (), None
+    if part != (0, depth):
         if capture:
             raise ValueError(f"features {capture} of a part of the layers: expected none")
         run = _scan_part if scanned else _unroll_part
-        return *run(layer, prefetch, x, (parameters, state), args, *layers), ()
-    if scanned and prefetch is not None:
-        return _scan_prefetched(layer, prefetch, x, (parameters, state), args, capture, depth)
-    if scanned:
-        return _scan_segments(layer, x, (parameters, state), args, capture, depth)
+        x, stacked, following = run(layer, fetch, x, inputs, args, *part)
+    elif scanned and fetch is not None:
+        run = _scan_prefetched
+        x, stacked, captured, following = run(layer, fetch, x, inputs, args, capture, depth)
+    elif scanned:
+        x, stacked, captured = _scan_segments(layer, x, inputs, args, capture, depth)
+    else:
+        x, stacked, captured = _unroll(layer, fetch, x, inputs, args, capture, depth)
+    if first is None:
+        return x, stacked, captured
+    if part[0] > 0:
+        following = first
+    elif following is None:
+        following = prefetch_next(_at(stacked, 0))
+    return x, Ahead(stacked, following), captured
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prefetch:
+    """What turns a layer's state into what its call takes, before its turn.
+
+    Attributes:
+        layer: does it for a layer of this call.
+        first: of the first layer, if the call before has done it.
+        for_next: does it for the first layer of the next call, if that is to find it.
+    """
+
+    layer: Callable[[Any], Any]
+    first: Any = None
+    for_next: Callable[[Any], Any] | None = None
+
+    def start(self, state: Any, index: int) -> Any:
+        """What layer `index`, with which a call starts, takes."""
+        if index == 0 and self.first is not None:
+            return self.first
+        return self.layer(_at(state, index))
+
+    def next(self, state: Any) -> Any:
+        """What the next call finds; None if it finds nothing."""
+        return None if self.first is None else self.for_next(_at(state, 0))
+
+
+def _unroll(layer, fetch, x, inputs, args, capture, depth):
+    """All layers one after the other."""
+    parameters, state = inputs
     states, captured = [], []
-    unstacked_states = [None] * depth if state is None else _unstack(state, depth)
-    if prefetch is not None:
+    own = [None] * depth if state is None else _unstack(state, depth)
+    if fetch is not None:
         # All of it is independent of the activations: the compiler may start each one as early as
         # it likes, the first must be there before the first layer.
-        unstacked_states = [prefetch(layer_state) for layer_state in unstacked_states]
-    for layer_parameters, layer_state in zip(
-        _unstack(parameters, depth), unstacked_states, strict=True
-    ):
+        own = [fetch.start(state, 0), *(fetch.layer(layer_state) for layer_state in own[1:])]
+    for layer_parameters, layer_state in zip(_unstack(parameters, depth), own, strict=True):
         x, layer_state = layer(x, layer_parameters, layer_state, args)
         states.append(layer_state)
         if len(states) - 1 in capture:
@@ -164,23 +228,24 @@ def _scan_segments(layer, x, layers, args, capture, depth):
     return x, states[0], tuple(captured)
 
 
-def _scan_prefetched(layer, prefetch, x, layers, args, capture, depth):
+def _scan_prefetched(layer, fetch, x, layers, args, capture, depth):
     """A scan that carries the next layer's prefetched state, the last layer after it.
 
     The iteration of layer l prefetches for layer l + 1 from the state the stack was called with,
     which no iteration changes: nothing of it waits for layer l, and layer l does not wait for it.
     The last layer stands outside, as it has nothing to prefetch. Parameters are taken by index from
-    the whole: slices of them would be copies.
+    the whole: slices of them would be copies. Before it the first layer's new state is prefetched
+    for the next call, where that wants it.
     """
     parameters, state = layers
 
     def step(carry, index):
         x, ready, new_state = carry
-        following = prefetch(_at(state, index + 1))
+        following = fetch.layer(_at(state, index + 1))
         x, layer_state = layer(x, _at(parameters, index), ready, args)
         return (x, following, _put(new_state, layer_state, index)), None
 
-    carry = (x, prefetch(_at(state, 0)), jax.tree.map(jax.numpy.zeros_like, state))
+    carry = (x, fetch.start(state, 0), jax.tree.map(jax.numpy.zeros_like, state))
     captured, start = [], 0
     for end in (*(i + 1 for i in capture if i + 1 < depth), depth - 1):
         if end > start:
@@ -188,45 +253,48 @@ def _scan_prefetched(layer, prefetch, x, layers, args, capture, depth):
         captured.append(carry[0])
         start = end
     x, ready, new_state = carry
+    following = fetch.next(new_state) if depth > 1 else None
     x, layer_state = layer(x, _at(parameters, depth - 1), ready, args)
     captured[-1] = x
-    return x, _put(new_state, layer_state, depth - 1), tuple(captured[: len(capture)])
+    new_state = _put(new_state, layer_state, depth - 1)
+    return x, new_state, tuple(captured[: len(capture)]), following
 
 
-def _scan_part(layer, prefetch, x, layers, args, first, end):
+def _scan_part(layer, fetch, x, layers, args, first, end):
     """Layers `first` to `end` - 1, taken by index from the whole; prefetched as above."""
     parameters, state = layers
-    ready = prefetch(_at(state, first)) if prefetch else None
+    ready = fetch.start(state, first) if fetch else None
 
     def step(carry, index):
         x, ready, new_state = carry
-        following = prefetch(_at(state, index + 1)) if prefetch else None
-        own = ready if prefetch else _at(state, index)
+        following = fetch.layer(_at(state, index + 1)) if fetch else None
+        own = ready if fetch else _at(state, index)
         x, layer_state = layer(x, _at(parameters, index), own, args)
         return (x, following, _put(new_state, layer_state, index)), None
 
     # Of what is prefetched the last layer stands outside: it has nothing to prefetch.
-    scanned = end - 1 if prefetch else end
+    scanned, following = end - 1 if fetch else end, None
     carry = (x, ready, state)
     if scanned > first:
         carry, _ = jax.lax.scan(step, carry, jax.numpy.arange(first, scanned))
     x, ready, state = carry
-    if prefetch:
+    if fetch:
+        following = fetch.next(state) if scanned > 0 else None
         x, layer_state = layer(x, _at(parameters, end - 1), ready, args)
         state = _put(state, layer_state, end - 1)
-    return x, state
+    return x, state, following
 
 
-def _unroll_part(layer, prefetch, x, layers, args, first, end):
+def _unroll_part(layer, fetch, x, layers, args, first, end):
     """Layers `first` to `end` - 1 one after the other."""
     parameters, state = layers
     own = [_at(state, index) for index in range(first, end)]
-    if prefetch:
-        own = [prefetch(layer_state) for layer_state in own]
+    if fetch:
+        own = [fetch.start(state, first), *(fetch.layer(layer_state) for layer_state in own[1:])]
     for index in range(first, end):
         x, layer_state = layer(x, _at(parameters, index), own[index - first], args)
         state = _put(state, layer_state, index)
-    return x, state
+    return x, state, None
 
 
 def _at(tree: Any, index: Any) -> Any:

@@ -162,9 +162,14 @@ def test_a_displaced_step_with_the_state_of_its_own_input_is_exact(params, input
     out, state, new = twice(placed, *inputs)
     np.testing.assert_allclose(out, evaluated, atol=TOLERANCE)
     for name in ("k", "v"):
-        assert state[name].shape == (3, 2, 64, 24, 2)
-        assert state[name].addressable_shards[0].data.shape == (3, 1, 16, 24, 2)
-        np.testing.assert_allclose(new[name][:, :, :60], state[name][:, :, :60], atol=TOLERANCE)
+        own = state.layers[name]
+        assert own.shape == (3, 2, 64, 24, 2)
+        assert own.addressable_shards[0].data.shape == (3, 1, 16, 24, 2)
+        np.testing.assert_allclose(new.layers[name][:, :, :60], own[:, :, :60], atol=TOLERANCE)
+        # Everyone's of the first layer, gathered for the next evaluation.
+        assert state.first[name].addressable_shards[0].data.shape == (1, 64, 24, 2)
+        np.testing.assert_array_equal(state.first[name], own[0])
+        np.testing.assert_array_equal(new.first[name], new.layers[name][0])
 
 
 class Buffers:
