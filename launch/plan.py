@@ -44,6 +44,9 @@ _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show stack traces of errors.
 _VIRTUAL = flags.DEFINE_bool(
     "virtual", False, "Compile for virtual CPU devices even where JAX's CUDA plugin is installed."
 )
+_XLA = flags.DEFINE_multi_string(
+    "xla", [], "An option of XLA's GPU compiler, NAME=VALUE; can be given several times."
+)
 _PARALLEL = flags.DEFINE_string(
     "parallel",
     None,
@@ -116,7 +119,9 @@ def main(argv: list[str]) -> None:
             out=out,
             overwrite=_OVERWRITE.value,
         )
+        options = planning.xla_options(_XLA.value)
         reason = planning.why_virtual(_ACCELERATOR.value, asked_for=_VIRTUAL.value)
+        planning.check_xla_options(options, _ACCELERATOR.value, reason)
         folder = os.environ.get(_CHILD)
         if folder is None:
             sys.exit(run_again(sys.argv[1:], reason))
@@ -130,6 +135,7 @@ def main(argv: list[str]) -> None:
             parallel=parallel,
             reason=reason,
             size=(_HEIGHT.value, _WIDTH.value),
+            options=options,
         )
         print(format_plan(plan))
         if out:

@@ -1,6 +1,7 @@
 """Wires `parallel.planning` to methods and meshes; `launch/plan.py` is the command."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dit_jax.parallel.sampling import ImageParallel
 from dit_jax.ranges import POSITIVE
 
 KINDS_OF_RUN = ("train", "sample")
+_TRUTHS = {"true": True, "false": False}
 
 
 def check_options(
@@ -60,6 +62,37 @@ def check_options(
         raise FileExistsError(f"{out} exists: choose another --out, or give --overwrite")
     if out is not None:
         require_suffix(out, ".json")
+
+
+def xla_options(given: Sequence[str]) -> dict[str, str | bool]:
+    """Options of XLA's compiler by name, from 'NAME=VALUE' or '--NAME=VALUE'.
+
+    Raises:
+        ValueError: something else was given.
+    """
+    found = {}
+    for option in given:
+        name, equals, value = option.removeprefix("--").partition("=")
+        if not equals or not name.startswith("xla_"):
+            raise ValueError(
+                f"--xla={option}: expected NAME=VALUE, for instance "
+                "--xla=xla_gpu_enable_triton_gemm=true"
+            )
+        found[name] = _TRUTHS.get(value.lower(), value)
+    return found
+
+
+def check_xla_options(options: dict[str, str | bool], accelerator_name: str, reason: str) -> None:
+    """Refuses options of a compiler that is not used.
+
+    Raises:
+        ValueError: virtual CPU devices are compiled for.
+    """
+    if options and is_virtual(accelerator_name, reason):
+        raise ValueError(
+            f"--xla={next(iter(options))}=... would do nothing: no GPU is compiled for"
+            + (f" ({reason})" if reason else "")
+        )
 
 
 def why_virtual(accelerator_name: str, *, asked_for: bool = False) -> str:
@@ -117,6 +150,7 @@ def make_plan(
     parallel: ImageParallel | None = None,
     reason: str = "",
     size: tuple[int | None, int | None] = (None, None),
+    options: dict[str, str | bool] | None = None,
 ) -> dict[str, Any]:
     """All there is to say of an experiment on devices that are not there, as plain values.
 
@@ -130,6 +164,7 @@ def make_plan(
         parallel: how devices share an image, or None.
         reason: of `why_virtual`.
         size: (height, width) of the images in pixels; None for the configured one.
+        options: of XLA's GPU compiler, see `xla_options`.
 
     Raises:
         ConfigError: the configuration cannot work.
@@ -141,7 +176,7 @@ def make_plan(
         if accelerator_name != "cpu":
             config = choices.accelerator_config(config)
     else:
-        compiler = compilers.GpuCompiler(accelerator_name, devices)
+        compiler = compilers.GpuCompiler(accelerator_name, devices, options or {})
     with compiler.targeting():
         config = experiment.resolve_config(sizes.at_size(config, *size))
 

@@ -139,11 +139,20 @@ class GpuCompiler:
         return targeting("gpu")
 
     def compile(self, lower: Callable[[], Any]) -> Compiled:
-        """Traces by `lower() -> jax.stages.Lowered`, compiles and predicts."""
+        """Traces by `lower() -> jax.stages.Lowered`, compiles and predicts.
+
+        Raises:
+            ValueError: an option that this XLA does not have, or not with this value.
+        """
         with self.targeting():
             lowered = lower()
         started = time.perf_counter()
-        compiled = lowered.compile(compiler_options={**GPU_OPTIONS, **self.options})
+        try:
+            compiled = lowered.compile(compiler_options={**GPU_OPTIONS, **self.options})
+        except jax.errors.JaxRuntimeError as error:
+            if self.options and "option" in str(error):
+                raise ValueError(f"XLA's compiler: {error}") from error
+            raise
         seconds = time.perf_counter() - started
         program = Program(compiled.as_text())
         schedule = predict(program, self.accelerator)

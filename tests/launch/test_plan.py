@@ -14,6 +14,7 @@ from dit_jax.launch import planning
 from dit_jax.parallel.mesh import AXES, DataParallel
 from dit_jax.parallel.planning import programs
 from dit_jax.parallel.planning.report import format_plan
+from dit_jax.parallel.sampling import ImageParallel
 from tests.launch.conftest import run, tiny_config
 
 DEVICES, FSDP = 8, 4
@@ -143,6 +144,26 @@ def test_errors_of_options(option, message):
         planning.check_options(
             **{"what": "train", "devices": 4, "accelerator_name": "h100", **option}
         )
+
+
+def test_options_of_xla():
+    given = ["xla_gpu_a=true", "--xla_gpu_b=3", "xla_gpu_c=x=y"]
+    options = {"xla_gpu_a": True, "xla_gpu_b": "3", "xla_gpu_c": "x=y"}
+    assert planning.xla_options(given) == options
+    for wrong in ("xla_gpu_a", "gpu_a=1"):
+        with pytest.raises(ValueError, match="expected NAME=VALUE"):
+            planning.xla_options([wrong])
+    planning.check_xla_options({}, "h100", "a test")
+    with pytest.raises(ValueError, match=r"--xla=xla_gpu_a=... would do nothing.*\(a test\)"):
+        planning.check_xla_options(options, "h100", "a test")
+
+
+def test_devices_share_images_in_sampling_only():
+    parallel = ImageParallel("displaced", patch_devices=4)
+    with pytest.raises(ValueError, match="--parallel=displaced would do nothing with --what=train"):
+        planning.check_options(what="train", devices=4, accelerator_name="h100", parallel=parallel)
+    with pytest.raises(ValueError, match=r"accelerator='h10': expected one of .*did you mean h100"):
+        planning.check_options(what="train", devices=4, accelerator_name="h10")
 
 
 def test_errors_of_mesh_and_batch(tmp_path):

@@ -74,3 +74,69 @@ def test_what_does_not_fit_is_told_with_the_remat_that_would(tmp_path):
     last = list(remats)[-1]
     assert remats[last]["fits"], remats
     assert f"--config.model.remat={last} (compiled too: " in text
+
+
+DEPTH, STEPS, WARMUP = 4, 12, 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        # 1024 tokens, of 512 pixels, and 4096 with guidance.
+        ("--config.model.image_size=64",),
+        (
+            "--config.model.image_size=128",
+            "--config.sampling.guidance_scale=4",
+            "--xla=xla_gpu_all_gather_combine_threshold_bytes=268435456",
+        ),
+    ],
+)
+def test_every_gather_of_a_displaced_step_has_a_layer_beside_it(tmp_path, options):
+    """In the order in which the GPU's program launches: between a gather's start and its end."""
+    _, found = plan(
+        tmp_path,
+        "--devices=8",
+        "--what=sample",
+        "--parallel=displaced",
+        "--patch_devices=8",
+        f"--warmup_steps={WARMUP}",
+        "--config.sampling.solver=ddim",
+        *options,
+        f"--config.sampling.steps={STEPS}",
+        "--config.sampling.batch_size=1",
+    )
+    communication = found["programs"]["sample"]["predicted"]["communication"]
+    assert {entry["kind"] for entry in communication} == {"all-gather"}
+    # In the loop over layers the next layer's, beside the last layer the next step's first.
+    displaced_steps = STEPS - WARMUP
+    displaced = [
+        entry
+        for entry in communication
+        if entry["count"] in ((DEPTH - 1) * displaced_steps, displaced_steps)
+    ]
+    assert len(displaced) == 2 and displaced[0]["count"] != displaced[1]["count"]
+    for entry in displaced:
+        # Attention, its projection and the MLP's two products; often the map to q, k, v as well.
+        assert entry["products"] >= 4 and not entry["is_synchronous"]
+        assert entry["product_seconds"] + entry["other_seconds"] > entry["seconds"]
+        assert entry["exposed"] == 0.0
+    warmup = [entry for entry in communication if entry not in displaced]
+    assert {entry["count"] for entry in warmup} == {DEPTH * WARMUP, WARMUP}
+
+
+def test_an_option_of_xla_is_passed_on_and_an_unknown_one_refused(tmp_path):
+    options = ("--devices=1", "--what=sample", "--config.sampling.batch_size=2")
+    steps = "--config.sampling.steps=4"
+    _, found = plan(tmp_path, *options, steps, "--xla=xla_gpu_enable_triton_gemm=true")
+    kernels = found["programs"]["sample"]["predicted"]["kernels"]
+    assert "Triton product bf16" in kernels and "cuBLASLt bf16" not in kernels
+    _, error = run(
+        "plan",
+        "--config=configs/dit_xl2.py",
+        *WIDE,
+        *options,
+        steps,
+        "--xla=xla_gpu_no_such_option=1",
+        status=2,
+    )
+    assert "xla_gpu_no_such_option" in error and "Traceback" not in error
