@@ -18,7 +18,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.import_contract
 
 tests: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -rs -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

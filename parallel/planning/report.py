@@ -51,11 +51,11 @@ def _memory(plan: dict[str, Any]) -> str:
             rows.append((name, _gib(size), _gib(memory["whole_bytes"][name])))
     rows.append(("temporaries: activations, gradients", _gib(memory["temporary_bytes"]), ""))
     rows.append(("total", _gib(memory["total_bytes"]), ""))
-    text = table(rows)
-    if "predicted" in plan:
-        kinds = memory["by_kind"]
-        listed = ", ".join(f"{kind} {_gib(size)}" for kind, size in kinds.items() if size)
-        return f"{text}\nby XLA's own account, in GiB: {listed}"
+    kinds = memory["by_kind"]
+    listed = ", ".join(f"{kind} {_gib(size)}" for kind, size in kinds.items() if size)
+    text = f"{table(rows)}\nby XLA's own account, in GiB: {listed}"
+    if "predicted" in plan or not plan["fallback"]:
+        return text
     text += (
         "\nThe first rows are counted by hand from shapes and shardings; temporaries are those of "
         "the program\nfor CPUs, which holds some bfloat16 as float32 and has no fused attention: "

@@ -106,6 +106,19 @@ def test_sampling_is_planned_and_reported(tmp_path, monkeypatch):
     assert "fits: " in format_plan(plan)
 
 
+def test_a_cpu_is_planned_as_a_cpu_and_without_times(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(planning.wiring, "create_placement", lambda *_: one_device())
+    assert planning.why_virtual("cpu") == ""
+    plan = planning.make_plan(tiny_config(), "train", "cpu", 1, tmp_path)
+    chosen = plan["chosen_for_target"]
+    assert chosen["config.model.dtype"] == "float32"
+    assert chosen["config.model.dit.layer_loop"] == "unroll"
+    json.dumps(plan, allow_nan=False)
+    text = format_plan(plan)
+    assert "no times for CPUs" in text and "on GPUs expect less" not in text
+
+
 def one_device():
     """A placement on the first of the devices of these tests."""
     kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
