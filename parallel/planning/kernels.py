@@ -13,8 +13,6 @@ from dit_jax.parallel.planning.traffic import bytes_moved
 _NOTHING = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
     *("partition-id", "replica-id", "domain", "opt-barrier", "add-dependency"),
-    *("async-update", "async-done", "copy-done", "send-done", "recv-done"),
-    *("all-gather-done", "all-reduce-done", "collective-permute-done"),
     *("while", "call", "conditional"),
 }
 # What a fusion is called, by an opcode inside; the first that is there.
@@ -66,6 +64,8 @@ class Kernel:
 def find_kernel(program: Program, instruction: Instruction, device: Accelerator) -> Kernel | None:
     """What runs for an instruction; None for collectives, control flow, and what runs nothing."""
     if instruction.opcode in _NOTHING or instruction.collective:
+        return None
+    if instruction.opcode.endswith(("-done", "-update")):  # of something asynchronous
         return None
     products = list(_products(program, instruction))
     flops = sum(product.flops for product in products)

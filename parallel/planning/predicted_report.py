@@ -6,6 +6,7 @@ from typing import Any
 from dit_jax.quantities import table
 
 _MIB, _GIB = 2**20, 2**30
+_LONGEST = 48
 _ELSEWHERE = "outside of named functions"
 
 
@@ -123,7 +124,9 @@ def _place(source: str) -> str:
     """The last names of where something comes from, without the program's own."""
     parts = [part for part in source.split("/") if part not in ("while", "body", "closed_call")]
     known = [part for part in parts if not part.startswith(("jit(planned", "shard_map"))]
-    return "/".join(known[-2:]) or _ELSEWHERE
+    place = "/".join(known[-2:]) or _ELSEWHERE
+    # Of what XLA has merged it lists all sources.
+    return place if len(place) <= _LONGEST else f"{place[: _LONGEST - 3]}..."
 
 
 def _ms(seconds: float) -> str:

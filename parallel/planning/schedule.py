@@ -180,10 +180,8 @@ class _Follower:
             return max(map(self.follow, instruction.called), key=lambda s: s.seconds)
         if instruction.opcode == "call":
             return self.follow(instruction.called[0])
-        if instruction.opcode == "async-start":
-            if self._collective(instruction):
-                return None
-            return self.follow(instruction.called[0])
+        if instruction.opcode.endswith("-start") and instruction.called:
+            return None if self._collective(instruction) else self.follow(instruction.called[0])
         kernel = find_kernel(self.program, instruction, self.device)
         return Schedule(kernel.seconds, (kernel,)) if kernel else None
 

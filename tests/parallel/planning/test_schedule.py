@@ -148,6 +148,10 @@ ENTRY %main (x0: f32[64,64], state0: bf16[28,64,64], i0: s32[], g: f32[8,1024]) 
 backend_config={"collective_backend_config":{"is_sync":true}}
   %copied = f32[64,64]{0,1} copy(%x0)
   %all2 = f32[8,1024]{1,0} all-reduce-done(%all)
+  %sugar = ((f32[8,1024]), f32[1,1024]) reduce-scatter-start(%g), \
+replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, to_apply=%add
+  %halved = bf16[64,64]{1,0} fusion(%x0), kind=kLoop, calls=%rounded
+  %sugared = f32[1,1024] reduce-scatter-done(%sugar)
   %choice = f32[64]{0} conditional(%i0, %i0, %i0), branch_computations={%small, %large}
   ROOT %out = f32[64]{0} fusion(%x0), kind=kInput, calls=%summed
 }
@@ -163,7 +167,10 @@ def test_lines_of_every_form():
     assert by_name["copied"].kind == "copy" and by_name["copied"].nbytes == 2 * 4 * 64 * 64
     assert by_name["out"].kind == "reduction" and by_name["out"].nbytes == 4 * (64 * 64 + 64)
     assert ("s" in by_name) != ("l" in by_name)  # one branch
-    scattered, summed = found.communication
+    scattered, summed, sugared = found.communication
+    assert sugared.collective.bytes_sent == scattered.collective.bytes_sent
+    assert sugared.other_seconds == by_name["halved"].seconds and not sugared.is_synchronous
+    assert not any(kernel.kind.endswith(("-start", "-done")) for kernel in found.kernels)
     assert (scattered.collective.kind, summed.collective.kind) == ("reduce-scatter", "all-reduce")
     assert scattered.collective.bytes_sent == 7 / 8 * 4 * 8 * 1024
     assert not scattered.is_synchronous and summed.is_synchronous
