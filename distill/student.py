@@ -313,6 +313,11 @@ def require_forward_mode(config: ml_collections.ConfigDict, dtype: str = "") -> 
             f"config.method.name={method!r} differentiates the network forwards, which the "
             "hand-written backward passes do not have: set config.model.custom_gradients='off'"
         )
+    if model.quantization != "none":
+        raise ConfigError(
+            f"config.model.quantization={model.quantization!r} has no forward mode, which "
+            f"config.method.name={method!r} needs: set config.model.quantization='none'"
+        )
     half = resolve_dtype(dtype or model.dtype) != jnp.float32
     if model.attention == "auto" and target_platform() == "gpu" and half:
         raise ConfigError(

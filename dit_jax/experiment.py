@@ -137,6 +137,7 @@ _EXECUTION = (
     "custom_gradients",
     "dtype",
     "param_dtype",
+    "quantization",
 )
 # What a network may have beyond one whose parameters it starts from: its parameters start fresh,
 # and where they make no difference at first.
@@ -196,6 +197,11 @@ def require_trainable(config: ml_collections.ConfigDict) -> None:
             "evaluation: trained parameters are float32, as small updates vanish in fewer bits. "
             "Set --config.model.param_dtype=auto; what products are computed in is "
             "config.model.dtype"
+        )
+    if config.model.quantization == "int8":
+        raise ConfigError(
+            "config.model.quantization='int8' is for sampling and evaluation: rounded weights take "
+            "no gradients. Set 'fp8' or 'fp8_rowwise', which train, or 'none'"
         )
 
 

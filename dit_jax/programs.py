@@ -28,6 +28,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import dit_jax
 from dit_jax.atomic import atomic_file
+from dit_jax.fp8_kernels import check_compiled
 from dit_jax.tree_paths import by_path
 from dit_jax.untrusted import parse_json
 
@@ -381,6 +382,7 @@ class Programs:
         with _without_cache():
             lowered = jax.jit(program.function).lower(*program.inputs.values())
             compiled = lowered.compile(compiler_options=options)
+        check_compiled(lowered, compiled)
         path = save(self.directory, identity, compiled)
         self._announce(f"kept {path}, {path.stat().st_size / 2**20:.1f} MiB")
         return compiled

@@ -19,12 +19,15 @@ from dit_jax import conditions as conditions_lib
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import guidance as guidance_lib
 from dit_jax.diffusion import samplers
+from dit_jax.fp8_kernels import check_compiled
 from dit_jax.models.call import Carried as Carried
 from dit_jax.models.call import Request
+from dit_jax.models.quantization import is_fp8
 from dit_jax.models.step_cache import CachedNetwork
 from dit_jax.options import option, register_section
 from dit_jax.programs import Program
 from dit_jax.ranges import COUNT, GUIDANCE, NOT_NEGATIVE, POSITIVE, SOLVER_STEPS, Range
+from dit_jax.target import target_platform
 
 _TIMES = Range(0, also=(-1,))  # -1: DDPM's clean data
 
@@ -112,12 +115,8 @@ class Sampler:
             ConditionError: conditions that the network does not take, or lacks; a label out of
                 range; guidance of a network that knows no "no condition".
         """
-        return _sample(
-            self,
-            *self._inputs(
-                params, keys, conditions, times, guidance_scale, guidance_interval, nulls
-            ),
-        )
+        inputs = (params, keys, conditions, times, guidance_scale, guidance_interval, nulls)
+        return self._run(_sample, *self._inputs(*inputs))
 
     def counted(
         self,
@@ -139,12 +138,8 @@ class Sampler:
         """
         if not isinstance(self.denoiser.network, CachedNetwork):
             raise ValueError("without a step cache all evaluations are computed: nothing to count")
-        return _sample_counted(
-            self,
-            *self._inputs(
-                params, keys, conditions, times, guidance_scale, guidance_interval, nulls
-            ),
-        )
+        inputs = (params, keys, conditions, times, guidance_scale, guidance_interval, nulls)
+        return self._run(_sample_counted, *self._inputs(*inputs))
 
     def path(
         self,
@@ -176,13 +171,15 @@ class Sampler:
         Raises:
             ValueError: as a call; or there is no such state.
         """
-        return _sample_path(
-            self,
-            tuple(kept),
-            *self._inputs(
-                params, keys, conditions, times, guidance_scale, guidance_interval, nulls
-            ),
-        )
+        inputs = (params, keys, conditions, times, guidance_scale, guidance_interval, nulls)
+        return self._run(_sample_path, tuple(kept), *self._inputs(*inputs))
+
+    def _run(self, program, *inputs):
+        """Runs a compiled program, one of fp8 on a GPU only if all its products are 8-bit ones."""
+        quantization = getattr(self.denoiser.network.config, "quantization", "none")
+        if is_fp8(quantization) and target_platform() == "gpu":
+            _check_kernels(program, self, inputs)
+        return program(self, *inputs)
 
     def program(
         self,
@@ -242,6 +239,24 @@ class Sampler:
 def _as_input(value: Any, dtype: Any = None) -> Array | np.ndarray:
     """An input of a program: converted by NumPy, as JAX would compile a program for it."""
     return (jnp if isinstance(value, jax.Array) else np).asarray(value, dtype)
+
+
+_checked: set[Any] = set()  # programs whose 8-bit products were looked at
+
+
+def _check_kernels(program, sampler, inputs) -> None:
+    """Compiles a program, which it is kept for, and looks at its kernels."""
+
+    def described(value):
+        return value if isinstance(value, bool | int) else str(jax.typeof(value))
+
+    described_inputs = jax.tree.map(described, inputs)
+    leaves, structure = jax.tree.flatten(described_inputs)
+    key = (program, sampler, structure, tuple(leaves))
+    if key not in _checked:
+        lowered = program.lower(sampler, *inputs)
+        check_compiled(lowered, lowered.compile())
+        _checked.add(key)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

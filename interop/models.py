@@ -181,7 +181,15 @@ def _configured(model: Mapping[str, Any], **sections: Mapping[str, Any]) -> Any:
 
 
 # What of a network's configuration says how it is run, not what it is.
-_EXECUTION = ("layer_loop", "remat", "attention", "custom_gradients", "dtype", "param_dtype")
+_EXECUTION = (
+    "layer_loop",
+    "remat",
+    "attention",
+    "custom_gradients",
+    "dtype",
+    "param_dtype",
+    "quantization",
+)
 
 
 def model_section(network_config: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ KINDS = ("dit_jax", "dit_pt", "sit_pt", "diffusers", "edm_pkl", "edm_pt")  # int
 DESTINATIONS = tuple(kind for kind in KINDS if kind != "edm_pkl")  # of interop.export
 DTYPES = ("float32", "bfloat16", "float16")  # of interop.export
 PARAM_DTYPES = ("auto", "float32", "bfloat16")  # of dit_jax.models.linear
+QUANTIZATIONS = ("none", "fp8", "fp8_rowwise", "int8")  # of dit_jax.models.quantization
 ACCELERATORS = ("h100", "h200", "a100", "tpu_v5p", "cpu")  # of parallel.planning.accelerators
 
 
@@ -57,6 +58,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--param_dtype",
         choices=PARAM_DTYPES,
         help="what parameters are stored in; default auto: as the checkpoint has them",
+    )
+    group.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="of a transformer's products, see docs/precision.md; default: as configured",
     )
     group.add_argument("--vae", help="VAE that decodes latents: a diffusers folder, or hub:...")
 

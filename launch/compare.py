@@ -82,7 +82,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         if len(args.sets) != 2:
             raise ValueError(f"expected two sets of images, A and B, got {len(args.sets)}")
         names = ("workdir", "init_from", "step", "weights", "num_heads", "vae")
-        names += ("param_dtype", "a", "b", "num_images", "seed")
+        names += ("param_dtype", "quantization", "a", "b", "num_images", "seed")
         given = [name for name in names if getattr(args, name) not in (None, "")]
         if given:
             raise ValueError(f"--{given[0]} is for a model; the images of A and B are made already")

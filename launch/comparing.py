@@ -35,7 +35,7 @@ def sample_options(args: argparse.Namespace, settings: str, out: Path) -> list[s
     options = [f"--num_images={256 if args.num_images is None else args.num_images}"]
     options += [f"--out={out}", f"--seed={args.seed or 0}"]
     of_model = ("workdir", "init_from", "step", "weights", "num_heads", "num_classes", "vae")
-    for name in (*of_model, "param_dtype"):
+    for name in (*of_model, "param_dtype", "quantization"):
         if getattr(args, name) not in (None, ""):
             options.append(f"--{name}={getattr(args, name)}")
     if args.allow_nonfinite:

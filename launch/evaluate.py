@@ -30,6 +30,7 @@ _OF_SAMPLING = (
     "num_classes",
     "allow_nonfinite",
     "param_dtype",
+    "quantization",
 )
 
 

@@ -40,6 +40,7 @@ class TrainedModel:
         source: where they are from.
         autoencoder: path of the VAE that decodes the model's latents; None for pixels, or unknown.
         class_names: one a label, where they are known.
+        quantized_from: a hash of the parameters that were quantised; '' for parameters as read.
     """
 
     config: ml_collections.ConfigDict
@@ -49,6 +50,7 @@ class TrainedModel:
     source: str
     autoencoder: Path | None = None
     class_names: tuple[str, ...] = ()
+    quantized_from: str = ""
 
     @property
     def network(self) -> Network:
@@ -56,8 +58,15 @@ class TrainedModel:
         return experiment.build_network(self.config)
 
     def weights_hash(self) -> str:
-        """A hash of all parameters, the same on any number of devices."""
-        return methods.weights_hash(self.params)
+        """A hash of all parameters as read, the same on any number of devices."""
+        return self.quantized_from or methods.weights_hash(self.params)
+
+    def quantized(self) -> "TrainedModel":
+        """The same with the kernels of quantised products in 8 bits, if there are any."""
+        if self.config.model.quantization == "none":
+            return self
+        params = jax.jit(self.network.quantize)(self.params)
+        return dataclasses.replace(self, params=params, quantized_from=self.weights_hash())
 
 
 def load_from_arguments(args: argparse.Namespace, overrides: dict[str, Any]) -> TrainedModel:
@@ -71,6 +80,8 @@ def load_from_arguments(args: argparse.Namespace, overrides: dict[str, Any]) -> 
     vae = resolve_source(args.vae)
     if args.param_dtype:
         overrides = {**overrides, "model.param_dtype": args.param_dtype}
+    if args.quantization:
+        overrides = {**overrides, "model.quantization": args.quantization}
     size = (args.height, args.width)
     if args.workdir:
         return load_model(
@@ -129,14 +140,18 @@ def load_model(
     config = workdir.load_config(directory).copy_and_resolve_references()
     autoencoder = vae or (Path(config.autoencoder.path) if config.autoencoder.path else None)
     overrides = {**(overrides or {}), **size_overrides(config, *size, autoencoder)}
-    config = experiment.resolve_config(_here(wiring.override(config.to_dict(), overrides)))
+    config = _resolved(config, overrides)
+    quantization, config.model.quantization = config.model.quantization, "none"
     param_dtype, config.model.param_dtype = config.model.param_dtype, "float32"
     method = experiment.build_method(config)  # of whose state the run's checkpoints are
     config.model.param_dtype = resolve_param_dtype(param_dtype)
+    config.model.quantization = quantization
     run = RunWeights(directory, method, weights or config.sampling.weights)
     saved, params = run.load(_placer(config), step, _shapes(config))
     names = class_names.load(directory, config.model.num_classes)
-    return TrainedModel(config, params, saved.name, saved.step, str(directory), autoencoder, names)
+    return TrainedModel(
+        config, params, saved.name, saved.step, str(directory), autoencoder, names
+    ).quantized()
 
 
 def load_found(
@@ -152,8 +167,7 @@ def load_found(
     """
     vae = vae or found.autoencoder
     overrides = {**(overrides or {}), **size_overrides(found.config, *size, vae)}
-    values = _here(wiring.override(found.config.to_dict(), overrides))
-    config = experiment.resolve_config(values)
+    config = _resolved(found.config, overrides)
     put, model = _placer(config), config.model
     model.param_dtype = resolve_param_dtype(model.param_dtype, found.param_dtype)
     params = found.load(lambda path, array: put(array), param_dtype=model.param_dtype)
@@ -166,7 +180,19 @@ def load_found(
         source,
         vae,
         found.class_names,
-    )
+    ).quantized()
+
+
+def _resolved(config: ml_collections.ConfigDict, overrides: dict) -> ml_collections.ConfigDict:
+    """A model's configuration with other values, on this machine.
+
+    Whether its method can train with the quantisation asked for is no matter here.
+    """
+    values = _here(wiring.override(config.to_dict(), overrides))
+    quantization = values["model"].pop("quantization", "none")
+    config = experiment.resolve_config(values)
+    config.model.quantization = quantization
+    return config
 
 
 def _here(values: dict[str, Any]) -> dict[str, Any]:

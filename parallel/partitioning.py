@@ -20,6 +20,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dit_jax.models.quantization import STORED_DTYPES
 from dit_jax.parallel.mesh import DataParallel, put_whole
 from dit_jax.tree_paths import path_of
 
@@ -165,7 +166,8 @@ def place_tree(
 
     Args:
         tree: of arrays or shapes.
-        rules: the first that matches counts; scalars, and arrays that are no tree's, need none.
+        rules: the first that matches counts; scalars, arrays that are no tree's, and scales of
+            quantised kernels need none: they are whole.
         sizes: of the mesh axes.
         complete: refuse a rule that matches nothing, unless it is optional.
 
@@ -176,7 +178,7 @@ def place_tree(
     used, unknown, placed = set(), [], []
     for entries, leaf in jax.tree_util.tree_leaves_with_path(tree):
         path = path_of(entries)
-        if not leaf.ndim or not path:
+        if not leaf.ndim or not path or path.endswith("/kernel_scale"):
             placed.append(Placed(path, leaf.shape, leaf.dtype.itemsize, PartitionSpec()))
             continue
         matching = [rule for rule in rules if rule.matches(path)]
@@ -184,7 +186,10 @@ def place_tree(
             unknown.append(f"  {path} {leaf.shape}")
             continue
         used.update(matching)
-        spec, note = resolve_spec(path, leaf.shape, matching[0].axes, sizes)
+        axes = matching[0].axes
+        if leaf.dtype in STORED_DTYPES:  # a quantised kernel stands transposed
+            axes = (*axes[:-2], axes[-1], axes[-2])
+        spec, note = resolve_spec(path, leaf.shape, axes, sizes)
         placed.append(Placed(path, leaf.shape, leaf.dtype.itemsize, spec, note))
     idle = [f"  {rule.pattern}" for rule in rules if not rule.optional and rule not in used]
     problems = []

@@ -125,7 +125,7 @@ class DiTConfig(NetworkOptions):
     @property
     def precision(self) -> Precision:
         """What is computed and stored in what."""
-        return precision_of(self.dtype, self.param_dtype)
+        return precision_of(self.dtype, self.param_dtype, self.quantization)
 
     @property
     def head_dim(self) -> int:

@@ -69,6 +69,11 @@ class UNetConfig(NetworkOptions):
         for layer in (*self.encoder, *self.decoder):
             edm_plan.require_group_width(layer)
             edm_plan.require_heads(layer, self.style)
+        if self.quantization != "none":
+            raise ValueError(
+                f"model.quantization={self.quantization!r}: a U-Net works in convolutions, "
+                "which are not quantised; expected 'none'"
+            )
         stack.rematerialised(lambda: None, self.remat)
         cpu_kernels.resolve_custom_gradients(self.custom_gradients)
         dtype = self.precision.dtype("hidden")

@@ -1,8 +1,9 @@
 """The one place where a layer's matrix product runs, and how parameters start and are stored.
 
-Quantised products and sharding constraints belong into `product`, which every network calls, given
-what is computed (`Precision`) and for whom (a role of `ROLES`). A LoRA is two more parameters of
-`Linear` whose product is added before the bias; no layer above has to know of either.
+Quantised products (`quantization`) and sharding constraints belong into `product`, which every
+network calls, given what is computed (`Precision`) and for whom (a role of `ROLES`). A LoRA is two
+more parameters of `Linear` whose product is added before the bias; no layer above has to know of
+either.
 """
 
 import dataclasses
@@ -13,9 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from dit_jax.models.batch_axes import divided_by_examples, is_training_mesh
+from dit_jax.models.quantization import (
+    quantize_kernel,
+    quantized_product,
+    require_quantization,
+)
 from dit_jax.target import target_platform
 
 ROLES = ("hidden", "conditioning", "modulation", "embedding", "output")
@@ -57,6 +63,11 @@ class Precision:
         output: of the last projection, which feeds the solver and costs next to nothing.
         float32_products: XLA's precision of float32 products: 'default' leaves accelerators their
             faster formats (TF32, bfloat16), 'highest' does not.
+        quantization: of the products of `Linear` layers of role 'hidden', one of
+            `quantization.QUANTIZATIONS`; those of other roles are never quantised.
+
+    Raises:
+        ValueError: an unknown quantisation, or one that this device does not have.
     """
 
     compute: str = "float32"
@@ -66,6 +77,14 @@ class Precision:
     embedding: str = ""
     output: str = "float32"
     float32_products: str = "default"
+    quantization: str = "none"
+
+    def __post_init__(self):
+        require_quantization(self.quantization)
+
+    def quantization_of(self, role: str) -> str:
+        """How operands of the products of `role` are quantised."""
+        return "none" if self._own(role) or role != "hidden" else self.quantization
 
     def dtype(self, role: str) -> jnp.dtype:
         """In which the products of `role` are computed."""
@@ -85,9 +104,10 @@ class Precision:
 FLOAT32 = Precision()
 
 
-def precision_of(dtype: str, param_dtype: str) -> Precision:
-    """The precision that the keys `dtype` and `param_dtype` of a network's configuration mean."""
-    return Precision(resolve_dtype(dtype).name, resolve_param_dtype(param_dtype))
+def precision_of(dtype: str, param_dtype: str, quantization: str = "none") -> Precision:
+    """The precision that these keys of a network's configuration mean."""
+    compute, storage = resolve_dtype(dtype).name, resolve_param_dtype(param_dtype)
+    return Precision(compute, storage, quantization=quantization)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,12 +159,24 @@ ZEROS = Initialization("zeros")
 
 def product(
     x: Float[Array, "*batch i"],
-    kernel: Float[Array | np.ndarray, "i o"],
+    kernel: Num[Array | np.ndarray, "_ _"],
     precision: Precision = FLOAT32,
     role: str = "hidden",
+    scale: Float[Array, " _"] | None = None,
 ) -> Float[Array, "*batch o"]:
-    """x kernel, in the dtype of `role`; nothing is converted that has this dtype already."""
+    """x [..., i] kernel [i, o], in the dtype of `role`; what has this dtype is not converted.
+
+    Args:
+        x: left operand.
+        kernel: right operand; of `quantization.quantize_kernel` if it has a `scale`.
+        precision: the network's.
+        role: what of it applies.
+        scale: of the kernel.
+    """
     dtype, multiplication = precision.dtype(role), precision.float32_products
+    quantization = precision.quantization_of(role)
+    if quantization != "none":
+        return quantized_product(x, kernel, scale, quantization, dtype)
     return jnp.matmul(
         x.astype(dtype),
         kernel.astype(dtype),
@@ -182,13 +214,26 @@ class Linear(nnx.Module):
         shape, stored = (in_features, out_features), precision.stored(role)
         self.kernel = init.kernel(rngs, shape, stored)
         self.bias = init.bias(rngs, shape, stored) if use_bias else None
+        self.kernel_scale = nnx.data(None)
         self.precision, self.role = precision, role
+
+    def quantize(self) -> None:
+        """Stores the kernel as its quantised products read it, if they are: with its scale.
+
+        Such a layer is for inference: 8 bits take no gradients. It may be a stack of layers.
+        """
+        quantization = self.precision.quantization_of(self.role)
+        if quantization == "none" or self.kernel_scale is not None:
+            return
+        values, scale = quantize_kernel(self.kernel[...], quantization)
+        self.kernel, self.kernel_scale = nnx.Param(values), nnx.Param(scale)
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         """Applies the map in the dtype of its role."""
         # A mesh may divide two of the leading axes: then they cannot become one.
         rows = x if is_training_mesh() else x.reshape(-1, x.shape[-1])
-        y = product(rows, self.kernel[...], self.precision, self.role)
+        scale = None if self.kernel_scale is None else self.kernel_scale[...]
+        y = product(rows, self.kernel[...], self.precision, self.role, scale)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)[(None,) * (y.ndim - 1)]
         return divided_by_examples(y.reshape(*x.shape[:-1], y.shape[-1]))

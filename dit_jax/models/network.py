@@ -15,7 +15,7 @@ from jaxtyping import Array, Key
 from dit_jax import conditions as conditions_lib
 from dit_jax.models import dit, edm
 from dit_jax.models.call import Request, Result
-from dit_jax.models.linear import resolve_dtype
+from dit_jax.models.linear import Linear, resolve_dtype
 from dit_jax.options import register
 
 Params = dict[str, Any]
@@ -71,6 +71,11 @@ class Network:
         module = nnx.eval_shape(lambda: self._create(jax.random.key(0)))
         return nnx.split(module)[0]
 
+    @functools.cached_property
+    def _quantized_graph(self):
+        module = nnx.eval_shape(lambda: _quantize_layers(self._create(jax.random.key(0))))
+        return nnx.split(module)[0]
+
     def _create(self, key: Key[Array, ""]) -> nnx.Module:
         return _MODULES[type(self.config)](self.config, rngs=nnx.Rngs(params=key))
 
@@ -78,8 +83,26 @@ class Network:
         """Fresh float32 parameters as a nested dict. Jit it to create them where they will live."""
         return nnx.to_pure_dict(nnx.state(self._create(key), nnx.Param))
 
+    def quantize(self, params: Params) -> Params:
+        """Parameters for inference alone, the kernels of quantised products in 8 bits.
+
+        `apply` takes them as it takes those they are of, and gives the same. Jit it.
+
+        Raises:
+            ValueError: `config.quantization` is 'none', or they are quantised already.
+        """
+        if getattr(self.config, "quantization", "none") == "none":
+            raise ValueError(
+                "nothing would be quantised: the network's quantization is 'none'; set it to 'fp8',"
+                " 'fp8_rowwise' or 'int8'"
+            )
+        if is_quantized(params):
+            raise ValueError("these parameters are quantised already")
+        module = _quantize_layers(nnx.merge(self._graph, params))
+        return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
     def apply(self, params: Params, request: Request) -> Result:
-        """Evaluates the network with `params`.
+        """Evaluates the network with `params`, of `init` or of `quantize`.
 
         Under jit, what follows the last feature map is computed only if `out` is used.
 
@@ -88,7 +111,8 @@ class Network:
             ValueError: a network without feature maps of these numbers.
         """
         conditions_lib.check(self.conditions, request.conditions)
-        return nnx.merge(self._graph, params)(request)
+        graph = self._quantized_graph if is_quantized(params) else self._graph
+        return nnx.merge(graph, params)(request)
 
     @property
     def conditions(self) -> dict[str, conditions_lib.Condition]:
@@ -167,6 +191,21 @@ class Network:
     def flops_per_example(self) -> float:
         """Floating-point operations of one example's forward pass."""
         return self.config.flops_per_example
+
+
+def is_quantized(params: Params) -> bool:
+    """Whether parameters are of `Network.quantize`."""
+    return any(
+        path[-1] == jax.tree_util.DictKey("kernel_scale")
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    )
+
+
+def _quantize_layers(module: nnx.Module) -> nnx.Module:
+    for _, layer in nnx.iter_modules(module):
+        if isinstance(layer, Linear):
+            layer.quantize()
+    return module
 
 
 def network_name(config: Any) -> str:

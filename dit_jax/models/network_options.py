@@ -14,7 +14,8 @@ class NetworkOptions:
     results of matrix products and convolutions; of `attention`
     `attention.resolve_implementation`; of `custom_gradients` `cpu_kernels`, whose backward passes
     are written by hand and have no forward mode. dtypes are 'float32', 'bfloat16', 'float16' or
-    'auto'; what stays float32 in either says `linear.Precision`.
+    'auto'; what stays float32 in either says `linear.Precision`. Of `quantization` see
+    `models.quantization`.
     """
 
     image_size: int | tuple[int, int] = option(
@@ -34,6 +35,11 @@ class NetworkOptions:
         "auto",
         "float32 | bfloat16 | auto: what parameters are stored in; auto: as the sampled "
         "checkpoint's file. Training: float32 (or auto) only",
+    )
+    quantization: str = option(
+        "none",
+        "none | fp8 (8-bit floats of one scale an array) | fp8_rowwise (one a row) | int8 (weights "
+        "alone, not for training): of the products in a transformer's blocks",
     )
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.defaults import Training
+from dit_jax.fp8_kernels import check_compiled
 from dit_jax.quantities import counted
 from dit_jax.training import memory
 from dit_jax.training import metrics as metrics_lib
@@ -273,6 +274,7 @@ class _Updates:
             lowered = jitted.lower(state, batch, key, self._frozen, *flag)
         compiled = self._compiled[phase, _shapes(host_batch)] = lowered.compile()
         memory.require_fits(compiled)
+        check_compiled(lowered, compiled)
         name = "the update" if len(self._method.phases) == 1 else f"the {phase} update"
         name += f" of {size[0]}x{size[1]}" if size else ""
         self._announce(f"compiled {name} in {time.perf_counter() - started:.1f} s")

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from dit_jax.fp8_kernels import check_compiled
 from dit_jax.parallel.planning.accelerators import ACCELERATORS, Accelerator
 from dit_jax.parallel.planning.gpu_targets import TARGET_TEXTS
 from dit_jax.parallel.planning.program import Program
@@ -143,6 +144,7 @@ class GpuCompiler:
 
         Raises:
             ValueError: an option that this XLA does not have, or not with this value.
+            WideProductError: products of fp8 did not become 8-bit kernels.
         """
         with self.targeting():
             lowered = lower()
@@ -154,6 +156,8 @@ class GpuCompiler:
                 raise ValueError(f"XLA's compiler: {error}") from error
             raise
         seconds = time.perf_counter() - started
+        with self.targeting():
+            check_compiled(lowered, compiled)
         program = Program(compiled.as_text())
         schedule = predict(program, self.accelerator)
         return Compiled(program, memory_by_kind(compiled), seconds, schedule)

@@ -162,7 +162,7 @@ def plan_sampling(config: ml_collections.ConfigDict, placement: DataParallel) ->
             f"--config.sampling.batch_size={size - remainder + placement.batch_parts}"
         )
     plan = experiment.build_sampling(config)
-    params = jax.eval_shape(plan.network.init, jax.random.key(config.seed))
+    params = _sampled_params(config, plan)
     params = shaped(params, placement.state_shardings(params))
     return _sampling_needs(config, placement, plan, params)
 
@@ -184,9 +184,17 @@ def plan_parallel_sampling(
     placement = parallel.distribute(
         experiment.build_sampling(config), batch_size=config.sampling.batch_size
     )
-    params = jax.eval_shape(placement.plan.network.init, jax.random.key(config.seed))
+    params = _sampled_params(config, placement.plan)
     params = shaped(params, placement.param_shardings(params))
     return _sampling_needs(config, placement, placement.plan, params)
+
+
+def _sampled_params(config: ml_collections.ConfigDict, plan: experiment.SamplingPlan) -> Any:
+    """The shapes of parameters as they are sampled with: quantised, if their products are."""
+    params = jax.eval_shape(plan.network.init, jax.random.key(config.seed))
+    if config.model.quantization == "none":
+        return params
+    return jax.eval_shape(plan.network.quantize, params)
 
 
 def _sampling_needs(config, placement, plan, params) -> Needs:
