@@ -22,6 +22,7 @@ from dit_jax.diffusion.process import DDPM, Process
 from dit_jax.diffusion.samplers import Solver, make_solver, schedule
 from dit_jax.diffusion.schedules import shift_of_tokens
 from dit_jax.models import NETWORK_CONFIGS, Network
+from dit_jax.models.step_cache import CachedNetwork, StepCache
 from dit_jax.named_options import options_named, renamed
 from dit_jax.options import NoOptions, option, options_of, register, register_section, schema
 from dit_jax.programs import Program
@@ -382,6 +383,16 @@ class SamplingPlan:
         how = (self.times, self.guidance_scale, self.guidance_interval, nulls)
         return lambda keys, conditions: self.sampler(params, keys, conditions, *how)
 
+    @property
+    def has_cache(self) -> bool:
+        """Whether a step cache skips blocks."""
+        return isinstance(self.network, CachedNetwork)
+
+    def bind_counted(self, params: Any, nulls: Mapping[str, Any] | None = None):
+        """A function (keys, conditions) -> images and computed shares; see `Sampler.counted`."""
+        how = (self.times, self.guidance_scale, self.guidance_interval, nulls)
+        return lambda keys, conditions: self.sampler.counted(params, keys, conditions, *how)
+
     def program(
         self,
         params: Any,
@@ -472,8 +483,26 @@ def build_sampling(
             f"config.sampling.guidance_interval={interval} holds none of the solver's times, which "
             f"go from {times[0]:.4g} to {evaluated[-1]:.4g}: nothing would be guided"
         )
-    sampler = Sampler(denoiser, solver, c.guidance_channels)
+    sampler = Sampler(_cached(config, denoiser, solver, times), solver, c.guidance_channels)
     return SamplingPlan(sampler, times, c.guidance_scale, interval or None)
+
+
+def _cached(
+    config: ml_collections.ConfigDict, denoiser: Denoiser, solver: Solver, times: np.ndarray
+) -> Denoiser:
+    """The denoiser with the step cache of `config.cache`, if there is one."""
+    name = config.cache.name
+    if name == "none":
+        return denoiser
+    if name != "first_block":
+        raise ConfigError(f"config.cache.name={name!r}: expected 'none' or 'first_block'")
+    try:
+        cache = StepCache(**config.cache.first_block.to_dict())
+        cache.check(solver.evaluations(len(times) - 1), solver.evaluations_per_step)
+        network = CachedNetwork(denoiser.network, cache)
+    except ValueError as error:
+        raise ConfigError(f"config.cache: {error}") from error
+    return dataclasses.replace(denoiser, network=network)
 
 
 def _sampling_times(c: ml_collections.ConfigDict, solver: Solver, denoiser: Denoiser) -> np.ndarray:

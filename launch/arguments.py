@@ -95,6 +95,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"{side} of the images; default: what the model was trained on",
         )
     group.add_argument(
+        "--step_cache",
+        type=argument_types.share_below_one,
+        metavar="THRESHOLD",
+        help="skip blocks where the first changes less than this, as 0.1 (docs/speed.md); 0: never",
+    )
+    group.add_argument(
         "--batch_size", type=argument_types.count, help="images sampled at once, over all devices"
     )
     group.add_argument(
@@ -222,4 +228,9 @@ def sampling_overrides(args: argparse.Namespace) -> dict[str, Any]:
     elif args.guidance_scale == 1.0:  # no guidance: then not the run's interval and channels either
         overrides["sampling.guidance_interval"] = ()
         overrides.setdefault("sampling.guidance_channels", "all")
+    if args.step_cache:
+        overrides["cache.name"] = "first_block"
+        overrides["cache.first_block.threshold"] = args.step_cache
+    elif args.step_cache == 0:
+        overrides["cache.name"] = "none"
     return overrides

@@ -124,6 +124,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--samples are scored as they are; leave --workdir and --init_from out")
     if args.samples:
         given = [key.partition(".")[2] for key in arguments.sampling_overrides(args)]
+        given = ["step_cache"] if args.step_cache is not None else given
         given += [name for name in _OF_SAMPLING if getattr(args, name)]
         if given:
             raise ValueError(

@@ -368,6 +368,7 @@ def provenance(model: TrainedModel, decoder: Decoder | None = None) -> dict[str,
         "weights_hash": model.weights_hash(),
         "model": model.config.model.to_dict(),
         "sampling": model.config.sampling.to_dict(),
+        "cache": model.config.cache.to_dict(),
     }
     if decoder:
         height, width, _ = decoder.image_shape(model.network.sample_shape)

@@ -131,6 +131,8 @@ def make_header(
     }
     for name in ("batch_size", "weights"):
         solver.pop(name)
+    if config.cache.name != "none":
+        solver["cache"] = config.cache[config.cache.name].to_dict()
     teaching = data_lib.Teaching(
         teacher_source=f"{model.source} ({model.weights}, step {model.step})",
         teacher_hash=model.weights_hash(),

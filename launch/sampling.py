@@ -146,6 +146,9 @@ def describe(model: loading.TrainedModel, count: int, out: Path) -> str:
     if model.config.model.input_size:
         what += f", of {height} x {width}"
     what += f"\n  by {sampling.solver}, {sampling.steps} steps{guidance}"
+    if model.config.cache.name == "first_block":
+        cache = model.config.cache.first_block
+        what += f", step cache at {cache.threshold:g}"
     return wiring.first_screen(what, out, "time left: known after the first batch")
 
 

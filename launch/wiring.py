@@ -116,7 +116,14 @@ def stream_images(
     """
     batch_size = whole_batch(conditions, batch_size, placement)
     count = len(jax.tree.leaves(conditions)[0])
-    draw = plan.bind(params, nulls)
+    draw, shares = plan.bind(params, nulls), []
+    if plan.has_cache and not programs:
+        counting = plan.bind_counted(params, nulls)
+
+        def draw(keys, conditions):
+            images, share = counting(keys, conditions)
+            shares.append(share)
+            return images
 
     def sample(keys, conditions):
         with placement.tracing():
@@ -130,7 +137,8 @@ def stream_images(
     def progress(done: int, seconds: float) -> None:
         rate = (done - start) / seconds
         left = metrics.format_duration((count - done) / rate)
-        print(f"sampled {done}/{count}  {rate:.4g} images/s  ETA {left}", flush=True)
+        computed = f"  {gathered(shares[-1]).mean():.0%} computed" if shares else ""
+        print(f"sampled {done}/{count}  {rate:.4g} images/s{computed}  ETA {left}", flush=True)
 
     with sampling_memory(batch_size):
         yield from generate(

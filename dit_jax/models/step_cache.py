@@ -20,7 +20,11 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from dit_jax.models import stack
 from dit_jax.models.call import Carried, Request, Result
+from dit_jax.options import NoOptions, option, register, register_section
+from dit_jax.ranges import COUNT, Range
 
+SHARE_INSIDE = Range(0, 1, above=True, below=True)
+ORDER = Range(0, 2, whole=True)
 LEAST_EVALUATIONS = 8  # with fewer, evaluations differ too much for any to be skipped
 
 _TINY = 1e-12
@@ -65,10 +69,14 @@ class StepCache:
         everyone: how several devices decide alike.
     """
 
-    threshold: float
-    warmup: int = 2
-    max_reuses: int = 3
-    order: int = 0
+    threshold: float = option(
+        0.1, "relative change of the first block up to which the others are skipped", SHARE_INSIDE
+    )
+    warmup: int = option(2, "evaluations at the start in which all blocks run", COUNT)
+    max_reuses: int = option(3, "most evaluations in a row that skip blocks", COUNT)
+    order: int = option(
+        0, "0: blocks add what they added last; 1, 2: extrapolated by so many differences", ORDER
+    )
     everyone: Everyone = ALONE
 
     def __post_init__(self):
@@ -321,3 +329,8 @@ def _computed(state: CacheState, first: Array, rest: Array) -> CacheState:
 
 def _broadcast(values: Shaped[Array, " b"], like: Array) -> Array:
     return values.reshape(values.shape + (1,) * (like.ndim - 1))
+
+
+register_section("cache", chosen_by="name", chosen="none")
+register("cache", "none", NoOptions)
+register("cache", "first_block", StepCache)
