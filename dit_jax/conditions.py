@@ -111,8 +111,13 @@ def augmentation(dim: int) -> dict[str, Condition]:
     return {"augment": Condition((dim,), required=False)} if dim else {}
 
 
-def check(declared: Declared, conditions: Mapping[str, Any]) -> None:
+def check(declared: Declared, conditions: Mapping[str, Any], batch: int | None = None) -> None:
     """Refuses conditions that are not those declared; looks at shapes only, so it may be traced.
+
+    Args:
+        declared: the network's.
+        conditions: arrays by name.
+        batch: how many examples they have to be of; None if that is not known yet.
 
     Raises:
         ConditionError: naming all that are unknown, missing or of another shape.
@@ -123,11 +128,19 @@ def check(declared: Declared, conditions: Mapping[str, Any]) -> None:
         for name, condition in declared.items()
         if condition.required and name not in conditions
     )
-    wrong = [
-        f"{name} is {value.dtype} {list(value.shape)}, expected {declared[name].describe()}"
-        for name, value in conditions.items()
-        if name in declared and not declared[name].accepts(value)
-    ]
+    wrong = []
+    for name in (name for name in conditions if name in declared):
+        value, wanted = conditions[name], declared[name]
+        if not hasattr(value, "shape"):
+            wrong.append(
+                f"{name} is a {type(value).__name__}, expected an array {wanted.describe()}"
+            )
+        elif not wanted.accepts(value):
+            wrong.append(
+                f"{name} is {value.dtype} {list(value.shape)}, expected {wanted.describe()}"
+            )
+        elif batch is not None and value.shape[0] != batch:
+            wrong.append(f"{name} is of {value.shape[0]} examples, expected {batch}")
     if not (unknown or missing or wrong):
         return
     problems = [f"unknown: {', '.join(unknown)}"] * bool(unknown)

@@ -272,6 +272,12 @@ def _refuse_changed(
             raise ConfigError(f"config.{path}={value!r} would do nothing: {reason}")
 
 
+def choices(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """What is chosen in every section that has a choice, as {'model': 'dit'}."""
+    found = options_lib.sections()
+    return {name: config[name][s.chosen_by] for name, s in found.items() if s.chosen_by}
+
+
 def differences(old: AnyConfig, new: AnyConfig) -> dict[str, tuple[Any, Any]]:
     """Keys whose values differ, as {'model.dit.depth': (old, new)}; absent values are None."""
     old, new = dict(flatten(old)), dict(flatten(new))

@@ -13,17 +13,25 @@ configuration refuses follow from these alone (`schema`). Registration turns the
 """
 
 import dataclasses
+import functools
 import importlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from dit_jax.ranges import FINITE, Range
 
 _METADATA = "dit_jax.option"
+EXTENSIONS = "DIT_JAX_EXTENSIONS"
+"""The environment's variable that names modules which register more: MODULE,MODULE:FUNCTION,..."""
 
 # What registers options when it is imported: the library, and the room of further methods. This
 # module is below all of it and so knows it by name only.
 _ROOMS = ("dit_jax.experiment", "dit_jax.distill")
+
+
+class ExtensionError(ValueError):
+    """What `EXTENSIONS` names is not there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +179,46 @@ def sections() -> dict[str, Section]:
     """All sections by name, in the order they are shown in."""
     for room in _ROOMS:
         importlib.import_module(room)
+    _import_extensions(os.environ.get(EXTENSIONS, ""))
     return _SECTIONS
+
+
+@functools.cache
+def _import_extensions(names: str) -> None:
+    """Imports MODULE,MODULE:FUNCTION,...; a function named is called.
+
+    Raises:
+        ExtensionError: there is no such module or function.
+    """
+    for name in filter(None, names.split(",")):
+        module, _, function = name.strip().partition(":")
+        try:
+            imported = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if not module.startswith(error.name or "\0"):
+                raise  # what the extension imports is not there
+            raise ExtensionError(
+                f"{EXTENSIONS}={names}: there is no module {error.name}; is its folder on "
+                "PYTHONPATH?"
+            ) from error
+        if function:
+            if not hasattr(imported, function):
+                raise ExtensionError(f"{EXTENSIONS}={names}: {module} has no {function}")
+            getattr(imported, function)()
+
+
+def extensions(chosen: Mapping[str, str]) -> list[str]:
+    """What `EXTENSIONS` has to name for what is chosen, as {'sampling': 'overshoot'}."""
+    owners = [
+        _SECTIONS[section].choices[name].owner
+        for section, name in chosen.items()
+        if name in _SECTIONS[section].choices
+    ]
+    modules = {owner.__module__ for owner in owners}
+    named = os.environ.get(EXTENSIONS, "").replace(" ", "").split(",")
+    entries = {entry.partition(":")[0]: entry for entry in named}  # with functions to call
+    outside = (name for name in modules if not name.startswith("dit_jax."))
+    return sorted(entries.get(name, name) for name in outside)
 
 
 def schema() -> dict[str, Option]:

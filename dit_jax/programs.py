@@ -288,8 +288,8 @@ def load(
     sha256 = hashlib.sha256(payload).hexdigest()
     if (len(payload), sha256) != (header["bytes"], header["sha256"]):
         raise ProgramError(
-            f"{path} is damaged: {len(payload)} bytes where {header['bytes']} were written, or "
-            "others. Remove it, and it is made anew"
+            f"{path} is damaged: its contents are not those that were written ({len(payload)} of "
+            f"{header['bytes']} bytes, or other values). Remove it, and it is made anew"
         )
     devices = devices_of(tuple(inputs)) if devices is None else devices
     structures = jax.tree.structure((tuple(inputs), {})), jax.tree.structure(output)

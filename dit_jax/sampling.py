@@ -222,7 +222,7 @@ class Sampler:
         if guided:
             conditions_lib.require_guidance(declared, f"guidance_scale={scale}")
         conditions = conditions_lib.as_conditions(declared, conditions)
-        conditions_lib.check(declared, conditions)
+        conditions_lib.check(declared, conditions, None if keys is None else keys.shape[0])
         conditions_lib.check_values(declared, conditions)
         return (
             guided,

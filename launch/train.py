@@ -116,7 +116,11 @@ def main(argv: list[str]) -> None:
     if distributed.is_first():
         print(f"done: step {result.step}, {result.steps_per_second:.4g} steps/s, in {directory}")
         sample = ["python", "launch/sample.py", f"--workdir={directory}", "--out=samples.png"]
-        print(f"next: {spelling.spelled(shlex.join(sample))}")
+        from dit_jax import config, options
+
+        modules = options.extensions(config.choices(_CONFIG.value))
+        before = f"{options.EXTENSIONS}={','.join(modules)} " if modules else ""
+        print(f"next: {before}{spelling.spelled(shlex.join(sample))}")
 
 
 def start() -> None:

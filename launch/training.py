@@ -106,6 +106,7 @@ def train_in(
         methods.FROZEN_FILE: methods.frozen_record(directory, frozen, models),
         class_names.FILE: class_names_text(source, models),
         "placement.txt": describe_placement(placement, abstract),
+        workdir.EXTENSIONS_FILE: workdir.extensions_text(config),
     }
     nulls = put_nulls(source, placement)
     if nulls:

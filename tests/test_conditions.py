@@ -42,6 +42,14 @@ def test_all_that_is_wrong_is_one_error():
         lib.check({}, {"label": jnp.zeros(2, jnp.int32)})
 
 
+def test_lists_and_other_numbers_of_examples_are_errors():
+    declared = lib.class_label(3)
+    with pytest.raises(ConditionError, match="label is a list, expected an array int32"):
+        lib.check(declared, {"label": [1, 2]})
+    with pytest.raises(ConditionError, match="label is of 3 examples, expected 2"):
+        lib.check(declared, {"label": np.zeros(3, np.int32)}, 2)
+
+
 def test_values_out_of_range_are_errors():
     lib.check_values(TEXT, {"label": np.array([0, 10])})
     with pytest.raises(ConditionError, match=r"label 11 is out of range: .* 0 to 9, and 10 for no"):

@@ -110,7 +110,7 @@ class Network:
             ConditionError: conditions that the network does not take, or lacks.
             ValueError: a network without feature maps of these numbers.
         """
-        conditions_lib.check(self.conditions, request.conditions)
+        conditions_lib.check(self.conditions, request.conditions, request.x.shape[0])
         graph = self._quantized_graph if is_quantized(params) else self._graph
         return nnx.merge(graph, params)(request)
 

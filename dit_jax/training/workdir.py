@@ -6,6 +6,7 @@ Everything later commands need is in it: `config.json` (the resolved configurati
 
 import contextlib
 import errno
+import json
 import logging as std_logging
 import os
 import shutil
@@ -22,9 +23,10 @@ from dit_jax import options
 from dit_jax.atomic import save_text
 from dit_jax.quantities import counted, format_bytes
 from dit_jax.training.checkpoints import MismatchError
-from dit_jax.untrusted import read_json_text
+from dit_jax.untrusted import read_json, read_json_text
 
 CONFIG_FILE = "config.json"
+EXTENSIONS_FILE = "extensions.json"  # modules from outside the library that the run needs
 CHECKPOINTS = "checkpoints"
 
 # Keys that change nothing about what is learned, so that a run may go on with other values.
@@ -85,7 +87,20 @@ def _earlier_values(workdir: Path) -> dict:
 
 def _unusable(file: Path, error: ValueError) -> WorkdirError:
     named = str(file) in str(error)  # as by what reads no pipes and folders
-    return WorkdirError(str(error) if named else f"{file} cannot be used: {error}")
+    message = str(error) if named else f"{file} cannot be used: {error}"
+    recorded = file.parent / EXTENSIONS_FILE
+    if recorded.is_file():
+        modules = ",".join(map(str, read_json(recorded, list)))
+        stop = "" if message.endswith("?") else "."
+        message += f"{stop} The run was made with modules of its own: set "
+        message += f"{options.EXTENSIONS}={modules}"
+    return WorkdirError(message)
+
+
+def extensions_text(config: ml_collections.ConfigDict) -> str:
+    """What `EXTENSIONS_FILE` is to hold; '' where the run needs no module from outside."""
+    found = options.extensions(config_lib.choices(config))
+    return json.dumps(found) + "\n" if found else ""
 
 
 def config_text(workdir: Path, config: ml_collections.ConfigDict) -> str:
