@@ -383,7 +383,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--image_size", type=argument_types.count, default=32, help="side of the latent"
     )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--remat", default="none", choices=["none", "block", "dots"])
+    parser.add_argument("--remat", default="none", choices=["none", "activations", "dots", "block"])
     parser.add_argument("--layer_loop", default="auto", choices=["auto", "scan", "unroll"])
     parser.add_argument("--torch_compile", action="store_true")
     parser.add_argument("--rounds", type=argument_types.count, default=11)

@@ -89,7 +89,7 @@ def _check_intervals(config: ml_collections.ConfigDict) -> None:
 
 def _check_weights(config: ml_collections.ConfigDict) -> None:
     try:
-        averages = ema.averages(config.ema.decays, config.ema.power_stds)
+        averages = ema.averages(config.ema.decays, config.ema.power_stds, dtype=config.ema.dtype)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"config.{error}") from error
     available = ["ema"] * bool(averages) + [average.name for average in averages] + ["raw"]
@@ -258,7 +258,8 @@ def build_timesteps(config: ml_collections.ConfigDict) -> TimeDistribution:
 def build_averages(config: ml_collections.ConfigDict) -> tuple[ema.Average, ...]:
     """The averages of the parameters of `config.ema`."""
     options = config.ema
-    return tuple(ema.averages(options.decays, options.power_stds, warmup=options.warmup))
+    kinds = {"warmup": options.warmup, "dtype": options.dtype}
+    return tuple(ema.averages(options.decays, options.power_stds, **kinds))
 
 
 def build_augmentation(config: ml_collections.ConfigDict) -> Augmentation | None:

@@ -24,7 +24,7 @@ from dit_jax.parallel import distributed
 from dit_jax.parallel.mesh import DataParallel, put_whole
 from dit_jax.parallel.partitioning import ShardedPlacement, format_table
 from dit_jax.quantities import counted
-from dit_jax.training import lock, loop, memory, optimizer, workdir
+from dit_jax.training import lock, loop, memory, optimizer, remat_choice, workdir
 from dit_jax.training.checkpoints import Checkpoints
 from dit_jax.training.saved_weights import choose_weights
 
@@ -139,6 +139,7 @@ def train_in(
             announce=announce,
             initial_params=initial and (lambda: read_initial(initial, home.records, placement)),
             frozen=frozen or None,
+            alternatives=remat_choice.alternatives(config, experiment.build_method),
             on_start=home.write_records,
             before_writing=home.mend,
         )

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float
 
 from dit_jax.models import cpu_kernels
 from dit_jax.models.attention_options import PLAIN, AttentionOptions, nonzero, score_weights
+from dit_jax.models.recomputation import activation
 from dit_jax.target import target_platform
 
 IMPLEMENTATIONS = ("auto", "einsum", "xla", "cudnn", "cpu")
@@ -170,8 +171,10 @@ class LocalAttention:
             allowed = options.allowed(lq, lk)
             return cpu_kernels.attention(q, k, v, allowed, options.bias, options.scale), state
         if implementation == "einsum":
-            return einsum_attention(q, k, v, options), state
-        return _library_attention(q, k, v, options, implementation), state
+            return activation(einsum_attention(q, k, v, options)), state
+        out = _library_attention(q, k, v, options, implementation)
+        # Of cuDNN's kernel the policy knows itself, statistics included.
+        return (out if implementation == "cudnn" else activation(out)), state
 
 
 def _library_attention(q, k, v, options: AttentionOptions, implementation: str) -> Array:

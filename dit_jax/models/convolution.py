@@ -5,6 +5,7 @@ from jaxtyping import Array, Float
 
 from dit_jax.models.batch_axes import divided_by_rows
 from dit_jax.models.linear import FLOAT32, XAVIER, Initialization, Precision
+from dit_jax.models.recomputation import activation
 from dit_jax.models.spatial import LOCAL, SAME_3X3, Padding, Spatial
 
 
@@ -54,4 +55,4 @@ class Conv(nnx.Module):
             stride=self.stride,
             padding=self.padding if padding is None else ((padding, padding),) * 2,
         )
-        return divided_by_rows(y + self.bias[...].astype(dtype)[None, None, None])
+        return activation(divided_by_rows(y + self.bias[...].astype(dtype)[None, None, None]))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dit_jax.models.attention_options import nonzero, score_weights
+from dit_jax.models.recomputation import activation
 from dit_jax.target import target_platform
 
 CUSTOM_GRADIENTS = ("auto", "on", "off")
@@ -196,9 +197,12 @@ def attention(
 def _attention_forward(q, k, v, allowed, bias, scale):
     operands = (q, k, v, allowed, bias)
     pieces = [_attend(*piece, scale) for piece in _cut(operands, _parts(q.shape[0]))]
-    out = jnp.concatenate([piece[0] for piece in pieces])
+    out = activation(jnp.concatenate([piece[0] for piece in pieces]))
     stored = max(q.shape[1], k.shape[1]) <= _LONGEST_STORED
-    kept = [(weights if stored else None, inverse) for _, weights, inverse in pieces]
+    kept = [
+        (activation(weights) if stored else None, activation(inverse))
+        for _, weights, inverse in pieces
+    ]
     return out, (operands, out, kept)
 
 

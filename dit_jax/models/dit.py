@@ -189,17 +189,37 @@ def named_size(name: str) -> dict[str, int]:
 class SelfAttention(nnx.Module):
     """Multi-head self-attention with one fused projection to queries, keys and values."""
 
-    def __init__(self, dim: int, num_heads: int, *, rngs: nnx.Rngs, precision: Precision):
-        self.num_heads = num_heads
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        rngs: nnx.Rngs,
+        precision: Precision,
+        custom_gradients: bool = False,
+    ):
+        self.num_heads, self.custom_gradients = num_heads, custom_gradients
         self.qkv = Linear(dim, 3 * dim, rngs=rngs, precision=precision)
         self.proj = Linear(dim, dim, rngs=rngs, precision=precision)
 
-    def __call__(self, x: Float[Array, "b l d"], attention: attention_lib.Attention, state: Any):
-        """Returns the projected attention output and the layer's attention state."""
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        shift: Float[Array, "b d"],
+        scale: Float[Array, "b d"],
+        attention: attention_lib.Attention,
+        state: Any,
+    ):
+        """Attends among the tokens `layers.modulated_layer_norm(x, shift, scale)`.
+
+        Returns:
+            The projected attention output and the layer's attention state.
+        """
         b, length, dim = x.shape
-        qkv = divided_by_rows(self.qkv(x)).reshape(
-            b, length, 3, self.num_heads, dim // self.num_heads
+        qkv, _ = layers.modulated_product(
+            self.qkv, x, shift, scale, custom_gradients=self.custom_gradients
         )
+        qkv = divided_by_rows(qkv).reshape(b, length, 3, self.num_heads, dim // self.num_heads)
         out, state = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], state)
         return divided_by_rows(self.proj(out.reshape(b, length, dim))), state
 
@@ -210,15 +230,10 @@ class DiTBlock(nnx.Module):
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         dim, precision = config.hidden_size, config.precision
         self.mlp_norm_epsilon = config.mlp_norm_epsilon
-        self.attn = SelfAttention(dim, config.num_heads, rngs=rngs, precision=precision)
         self.custom_gradients = cpu_kernels.resolve_custom_gradients(config.custom_gradients)
-        self.mlp = layers.Mlp(
-            dim,
-            int(dim * config.mlp_ratio),
-            rngs=rngs,
-            precision=precision,
-            custom_gradients=self.custom_gradients,
-        )
+        options = {"rngs": rngs, "precision": precision, "custom_gradients": self.custom_gradients}
+        self.attn = SelfAttention(dim, config.num_heads, **options)
+        self.mlp = layers.Mlp(dim, int(dim * config.mlp_ratio), **options)
         self.adaLN_modulation = Linear(
             dim, 6 * dim, rngs=rngs, init=ZEROS, precision=precision, role="modulation"
         )
@@ -235,12 +250,10 @@ class DiTBlock(nnx.Module):
             self.adaLN_modulation(condition), 6, axis=-1
         )
         custom = {"custom_gradients": self.custom_gradients}
-        h = layers.modulated_layer_norm(x, shift_msa, scale_msa, **custom)
-        h, state = self.attn(h, attention, state)
+        h, state = self.attn(x, shift_msa, scale_msa, attention, state)
         x = layers.gated_residual(x, h, gate_msa, **custom)
-        epsilon = self.mlp_norm_epsilon
-        h = layers.modulated_layer_norm(x, shift_mlp, scale_mlp, epsilon=epsilon, **custom)
-        return layers.gated_residual(x, self.mlp(h), gate_mlp, **custom), state
+        h = self.mlp.modulated(x, shift_mlp, scale_mlp, self.mlp_norm_epsilon)
+        return layers.gated_residual(x, h, gate_mlp, **custom), state
 
 
 class FinalLayer(nnx.Module):

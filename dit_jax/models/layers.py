@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dit_jax.models import cpu_kernels
+from dit_jax.models import cpu_kernels, recomputation
 from dit_jax.models.batch_axes import divided_by_examples
 from dit_jax.models.linear import FLOAT32, ZEROS, Initialization, Linear, Precision
 
@@ -66,7 +66,40 @@ def modulated_layer_norm(
     """adaLN: `modulate(layer_norm(x), shift, scale)`, with either backward pass."""
     if custom_gradients:
         return cpu_kernels.modulated_layer_norm(x, shift, scale, epsilon)
+    if recomputation.recomputes_elementwise():
+        return recomputation.elementwise(
+            lambda *operands: _modulated_layer_norm(*operands, epsilon), x, shift, scale
+        )
+    return _modulated_layer_norm(x, shift, scale, epsilon)
+
+
+def _modulated_layer_norm(x, shift, scale, epsilon):
     return modulate(layer_norm(x, epsilon), shift, scale)
+
+
+def modulated_product(
+    layer: nnx.Module,
+    x: Float[Array, "b l d"],
+    shift: Float[Array, "b d"],
+    scale: Float[Array, "b d"],
+    *,
+    epsilon: float = 1e-6,
+    custom_gradients: bool = False,
+    following: nnx.Module | None = None,
+) -> tuple[Float[Array, "b l o"], nnx.Module | None]:
+    """layer(modulated_layer_norm(x, shift, scale)), and the layer to apply to the result.
+
+    On accelerators the backward pass computes the normalisation anew; for `following` see
+    `recomputation.product_of`.
+    """
+    options = {"epsilon": epsilon, "custom_gradients": custom_gradients}
+
+    def prepare(*operands):
+        return modulated_layer_norm(*operands, **options)
+
+    if custom_gradients or not recomputation.recomputes_elementwise():
+        return layer(prepare(x, shift, scale)), following
+    return recomputation.product_of(layer, prepare, x, shift, scale, following=following)
 
 
 def gated_residual(
@@ -161,9 +194,32 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         """Applies the MLP to every token."""
-        hidden = self.fc1(x)
-        gelu = cpu_kernels.gelu if self.custom_gradients else jax.nn.gelu
-        return self.fc2(gelu(hidden))
+        return self.fc2(self._gelu(self.fc1(x)))
+
+    def modulated(
+        self,
+        x: Float[Array, "b l d"],
+        shift: Float[Array, "b d"],
+        scale: Float[Array, "b d"],
+        epsilon: float = 1e-6,
+    ) -> Float[Array, "b l d"]:
+        """Applies the MLP to `modulated_layer_norm(x, shift, scale)`."""
+        hidden, fc2 = modulated_product(
+            self.fc1,
+            x,
+            shift,
+            scale,
+            epsilon=epsilon,
+            custom_gradients=self.custom_gradients,
+            following=self.fc2,
+        )
+        return fc2(self._gelu(hidden))
+
+    def _gelu(self, x):
+        if self.custom_gradients:
+            return cpu_kernels.gelu(x)
+        accelerator = recomputation.recomputes_elementwise()
+        return recomputation.gelu(x) if accelerator else jax.nn.gelu(x)
 
 
 def sincos_position_embedding(dim: int, grid: Sequence[int]) -> np.ndarray:

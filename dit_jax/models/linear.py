@@ -22,6 +22,7 @@ from dit_jax.models.quantization import (
     quantized_product,
     require_quantization,
 )
+from dit_jax.models.recomputation import activation
 from dit_jax.target import target_platform
 
 ROLES = ("hidden", "conditioning", "modulation", "embedding", "output")
@@ -236,4 +237,34 @@ class Linear(nnx.Module):
         y = product(rows, self.kernel[...], self.precision, self.role, scale)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)[(None,) * (y.ndim - 1)]
-        return divided_by_examples(y.reshape(*x.shape[:-1], y.shape[-1]))
+        return activation(divided_by_examples(y.reshape(*x.shape[:-1], y.shape[-1])))
+
+
+def products_dtypes(module: nnx.Module) -> dict[tuple, jnp.dtype]:
+    """In which dtype layers use parameters that are stored in a wider one, by path in `module`.
+
+    Of `Linear` and whatever else has `precision`, `role`, `kernel` and `bias` like it. Empty where
+    nothing is converted, as on CPUs by default.
+    """
+    found = {}
+    for path, layer in nnx.iter_modules(module):
+        if not all(hasattr(layer, name) for name in ("precision", "role", "kernel")):
+            continue
+        if layer.precision.quantization_of(layer.role) != "none":
+            continue  # quantised from what is stored
+        dtype = layer.precision.dtype(layer.role)
+        for name in ("kernel", "bias"):
+            parameter = getattr(layer, name, None)
+            if parameter is not None and parameter.get_value().dtype.itemsize > dtype.itemsize:
+                found[*path, name] = dtype
+    return found
+
+
+def converted_to(parameters: Any, dtypes: dict[tuple, jnp.dtype]) -> Any:
+    """Parameters (an nnx state or nested dicts) with those of `products_dtypes` converted."""
+
+    def convert(path, leaf):
+        names = tuple(entry.key for entry in path if hasattr(entry, "key"))
+        return leaf.astype(dtypes[names]) if names in dtypes else leaf
+
+    return jax.tree_util.tree_map_with_path(convert, parameters)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Key
 from dit_jax import conditions as conditions_lib
 from dit_jax.models import dit, edm
 from dit_jax.models.call import Request, Result
-from dit_jax.models.linear import Linear, resolve_dtype
+from dit_jax.models.linear import Linear, converted_to, products_dtypes, resolve_dtype
 from dit_jax.options import register
 
 Params = dict[str, Any]
@@ -75,6 +75,17 @@ class Network:
     def _quantized_graph(self):
         module = nnx.eval_shape(lambda: _quantize_layers(self._create(jax.random.key(0))))
         return nnx.split(module)[0]
+
+    @functools.cached_property
+    def _products_dtypes(self):
+        return products_dtypes(nnx.eval_shape(lambda: self._create(jax.random.key(0))))
+
+    def as_computed(self, params: Params) -> Params:
+        """`params` with those converted that layers convert at every call, to what they convert to.
+
+        The network computes the same with them: for calling it repeatedly.
+        """
+        return converted_to(params, self._products_dtypes)
 
     def _create(self, key: Key[Array, ""]) -> nnx.Module:
         return _MODULES[type(self.config)](self.config, rngs=nnx.Rngs(params=key))

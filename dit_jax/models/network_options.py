@@ -27,7 +27,7 @@ class NetworkOptions:
     num_classes: int = option(1000, "0: unconditional", PERIOD)
     second_time: str = option("none", "none | r | t-r: what else of time the network sees")
     augment_dim: int = option(0, "labels of config.augmentation that the network sees", PERIOD)
-    remat: str = option("none", "none | block | dots")
+    remat: str = option("auto", "none | activations | dots | block | auto: what fits")
     attention: str = option("auto", "einsum | xla | cudnn | cpu | auto: by backend")
     custom_gradients: str = option("auto", "on | off (where jax.jvp is needed) | auto: on on CPUs")
     dtype: str = option("auto", "of matrix products; auto: bfloat16 on accelerators")

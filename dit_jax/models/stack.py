@@ -13,10 +13,11 @@ from typing import Any
 import jax
 from flax import nnx
 
+from dit_jax.models.linear import converted_to, products_dtypes
+from dit_jax.models.recomputation import activations_saveable, converted, resolve_remat
 from dit_jax.target import target_platform
 
 LAYER_LOOPS = ("auto", "scan", "unroll")
-REMAT_POLICIES = ("none", "block", "dots")
 
 
 def resolve_layer_loop(layer_loop: str, backend: str | None = None, *, remat: str = "none") -> str:
@@ -29,24 +30,29 @@ def resolve_layer_loop(layer_loop: str, backend: str | None = None, *, remat: st
     if layer_loop != "auto":
         return layer_loop
     on_cpu = (backend or target_platform()) == "cpu"
-    return "unroll" if on_cpu and remat == "none" else "scan"
+    return "unroll" if on_cpu and resolve_remat(remat, backend) == "none" else "scan"
 
 
 def rematerialised(function: Callable, remat: str, *, prevent_cse: bool = True) -> Callable:
     """Wraps a block so that its backward pass recomputes what the policy does not save.
 
-    'none' saves everything, 'block' only the block's inputs, 'dots' the results of matrix products
-    with weights (everything elementwise, and attention scores, are recomputed). Outside a scan
+    'none' saves everything, 'activations' the results of matrix products and of attention (only
+    what is elementwise or a normalisation is recomputed), 'dots' those of matrix products with
+    weights, before the bias is added (attention is recomputed as well), 'block' only the block's
+    inputs. 'auto' is one of these by backend (`recomputation.resolve_remat`). Outside a scan
     `prevent_cse` keeps XLA from merging the recomputation with what it was to replace.
+
+    Raises:
+        ValueError: an unknown policy.
     """
+    remat = resolve_remat(remat)
     if remat == "none":
         return function
     policy = {
         "block": jax.checkpoint_policies.nothing_saveable,
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "activations": activations_saveable,
     }
-    if remat not in policy:
-        raise ValueError(f"remat={remat!r}: expected one of {REMAT_POLICIES}")
     return jax.checkpoint(function, policy=policy[remat], prevent_cse=prevent_cse)
 
 
@@ -109,7 +115,7 @@ def run_stack(
         state: per-layer state with a leading layer axis, `Ahead` of such, or None.
         depth: number of layers.
         layer_loop: 'scan', 'unroll' or 'auto'.
-        remat: 'none', 'block' or 'dots'.
+        remat: a policy of `rematerialised`.
         capture: numbers of layers whose activations are wanted besides, ascending.
         prefetch: turns a layer's state into what `call` takes in its place; done for layer l + 1
             before layer l is computed, and once for every layer. Needs a state.
@@ -128,10 +134,16 @@ def run_stack(
     if list(capture) != sorted(set(capture)) or not all(0 <= i < depth for i in capture):
         raise ValueError(f"features {capture}: expected ascending numbers of 0 to {depth - 1}")
     graph, parameters = nnx.split(blocks)
+    dtypes = products_dtypes(blocks)
+    if dtypes:  # see `converted`
+        stopped = jax.tree.map(jax.lax.stop_gradient, parameters)
+        parameters = (stopped, converted_to(parameters, dtypes))
     scanned = resolve_layer_loop(layer_loop, remat=remat) == "scan"
 
     @functools.partial(rematerialised, remat=remat, prevent_cse=not scanned)
     def layer(x, parameters, state, args):
+        if dtypes:
+            parameters = jax.tree.map(converted, *parameters)
         return call(nnx.merge(graph, parameters), x, state, *args)
 
     if state is None:

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from dit_jax.training import saved_averages
-from dit_jax.tree_paths import by_path, paths_of
+from dit_jax.tree_paths import by_path, path_of, paths_of
 
 # What tensorstore appends to its messages, as [tensorstore_spec='{"context":...
 _DETAILS = re.compile(r"\s*\[(?:tensorstore_spec|source locations?|domain)\b")
@@ -220,7 +220,8 @@ class Checkpoints:
                     if set_aside:  # not before it is clear that the run goes on
                         self._set_aside(damaged)
                     state, notes = saved_averages.as_wanted(found["state"], target)
-                    return Restored(candidate, state, found["data"], notes)
+                    state, more = saved_averages.in_wanted_dtypes(state, target)
+                    return Restored(candidate, state, found["data"], notes + more)
                 reason = "its arrays are not the ones that were written"
             if step is not None:
                 raise CheckpointError(
@@ -248,7 +249,7 @@ class Checkpoints:
         self._manager.reload()
 
     def _as_saved(self, target: Any, step: int) -> Any:
-        """`target` with the averages that the checkpoint has.
+        """`target` with the averages that the checkpoint has, and in its dtypes.
 
         A checkpoint of another network is not damaged: the error says what differs.
         """
@@ -267,7 +268,12 @@ class Checkpoints:
             raise MismatchError(
                 f"checkpoint {self.path(step)} belongs to another configuration:\n{shown}"
             )
-        return target
+
+        def as_stored(path, leaf):
+            dtype, sharding = saved[path_of(path)].dtype, getattr(leaf, "sharding", None)
+            return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+
+        return jax.tree_util.tree_map_with_path(as_stored, target)
 
     def inspect(self, target: Any, step: int) -> dict[str, int]:
         """Fingerprints by path of a checkpoint of a tree like `target`, but for its averages.

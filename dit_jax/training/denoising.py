@@ -15,6 +15,7 @@ from dit_jax.diffusion import losses
 from dit_jax.diffusion.timesteps import TimeDistribution
 from dit_jax.models.call import Request
 from dit_jax.training import ema as ema_lib
+from dit_jax.training import remat_choice
 from dit_jax.training.method import (
     Batch,
     Metrics,
@@ -175,6 +176,19 @@ class Denoising(OnePhase):
         metrics = {name: part.mean() for name, part in {"loss": loss, **parts}.items()}
         return metrics["loss"], metrics
 
+    def kept_bytes(self, state: TrainState, batch: Batch, key: Key[Array, ""]) -> int:
+        """Bytes that the backward pass of one microbatch keeps; of arrays or their shapes."""
+
+        def loss(params, examples):
+            return self.loss(params, examples)[0]
+
+        def part(leaf):
+            size = leaf.shape[0] // self.num_microbatches
+            return jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype)
+
+        examples = jax.tree.map(part, jax.eval_shape(self.draw_examples, batch, key))
+        return remat_choice.kept_bytes(loss, state.params, examples)
+
     def update(
         self,
         state: TrainState,
@@ -186,7 +200,11 @@ class Denoising(OnePhase):
         """One optimizer step on the mean loss of `batch`, then the averages."""
         examples = self.draw_examples(batch, key, frozen)
         metrics, gradients = accumulated_gradients(
-            self.loss, state.params, examples, self.num_microbatches
+            self.loss,
+            state.params,
+            examples,
+            self.num_microbatches,
+            self.denoiser.network.as_computed,
         )
         updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -8,7 +8,7 @@ been dispatched, so the device never waits for the host.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -18,8 +18,8 @@ import numpy as np
 from dit_jax.defaults import Training
 from dit_jax.fp8_kernels import check_compiled
 from dit_jax.quantities import counted
-from dit_jax.training import memory
 from dit_jax.training import metrics as metrics_lib
+from dit_jax.training import remat_choice
 from dit_jax.training.checkpoints import CheckpointError, Checkpoints
 from dit_jax.training.interruption import Interruption
 from dit_jax.training.method import Method
@@ -136,6 +136,7 @@ def train(
     strict: bool = True,
     initial_params: Callable[[], Any] | None = None,
     frozen: Any = None,
+    alternatives: Mapping[str, Method] | None = None,
     on_start: Callable[[], None] = lambda: None,
     before_writing: Callable[[int], None] = lambda step: None,
 ) -> TrainResult:
@@ -154,6 +155,8 @@ def train(
         strict: refuse to continue from a checkpoint made with another seed or other data.
         initial_params: reads the parameters to start from, if there is no checkpoint yet.
         frozen: what the method reads and never trains, on the devices already.
+        alternatives: `method` by rematerialisation policy (`remat_choice.alternatives`), of which
+            the first that fits is trained.
         on_start: called once the state is there and the updates are compiled: before that nothing
             of a run on disk changes, so that one that is refused stays what it was.
         before_writing: called with the step before metrics, pictures or a checkpoint are written.
@@ -189,7 +192,7 @@ def train(
         announce(f"already at step {step} of {options.num_steps}: nothing to train")
         return TrainResult(state, step, False, 0.0, 0.0)
 
-    updates = _Updates(method, shardings, frozen, announce, placement)
+    updates = _Updates(alternatives or {"": method}, shardings, frozen, announce, placement)
     host_batch = next(data)
     updates.compile(state, host_batch, key, getattr(data, "image_sizes", ()))
     on_start()
@@ -240,8 +243,8 @@ class _Updates:
     goes into the update, and comes out among the metrics as what all of them know.
     """
 
-    def __init__(self, method, shardings, frozen, announce, placement):
-        self._method, self._shardings, self._frozen = method, shardings, frozen
+    def __init__(self, methods, shardings, frozen, announce, placement):
+        self._methods, self._shardings, self._frozen = methods, shardings, frozen
         self._announce, self._placement = announce, placement
         self._compiled = {}
         self.agree = jax.process_count() > 1
@@ -254,30 +257,50 @@ class _Updates:
             host_batch: one batch.
             key: root key.
             sizes: (height, width) of all images to come, where they are of several sizes.
+
+        Raises:
+            memory.MemoryNeededError: no method's updates fit.
         """
-        for phase in self._method.phases:
+        batches = {size: _of_size(host_batch, size) for size in sizes} or {None: host_batch}
+
+        def lower_bound(method):
+            devices, least = self._placement.num_devices, []
+            for batch in batches.values():
+                with self._placement.tracing():
+                    inputs = state, self._inputs(batch, False)[0], key
+                    least.append(remat_choice.least_bytes(method, *inputs, devices))
+            return max(least)
+
+        def disagrees(flag):
+            return bool(jnp.max(self._placement.put_flag(flag))) if self.agree else flag
+
+        choice = remat_choice.Choice(self._methods, self._announce, disagrees)
+        self._method, self._compiled = choice.compiled(
+            lambda method: self._compile(method, state, batches, key), lower_bound
+        )
+
+    def _compile(self, method, state, batches, key) -> dict[Any, Any]:
+        """One method's updates by phase and shapes of the batch; `batches` are by size."""
+        compiled = {}
+        for phase in method.phases:
 
             def update(state, batch, key, frozen, stop=None, phase=phase):
                 key = jax.random.fold_in(key, state.step)
-                state, metrics = self._method.update(state, batch, key, frozen, phase)
+                state, metrics = method.update(state, batch, key, frozen, phase)
                 return state, metrics if stop is None else {**metrics, _STOP: jnp.max(stop)}
 
             jitted = jax.jit(update, donate_argnums=0, out_shardings=(self._shardings, None))
-            for size in sizes or (None,):
-                batch = host_batch if size is None else _of_size(host_batch, size)
-                self._compile(jitted, phase, batch, state, key, size)
-
-    def _compile(self, jitted, phase, host_batch, state, key, size) -> None:
-        started = time.perf_counter()
-        batch, *flag = self._inputs(host_batch, False)
-        with self._placement.tracing():
-            lowered = jitted.lower(state, batch, key, self._frozen, *flag)
-        compiled = self._compiled[phase, _shapes(host_batch)] = lowered.compile()
-        memory.require_fits(compiled)
-        check_compiled(lowered, compiled)
-        name = "the update" if len(self._method.phases) == 1 else f"the {phase} update"
-        name += f" of {size[0]}x{size[1]}" if size else ""
-        self._announce(f"compiled {name} in {time.perf_counter() - started:.1f} s")
+            for size, host_batch in batches.items():
+                started = time.perf_counter()
+                batch, *flag = self._inputs(host_batch, False)
+                with self._placement.tracing():
+                    lowered = jitted.lower(state, batch, key, self._frozen, *flag)
+                compiled[phase, _shapes(host_batch)] = lowered.compile()
+                check_compiled(lowered, compiled[phase, _shapes(host_batch)])
+                name = "the update" if len(method.phases) == 1 else f"the {phase} update"
+                name += f" of {size[0]}x{size[1]}" if size else ""
+                self._announce(f"compiled {name} in {time.perf_counter() - started:.1f} s")
+        return compiled
 
     def _inputs(self, host_batch, stop: bool) -> list:
         batch = self._placement.put_batch(host_batch)

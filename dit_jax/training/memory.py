@@ -126,7 +126,7 @@ def require_batches(batch_size: int, example_shape: tuple[int, ...], state: Any)
         require_host_memory(host + on_devices + held, what, remedy)
         return
     require_host_memory(host, what, remedy)
-    limit = _device_memory()
+    limit = device_memory()
     # At best both are divided over all devices.
     needed = on_devices / jax.local_device_count() + held / jax.device_count()
     if limit and needed > limit:
@@ -146,9 +146,21 @@ def _largest(state: Any) -> str:
     return ", ".join(f"{name} {format_bytes(sizes[name])}" for name in largest)
 
 
-def _device_memory() -> int | None:
+def device_memory() -> int | None:
     """Bytes of one accelerator; None where it does not say."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def _new_and_kept(compiled: Any) -> tuple[int, int]:
+    """Bytes of a device: what the program needs beside its arguments, and these."""
+    found = compiled.memory_analysis()
+    new = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return new, found.argument_size_in_bytes
+
+
+def bytes_needed(compiled: Any) -> int:
+    """Bytes of a device that a compiled program needs, its arguments among them; 0 if unknown."""
+    return 0 if compiled.memory_analysis() is None else sum(_new_and_kept(compiled))
 
 
 def require_fits(compiled: Any) -> None:
@@ -157,18 +169,16 @@ def require_fits(compiled: Any) -> None:
     Raises:
         MemoryNeededError: with what it needs and what there is.
     """
-    analysis = compiled.memory_analysis()
-    if analysis is None:
+    if compiled.memory_analysis() is None:
         return
-    new = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    kept = analysis.argument_size_in_bytes
+    new, kept = _new_and_kept(compiled)
     if jax.default_backend() == "cpu":
         # State and batch are in memory already.
         new, kept = new * jax.local_device_count(), kept * jax.local_device_count()
         free, needed, related = available_host_memory(), new, "beside"
         whose = "this machine has left"
     else:
-        free, needed, related = _device_memory(), new + kept, "with"
+        free, needed, related = device_memory(), new + kept, "with"
         whose = "a device has"
     if free is not None and needed > free:
         raise MemoryNeededError(

@@ -112,6 +112,7 @@ def accumulated_gradients(
     params: Any,
     examples: Any,
     num_microbatches: int,
+    as_computed: Callable[[Any], Any] = lambda params: params,
 ) -> tuple[Metrics, Any]:
     """Metrics and gradients of a batch's mean loss, computed in parts.
 
@@ -123,6 +124,8 @@ def accumulated_gradients(
         params: differentiated.
         examples: a tree whose leaves have the batch as leading axis.
         num_microbatches: how many parts, one after the other; divides the batch.
+        as_computed: converts parameters to what they are used in (`Network.as_computed`): done once
+            for all parts. Gradients are summed in the dtypes of `params` all the same.
 
     Returns:
         The mean metrics and the gradients.
@@ -138,9 +141,11 @@ def accumulated_gradients(
         parts = leaf.reshape(-1, num_microbatches, *leaf.shape[1:])
         return jnp.moveaxis(parts, 1, 0)
 
+    used = as_computed(params)
+
     def add(total, part):
-        gradients, metrics = gradient(params, part)
-        return jax.tree.map(jnp.add, total, (metrics, gradients)), None
+        gradients, metrics = gradient(used, part)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, (metrics, gradients)), None
 
     parts = jax.tree.map(split, examples)
     shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda a: a[0], parts))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import optax
@@ -10,6 +11,7 @@ from dit_jax.options import option, register, register_section
 from dit_jax.ranges import NOT_NEGATIVE, PERIOD, POSITIVE, SHARE_BELOW_ONE
 
 SCHEDULES = ("constant", "cosine", "linear")
+MU_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,22 +28,47 @@ class OptimizerOptions:
     gradient_clip_norm: float = option(0.0, "0: no clipping", NOT_NEGATIVE)
 
 
-@dataclasses.dataclass(frozen=True)
-class AdamW:
-    """Adam with decoupled weight decay."""
+def _mean_dtype() -> Any:
+    # The mean of gradients changes by a tenth at every update, which rounding to the nearest does
+    # not lose; the mean of their squares changes by a thousandth, and stays float32.
+    return option("float32", "float32 | bfloat16: what the mean of gradients is stored in")
 
+
+def _checked(mu_dtype: str, name: str) -> str | None:
+    """As optax takes it.
+
+    Raises:
+        ValueError: unknown.
+    """
+    if mu_dtype not in MU_DTYPES:
+        raise ValueError(
+            f"optimizer.{name}.mu_dtype={mu_dtype!r}: expected one of {', '.join(MU_DTYPES)}"
+        )
+    return None if mu_dtype == "float32" else mu_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class _Adam:
     beta1: float = option(0.9, "decay of the mean of gradients", SHARE_BELOW_ONE)
     beta2: float = option(0.999, "decay of the mean of their squares", SHARE_BELOW_ONE)
     epsilon: float = option(1e-8, "added to the root of that, which divides", NOT_NEGATIVE)
 
+
+@dataclasses.dataclass(frozen=True)
+class AdamW(_Adam):
+    """Adam with decoupled weight decay."""
+
+    mu_dtype: str = _mean_dtype()
+
     def create(self, schedule: optax.Schedule, weight_decay: float):
         """The optax transformation."""
-        betas = self.beta1, self.beta2
-        return optax.adamw(schedule, *betas, self.epsilon, weight_decay=weight_decay, mask=_decays)
+        stored = {"mu_dtype": _checked(self.mu_dtype, "adamw")}
+        adam = schedule, self.beta1, self.beta2, self.epsilon
+        return optax.adamw(*adam, weight_decay=weight_decay, mask=_decays, **stored)
 
 
 @dataclasses.dataclass(frozen=True)
-class RAdam(AdamW):
+class RAdam(_Adam):
     """Adam with a rectified variance at first, which needs no warm-up."""
 
     def create(self, schedule: optax.Schedule, weight_decay: float):
@@ -61,10 +88,13 @@ class Lion:
         0.9, "share of the mean, beside the gradient, in an update's sign", SHARE_BELOW_ONE
     )
     beta2: float = option(0.99, "decay of the mean of gradients", SHARE_BELOW_ONE)
+    mu_dtype: str = _mean_dtype()
 
     def create(self, schedule: optax.Schedule, weight_decay: float):
         """The optax transformation."""
-        return optax.lion(schedule, self.beta1, self.beta2, weight_decay=weight_decay, mask=_decays)
+        stored = {"mu_dtype": _checked(self.mu_dtype, "lion")}
+        betas = self.beta1, self.beta2
+        return optax.lion(schedule, *betas, weight_decay=weight_decay, mask=_decays, **stored)
 
 
 OPTIMIZERS = {"adamw": AdamW, "radam": RAdam, "lion": Lion}

@@ -1,4 +1,4 @@
-"""Averages that were added to a run, or left out, since its checkpoint was written.
+"""Averages that were added to a run, left out or stored otherwise since its checkpoint was written.
 
 An average is a function of the parameters alone, so a run can begin to keep one at any step: it
 starts as a copy of the parameters, as all do at step 0. One that is no longer kept is dropped.
@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from dit_jax.quantities import counted
 
 
 def _has_averages(node: Any) -> bool:
@@ -56,4 +58,27 @@ def as_wanted(found: Any, target: Any) -> tuple[Any, list[str]]:
 def _copied(params: Any, target: Any) -> Any:
     # Copies, each where it belongs: an update gives its state away, no array may be in it twice.
     shardings = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None), target)
-    return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(params)
+    dtypes = jax.tree.map(lambda leaf: leaf.dtype, target)
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.array, tree, dtypes), out_shardings=shardings)
+    return copy(params)
+
+
+def in_wanted_dtypes(found: Any, target: Any) -> tuple[Any, list[str]]:
+    """What was read, in the dtypes of `target` (an average, or the optimizer's mean of gradients).
+
+    Returns:
+        It, and a line about what is stored otherwise from here on.
+    """
+    leaves, treedef = jax.tree.flatten(found)
+    wanted = jax.tree.leaves(target)
+    changed = {}
+    for leaf, goal in zip(leaves, wanted, strict=True):
+        if leaf.dtype != goal.dtype:
+            names = f"{leaf.dtype} in the checkpoint, {goal.dtype} from here on"
+            changed[names] = changed.get(names, 0) + 1
+    converted = [
+        leaf if leaf.dtype == goal.dtype else leaf.astype(goal.dtype)
+        for leaf, goal in zip(leaves, wanted, strict=True)
+    ]
+    lines = [f"{counted(number, 'array')} of {names}" for names, number in changed.items()]
+    return treedef.unflatten(converted), lines

@@ -45,6 +45,8 @@ def made(config: ml_collections.ConfigDict, given: ml_collections.ConfigDict) ->
         found["attention"] = attention.resolve_implementation(
             model.attention, dtype, network.head_dim, custom_gradients=custom
         )
+    if model.remat != "auto":
+        found["remat"] = model.remat
     own = model.get(name, {})
     if "layer_loop" in own:
         found[f"{name}.layer_loop"] = stack.resolve_layer_loop(own.layer_loop, remat=model.remat)

@@ -18,6 +18,7 @@ from dit_jax.parallel.planning.compilers import Compiled, GpuCompiler, VirtualCo
 from dit_jax.parallel.planning.gpu_targets import MEMORY_BYTES
 from dit_jax.parallel.planning.programs import Needs, Planned
 from dit_jax.parallel.planning.schedule import Schedule
+from dit_jax.training.remat_choice import AUTOMATIC, POLICIES, with_remat
 
 GIB = 2**30
 # Of a GPU's memory: what is left beside CUDA's context, NCCL's buffers and the libraries'. JAX
@@ -26,8 +27,6 @@ USABLE_SHARE = 0.92
 DEFAULT_SHARE = 0.75
 # Least time of a kernel, however small; what launching one costs on top is not known beforehand.
 SHORTEST_KERNEL = 2e-6
-# Policies of rematerialisation from the fastest to the smallest.
-REMATS = ("none", "dots", "block")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +64,30 @@ def make_plan(
         ConfigError: the configuration cannot work.
         ValueError: mesh, batch and devices do not go together.
     """
+    if subject.what != "train" or subject.config.model.remat != "auto":
+        return _plan(subject, compiler, hbm_gib, fallback, suggest_remats=True)
+    tried = {}
+    # As training chooses; programs for CPUs, which keep other things, tell nothing of the choice.
+    for remat in AUTOMATIC if isinstance(compiler, GpuCompiler) else POLICIES[:1]:
+        policy = dataclasses.replace(subject, config=with_remat(subject.config, remat))
+        plan = _plan(policy, compiler, hbm_gib, fallback, suggest_remats=False)
+        if not isinstance(compiler, GpuCompiler):
+            return plan
+        tried[remat] = {key: plan["memory"][key] for key in ("total_bytes", "fits")}
+        if plan["memory"]["fits"]:
+            break
+    return {**plan, "remats_tried": tried}
+
+
+def _plan(
+    subject: Subject,
+    compiler: GpuCompiler | VirtualCompiler,
+    hbm_gib: float | None,
+    fallback: str,
+    *,
+    suggest_remats: bool,
+) -> dict[str, Any]:
+    """The plan of an experiment whose policy of rematerialisation is settled."""
     config, device = subject.config, compiler.accelerator
     with compiler.targeting():
         needs = subject.needs(config)
@@ -86,6 +109,7 @@ def make_plan(
         "versions": {"jax": jax.__version__},
         "mesh": needs.mesh,
         "chosen_for_target": chosen,
+        "remats_tried": {},
         "notes": list(needs.notes),
         "model": {key: config.model[key] for key in ("name", "remat", "attention", "dtype")},
         "input_size": list(input_size),
@@ -105,7 +129,7 @@ def make_plan(
         plan["predicted"] = _predicted(needs, compiled, plan["bounds"], count, device)
     plan["remats"], plan["suggestions"] = {}, []
     if not memory["fits"]:
-        if predicted and subject.what == "train":
+        if predicted and suggest_remats and subject.what == "train":
             plan["remats"] = _remats(subject, compiler, memory)
         plan["suggestions"] = suggestions(config, plan)
     return plan
@@ -261,10 +285,8 @@ def _remats(
     """What the policies behind the experiment's own need, up to the first that fits."""
     found = {}
     own = subject.config.model.remat
-    for remat in REMATS[REMATS.index(own) + 1 :] if own in REMATS else ():
-        config = subject.config.copy_and_resolve_references()
-        with config.unlocked():
-            config.model.remat = remat
+    for remat in POLICIES[POLICIES.index(own) + 1 :]:
+        config = with_remat(subject.config, remat)
         with compiler.targeting():
             needs = subject.needs(config)
         compiled = [compiler.compile(planned.lower) for planned in needs.programs]

@@ -40,6 +40,12 @@ def _what(plan: dict[str, Any]) -> str:
     if chosen := plan["chosen_for_target"]:
         listed = ", ".join(f"{key}={value}" for key, value in chosen.items())
         lines.append(f"'auto' on the target: {listed}")
+    if tried := plan["remats_tried"]:
+        listed = ", ".join(
+            f"{name} {_gib(remat['total_bytes'])}{'' if remat['fits'] else ' (too much)'}"
+            for name, remat in tried.items()
+        )
+        lines.append(f"config.model.remat=auto takes the first that fits, in GiB: {listed}")
     return "\n".join([*lines, *(f"note: {note}" for note in plan["notes"])])
 
 

@@ -76,7 +76,7 @@ def test_large_scores_stay_finite():
     assert all(np.isfinite(g).all() for g in grads)
 
 
-@pytest.mark.parametrize("remat", ["none", "block", "dots"])
+@pytest.mark.parametrize("remat", ["none", "activations", "block", "dots"])
 @pytest.mark.parametrize("layer_loop", ["scan", "unroll"])
 def test_whole_network(remat, layer_loop):
     plain = Network(SMALL)

@@ -195,7 +195,7 @@ def test_bfloat16_stays_close(name):
     assert 1e-4 < error < 0.03
 
 
-@pytest.mark.parametrize("remat", ["block", "dots"])
+@pytest.mark.parametrize("remat", ["activations", "block", "dots"])
 def test_rematerialisation_changes_no_gradient(remat):
     _, network, params = pair(TINY)
     other = Network(dataclasses.replace(TINY, remat=remat))

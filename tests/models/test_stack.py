@@ -36,6 +36,7 @@ def plain(small):
         ("scan", "none"),
         ("scan", "block"),
         ("scan", "dots"),
+        ("scan", "activations"),
         ("unroll", "block"),
         ("unroll", "dots"),
     ],
@@ -61,6 +62,7 @@ def test_rematerialisation_saves_less():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert saved("block") < saved("dots") < saved("none")
+    assert saved("activations") < saved("none")
 
 
 def test_layers_are_initialised_each_from_its_own_key():

@@ -174,6 +174,25 @@ def test_a_checkpoint_of_another_network_is_refused_with_a_list(saved):
     assert Checkpoints(saved).steps() == [1, 2, 3]
 
 
+def test_what_is_stored_otherwise_is_converted_and_said(saved):
+    def state(dtype):
+        params = {"kernel": jnp.linspace(0, 1, 6).reshape(2, 3)}
+        average = {"kernel": params["kernel"].astype(dtype)}
+        return TrainState(jnp.int32(5), params, {"ema_0.9": average}, ())
+
+    directory = saved.with_name("dtypes")
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(5, {"state": state(jnp.bfloat16), "key": jnp.ones(2)}, {})
+    found = Checkpoints(directory, read_only=True).restore(
+        {"state": state(jnp.float32), "key": jnp.ones(2)}
+    )
+    assert found.notes == ["1 array of bfloat16 in the checkpoint, float32 from here on"]
+    assert_same_bits(
+        found.state["state"].ema["ema_0.9"]["kernel"],
+        state(jnp.bfloat16).ema["ema_0.9"]["kernel"].astype(jnp.float32),
+    )
+
+
 def test_averages_may_be_added_and_left_out(saved):
     # 'kernel' alone is averaged in these states, so their parameters are made the same.
     def with_averages(step, *names):

@@ -1,5 +1,6 @@
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -89,6 +90,36 @@ def test_shares_stay_exact_in_long_runs(step):
     assert float(Average(decay=0.9999).share(jnp.int32(step))) == pytest.approx(1e-4, rel=1e-6)
 
 
+def test_bfloat16_averages_move_and_follow_those_of_float32():
+    # The parameters have moved by 2 %, of which an update is a fortieth of the distance between
+    # two numbers of bfloat16: rounded to the nearest, nothing would ever change.
+    start, end = jnp.ones((64, 64)), jnp.full((64, 64), 1.02)
+    found = {}
+    for dtype in ema.DTYPES:
+        average = Average(decay=0.99, dtype=dtype)
+        state = ema.init([average], {"w": start})
+        assert state[average.name]["w"].dtype == dtype
+        update = jax.jit(lambda state, step, a=average: ema.update([a], state, {"w": end}, step))
+        for step in range(1, 201):
+            state = update(state, jnp.int32(step))
+        found[dtype] = np.asarray(state[average.name]["w"].astype(jnp.float32))
+    exact, half = found["float32"], found["bfloat16"]
+    assert float(jnp.bfloat16(1 + 0.01 * 0.02)) == 1.0  # what rounding to the nearest gives
+    assert abs(half.mean() - exact.mean()) < 2e-4 < exact.mean() - 1
+    assert abs(half - exact).max() < 0.02
+    assert half.std() < 2**-7
+
+
+def test_stochastic_rounding_is_exact_on_average_and_keeps_what_is_not_finite():
+    x = jnp.float32([1.001, -1.003, 3e-5, 0.0, 2.0, jnp.inf, -jnp.inf, jnp.nan])
+    keys = jax.random.split(jax.random.key(0), 4000)
+    drawn = jax.vmap(lambda key: ema.stochastically_rounded(x, key))(keys)
+    drawn = np.asarray(drawn.astype(jnp.float32))
+    np.testing.assert_allclose(drawn[:, :5].mean(0), x[:5], rtol=3e-4)
+    assert all(len(np.unique(drawn[:, i])) == 2 for i in range(3))  # its two neighbours
+    assert (drawn[:, 3:7] == x[3:7]).all() and np.isnan(drawn[:, 7]).all()
+
+
 def test_names_and_order():
     found = ema.averages((0.999, 0.9999), (0.05,))
     assert ema.averages((0.999, 0.9999), (0.05,), warmup=True)[1:] == [
@@ -111,6 +142,7 @@ def test_names_and_order():
         (lambda: Average(power_std=0.3), "ema.power_stds: 0.3 is not between"),
         (lambda: Average(power_std=0.1, warmup=True), "only an average of constant decay"),
         (lambda: ema.averages((0.9, 0.9)), "asked for twice"),
+        (lambda: ema.averages((0.9,), dtype="float16"), "ema.dtype='float16': expected one of"),
     ],
 )
 def test_errors(call, message):

@@ -62,6 +62,19 @@ def test_lion_is_the_papers():
         np.testing.assert_allclose(ours[name], w, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [AdamW, Lion])
+def test_a_bfloat16_mean_of_gradients_changes_little(kind):
+    params, gradients = random_problem(steps=20)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        optimizer = create_optimizer(kind(mu_dtype=dtype), lambda count: 0.01)
+        moments = [leaf.dtype for leaf in jax.tree.leaves(optimizer.init(params)) if leaf.ndim]
+        assert moments.count(jnp.dtype(dtype)) >= 2
+        found[dtype] = run(optimizer, params, gradients)
+    moved = np.abs(found["float32"]["w"] - params["w"]).max()
+    assert np.abs(found["bfloat16"]["w"] - found["float32"]["w"]).mean() < 0.02 * moved
+
+
 def test_clipping_scales_the_whole_gradient():
     params, gradients = random_problem(steps=1, scale=10.0)
     norm = np.sqrt(sum(np.square(g).sum() for g in gradients[0].values()))
@@ -119,6 +132,10 @@ def test_a_short_warm_up_ends_at_the_peak(warmup):
         (lambda: learning_rate_schedule(0.0), "optimizer.learning_rate=0.0"),
         (lambda: learning_rate_schedule(0.1, warmup_steps=-1), "optimizer.warmup_steps=-1"),
         (lambda: learning_rate_schedule(float("inf")), "optimizer.learning_rate=inf"),
+        (
+            lambda: create_optimizer(AdamW(mu_dtype="int8"), lambda count: 0.01),
+            "optimizer.adamw.mu_dtype='int8': expected one of float32, bfloat16",
+        ),
     ],
 )
 def test_errors(call, message):
