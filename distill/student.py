@@ -110,7 +110,7 @@ class Student:
 
     denoiser: Denoiser
     optimizer: optax.GradientTransformation
-    averages: tuple[ema_lib.Average, ...] = ()
+    averages: tuple[ema_lib.EMA, ...] = ()
     label_dropout: float = 0.0
     num_microbatches: int = 1
 

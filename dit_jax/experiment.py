@@ -255,7 +255,7 @@ def build_timesteps(config: ml_collections.ConfigDict) -> TimeDistribution:
     return distribution(build_process(config), **options)
 
 
-def build_averages(config: ml_collections.ConfigDict) -> tuple[ema.Average, ...]:
+def build_averages(config: ml_collections.ConfigDict) -> tuple[ema.EMA, ...]:
     """The averages of the parameters of `config.ema`."""
     options = config.ema
     kinds = {"warmup": options.warmup, "dtype": options.dtype}

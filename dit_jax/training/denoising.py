@@ -103,7 +103,7 @@ class Denoising(OnePhase):
     timesteps: TimeDistribution
     weighting: losses.LossWeight
     optimizer: optax.GradientTransformation
-    averages: tuple[ema_lib.Average, ...] = ()
+    averages: tuple[ema_lib.EMA, ...] = ()
     label_dropout: float = 0.1
     num_microbatches: int = 1
     vlb_weight: float = 1.0

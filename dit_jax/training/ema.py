@@ -55,7 +55,7 @@ def power_function_exponent(std: float) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class Average:
+class EMA:
     """One average, either of constant decay or of power-function profile.
 
     Attributes:
@@ -110,17 +110,17 @@ def averages(
     *,
     warmup: bool = False,
     dtype: str = "float32",
-) -> list[Average]:
+) -> list[EMA]:
     """The averages a configuration asks for, constant decays first, these with `warmup` or not."""
-    found = [Average(decay=d, warmup=warmup, dtype=dtype) for d in decays]
-    found += [Average(power_std=s, dtype=dtype) for s in power_stds]
+    found = [EMA(decay=d, warmup=warmup, dtype=dtype) for d in decays]
+    found += [EMA(power_std=s, dtype=dtype) for s in power_stds]
     names = [average.name for average in found]
     if len(set(names)) != len(names):
         raise ValueError(f"ema: the same average is asked for twice: {names}")
     return found
 
 
-def init(averages: Sequence[Average], params) -> dict:
+def init(averages: Sequence[EMA], params) -> dict:
     """Every average starts as a copy of the parameters."""
 
     def copied(average):
@@ -129,7 +129,7 @@ def init(averages: Sequence[Average], params) -> dict:
     return {average.name: copied(average) for average in averages}
 
 
-def _dtype(average: Average, leaf: Array) -> jnp.dtype:
+def _dtype(average: EMA, leaf: Array) -> jnp.dtype:
     """What an average of `leaf` is stored in; never wider than that."""
     dtype = jnp.dtype(average.dtype)
     return dtype if dtype.itemsize < leaf.dtype.itemsize else leaf.dtype
@@ -147,7 +147,7 @@ def stochastically_rounded(x: Float[Array, "*s"], key: Key[Array, ""]) -> Float[
     return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
 
 
-def update(averages: Sequence[Average], ema: dict, params, step: Int[Array, ""]) -> dict:
+def update(averages: Sequence[EMA], ema: dict, params, step: Int[Array, ""]) -> dict:
     """The averages after the update that ended step `step` with `params`.
 
     What is drawn to round one depends on the step and its place among the averages alone.
@@ -158,7 +158,7 @@ def update(averages: Sequence[Average], ema: dict, params, step: Int[Array, ""])
     }
 
 
-def _updated(average: Average, ema, params, step: Int[Array, ""], number: int):
+def _updated(average: EMA, ema, params, step: Int[Array, ""], number: int):
     share = average.share(step)
     if average.dtype == "float32":
         return jax.tree.map(lambda old, new: old + share * (new - old), ema, params)

@@ -21,7 +21,7 @@ from dit_jax.diffusion.samplers import make_solver, schedule
 from dit_jax.distill.student import Student, Teacher
 from dit_jax.models import Result
 from dit_jax.sampling import Sampler, image_keys
-from dit_jax.training.ema import Average
+from dit_jax.training.ema import EMA
 from tests.compilations import OPTIMIZED
 
 
@@ -198,7 +198,7 @@ def mlp_student(
     return Student(
         Denoiser(MlpNetwork(**network), process),
         optimizer or optax.chain(optax.clip_by_global_norm(10.0), optax.adam(schedule)),
-        (Average(decay=decay),),
+        (EMA(decay=decay),),
         label_dropout,
         num_microbatches,
     )

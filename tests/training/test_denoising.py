@@ -12,7 +12,7 @@ from dit_jax.diffusion import DDPM, LOSS_WEIGHTS, RectifiedFlow
 from dit_jax.diffusion.timesteps import Uniform
 from dit_jax.models import DiTConfig, Network
 from dit_jax.training.denoising import Denoising
-from dit_jax.training.ema import Average
+from dit_jax.training.ema import EMA
 from dit_jax.training.method import accumulated_gradients
 from dit_jax.training.optimizer import AdamW, create_optimizer
 from tests.references import torch_dit
@@ -31,7 +31,7 @@ def make_method(process=None, **overrides):
         "timesteps": Uniform(process),
         "weighting": LOSS_WEIGHTS["none"](),
         "optimizer": optimizer,
-        "averages": (Average(decay=0.9), Average(power_std=0.1)),
+        "averages": (EMA(decay=0.9), EMA(power_std=0.1)),
     }
     return Denoising(**{**options, **overrides})
 

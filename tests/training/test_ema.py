@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dit_jax.training import ema
-from dit_jax.training.ema import Average, power_function_exponent
+from dit_jax.training.ema import EMA, power_function_exponent
 
 
 def averaged(average, values):
@@ -22,7 +22,7 @@ def test_a_constant_decay_starts_from_the_initial_parameters():
     expected = values[0]
     for value in values[1:]:
         expected = 0.9 * expected + 0.1 * value
-    assert averaged(Average(decay=0.9), values) == pytest.approx(expected, abs=1e-6)
+    assert averaged(EMA(decay=0.9), values) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 10, 500])
@@ -39,19 +39,19 @@ def test_a_warmed_up_decay_weighs_its_first_steps_less(steps):
     ]
     assert sum(weights) == pytest.approx(1)
     values = np.random.default_rng(0).normal(size=steps + 1)
-    average = Average(decay=0.999, warmup=True)
+    average = EMA(decay=0.999, warmup=True)
     assert averaged(average, values) == pytest.approx(np.dot(weights, values), abs=1e-6)
     # Without: the random start still weighs 61 % after 500 steps.
-    assert averaged(Average(decay=0.999), [1.0, *([0.0] * steps)]) == pytest.approx(
+    assert averaged(EMA(decay=0.999), [1.0, *([0.0] * steps)]) == pytest.approx(
         0.999**steps, rel=1e-4
     )
 
 
 def test_the_warm_up_ends_at_the_decay():
-    average = Average(decay=0.9, warmup=True)
+    average = EMA(decay=0.9, warmup=True)
     shares = [float(average.share(jnp.int32(step))) for step in (1, 79, 80, 81, 10**6)]
     assert shares == pytest.approx([9 / 11, 9 / 89, 0.1, 0.1, 0.1], rel=1e-6)
-    assert average.name == Average(decay=0.9).name
+    assert average.name == EMA(decay=0.9).name
 
 
 def test_exponents_are_edm2s():
@@ -67,7 +67,7 @@ def test_exponents_are_edm2s():
 def test_a_power_average_has_its_profile(std):
     # After n steps the weight of step i is that of a profile proportional to t^gamma: the share of
     # the first i steps is the product of what is kept, close to (i / n)^(gamma + 1).
-    steps, average = 400, Average(power_std=std)
+    steps, average = 400, EMA(power_std=std)
     share = np.array([float(average.share(jnp.int32(i))) for i in range(1, steps + 1)])
     weights = share * np.append(np.cumprod((1 - share)[::-1])[::-1][1:], 1.0)
     assert weights.sum() == pytest.approx(1, abs=1e-5)
@@ -85,9 +85,9 @@ def test_a_power_average_has_its_profile(std):
 def test_shares_stay_exact_in_long_runs(step):
     exponent = power_function_exponent(0.1) + 1
     expected = -np.expm1(exponent * np.log1p(-1 / np.float64(step))) if step > 1 else 1.0
-    found = float(Average(power_std=0.1).share(jnp.int32(step)))
+    found = float(EMA(power_std=0.1).share(jnp.int32(step)))
     assert found == pytest.approx(expected, rel=1e-5)
-    assert float(Average(decay=0.9999).share(jnp.int32(step))) == pytest.approx(1e-4, rel=1e-6)
+    assert float(EMA(decay=0.9999).share(jnp.int32(step))) == pytest.approx(1e-4, rel=1e-6)
 
 
 def test_bfloat16_averages_move_and_follow_those_of_float32():
@@ -96,7 +96,7 @@ def test_bfloat16_averages_move_and_follow_those_of_float32():
     start, end = jnp.ones((64, 64)), jnp.full((64, 64), 1.02)
     found = {}
     for dtype in ema.DTYPES:
-        average = Average(decay=0.99, dtype=dtype)
+        average = EMA(decay=0.99, dtype=dtype)
         state = ema.init([average], {"w": start})
         assert state[average.name]["w"].dtype == dtype
         update = jax.jit(lambda state, step, a=average: ema.update([a], state, {"w": end}, step))
@@ -123,8 +123,8 @@ def test_stochastic_rounding_is_exact_on_average_and_keeps_what_is_not_finite():
 def test_names_and_order():
     found = ema.averages((0.999, 0.9999), (0.05,))
     assert ema.averages((0.999, 0.9999), (0.05,), warmup=True)[1:] == [
-        Average(decay=0.9999, warmup=True),
-        Average(power_std=0.05),
+        EMA(decay=0.9999, warmup=True),
+        EMA(power_std=0.05),
     ]
     assert [average.name for average in found] == ["ema_0.999", "ema_0.9999", "ema_std0.05"]
     params = {"w": jnp.ones(3)}
@@ -136,11 +136,11 @@ def test_names_and_order():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Average(), "either a decay or a power_std"),
-        (lambda: Average(decay=0.9, power_std=0.1), "either a decay or a power_std"),
-        (lambda: Average(decay=1.0), "ema.decays: 1.0 is not in"),
-        (lambda: Average(power_std=0.3), "ema.power_stds: 0.3 is not between"),
-        (lambda: Average(power_std=0.1, warmup=True), "only an average of constant decay"),
+        (lambda: EMA(), "either a decay or a power_std"),
+        (lambda: EMA(decay=0.9, power_std=0.1), "either a decay or a power_std"),
+        (lambda: EMA(decay=1.0), "ema.decays: 1.0 is not in"),
+        (lambda: EMA(power_std=0.3), "ema.power_stds: 0.3 is not between"),
+        (lambda: EMA(power_std=0.1, warmup=True), "only an average of constant decay"),
         (lambda: ema.averages((0.9, 0.9)), "asked for twice"),
         (lambda: ema.averages((0.9,), dtype="float16"), "ema.dtype='float16': expected one of"),
     ],
