@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from dit_jax.training.remat_choice import POLICIES
 from tests.launch.conftest import run
 from tests.plugin import needs_plugin
 
@@ -67,13 +68,22 @@ def test_arithmetic_is_the_models_own_with_blocks_recomputed(trained):
 
 
 def test_what_does_not_fit_is_told_with_the_remat_that_would(tmp_path):
-    text, found = plan(tmp_path, "--devices=1", "--config.training.batch_size=64", "--hbm_gib=7.5")
+    batch = ("--devices=1", "--config.training.batch_size=64", "--hbm_gib=4.5")
+    text, found = plan(tmp_path, *batch, "--config.model.remat=none")
     assert not found["memory"]["fits"] and "does not fit, by" in text
     remats = found["remats"]
-    assert list(remats) in (["dots"], ["dots", "block"])
     last = list(remats)[-1]
+    assert list(remats) == list(POLICIES[1 : 1 + len(remats)])
     assert remats[last]["fits"], remats
     assert f"--config.model.remat={last} (compiled too: " in text
+
+
+def test_auto_is_the_first_policy_that_fits(tmp_path):
+    text, found = plan(tmp_path, "--devices=1", "--config.training.batch_size=64")
+    assert found["model"]["remat"] == "activations" and found["memory"]["fits"]
+    assert list(found["remats_tried"]) == ["activations"]
+    assert found["chosen_for_target"]["config.model.remat"] == "activations"
+    assert "config.model.remat=auto takes the first that fits, in GiB: activations" in text
 
 
 DEPTH, STEPS, WARMUP = 4, 12, 4

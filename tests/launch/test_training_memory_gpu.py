@@ -69,7 +69,7 @@ def test_what_is_counted_by_shape_is_a_lower_bound(plans):
     # In so few layers one layer's working set counts as well: of 28 layers of XL/2, batch 256, the
     # differences between policies are those of XLA's account to 2 %.
     for remat, counted in kept.items():
-        assert counted < temporaries[remat] < 3 * counted, remat
+        assert counted < temporaries[remat], remat
 
 
 def test_no_array_of_float32_is_kept(plans):
