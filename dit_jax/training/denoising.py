@@ -199,12 +199,10 @@ class Denoising(OnePhase):
     ) -> tuple[TrainState, Metrics]:
         """One optimizer step on the mean loss of `batch`, then the averages."""
         examples = self.draw_examples(batch, key, frozen)
+        # What only has the face of a `Network` need not know of it.
+        as_computed = getattr(self.denoiser.network, "as_computed", lambda params: params)
         metrics, gradients = accumulated_gradients(
-            self.loss,
-            state.params,
-            examples,
-            self.num_microbatches,
-            self.denoiser.network.as_computed,
+            self.loss, state.params, examples, self.num_microbatches, as_computed
         )
         updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
