@@ -176,7 +176,9 @@ class Sampler:
 
     def _run(self, program, *inputs):
         """Runs a compiled program, one of fp8 on a GPU only if all its products are 8-bit ones."""
-        quantization = getattr(self.denoiser.network.config, "quantization", "none")
+        quantization = getattr(
+            getattr(self.denoiser.network, "config", None), "quantization", "none"
+        )
         if is_fp8(quantization) and target_platform() == "gpu":
             _check_kernels(program, self, inputs)
         return program(self, *inputs)
