@@ -110,3 +110,12 @@ def test_an_installation_has_every_package_under_one_name():
         for path in (ROOT / folder).rglob("__init__.py"):
             found.add(".".join((name, *path.parent.relative_to(ROOT / folder).parts)))
     assert set(setup["packages"]) == found
+
+
+def test_importing_the_library_and_its_options_starts_no_backend():
+    # Several processes join before JAX starts.
+    code = (
+        "from dit_jax import options; options.schema(); import dit_jax.launch.training; "
+        "from jax._src import xla_bridge; assert not xla_bridge._backends"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

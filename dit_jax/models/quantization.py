@@ -49,8 +49,10 @@ def require_quantization(quantization: str) -> None:
     """
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization={quantization!r}: expected one of {QUANTIZATIONS}")
+    if not is_fp8(quantization):
+        return  # before the platform is asked for, which starts JAX: several processes join first
     platform = target_platform()
-    if not is_fp8(quantization) or platform == "cpu":
+    if platform == "cpu":
         return
     device, remedy = jax.devices()[0], "set model.quantization='none' (or 'int8', for inference)"
     if platform != "gpu":
