@@ -26,6 +26,7 @@ ALONE = {
     "augmentation.hue_max",
     "augmentation.rotate_frac_max",
     "augmentation.translate_int_max",
+    "cache.first_block.max_reuses",
     "method.consistency.min_r",
     "method.tcm.min_r",
     "process.edm.vp_beta_min",

@@ -33,6 +33,7 @@ CHECKPOINTS = "checkpoints"
 _FREE = (
     "name",
     "sampling.",
+    "cache.",
     "evaluation.",
     "autoencoder.",
     "mesh.",
