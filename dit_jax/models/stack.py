@@ -149,6 +149,11 @@ def run_stack(
     if state is None:
         prefetch = None
     first = state.first if isinstance(state, Ahead) else None
+    if first is not None and prefetch_next is None:
+        raise ValueError(
+            "this state has the first layer's prefetched: pass the attention strategy's "
+            "prefetch_next to run_stack beside its prefetch"
+        )
     stacked = state.layers if isinstance(state, Ahead) else state
     part = (0, depth) if layers is None else layers
     fetch = None if prefetch is None else _Prefetch(prefetch, first, prefetch_next)

@@ -78,6 +78,7 @@ class Toy(nnx.Module):
             *(jax.nn.silu(self.t_embedder(request.t)), options),
             **{"state": request.carry, "depth": config.depth, "capture": request.features},
             prefetch=getattr(attend, "prefetch", None),
+            prefetch_next=getattr(attend, "prefetch_next", None),
         )
         tokens, *maps = (a[:, text.shape[1] :] for a in (tokens, *maps))
         out = layers.unpatchify(self.out(layers.layer_norm(tokens)), config.patch_size, own)
