@@ -256,7 +256,7 @@ class Decoder:
     ):
         channels, self._programs = config.model.in_channels, programs
         self._settings, self._placement, self.path = config.autoencoder, placement, path
-        self._latent_shape = experiment.build_network(config).sample_shape
+        self._config = config
         self.autoencoder, self.fingerprint, self._by_rows = None, "", None
         if row_devices is not None and (path is None or self._settings.tile):
             reason = "there is no VAE" if path is None else "autoencoder.tile decodes in tiles"
@@ -299,7 +299,8 @@ class Decoder:
         if self.autoencoder is None:
             return []
         _, size = self._batches(num_devices)
-        return [self._program(np.zeros((size, *self._latent_shape), np.float32))]
+        latent = experiment.build_network(self._config).sample_shape
+        return [self._program(np.zeros((size, *latent), np.float32))]
 
     def _program(self, latents: jax.Array | np.ndarray) -> Program:
         compiled_in = {"autoencoder": self.autoencoder.config, "rows": self._by_rows}
