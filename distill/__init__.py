@@ -19,7 +19,7 @@ register_method(
     "mean_flow",
     mean_flow.build,
     mean_flow.MeanFlowOptions,
-    reads=("timesteps", "augmentation"),
+    reads=("timesteps", "augmentation", "second_time"),
 )
 # Their fake score is a denoiser, and has its loss.
 for _name, _module, _options in (

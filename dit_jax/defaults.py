@@ -28,7 +28,7 @@ class Training:
     num_microbatches: int = option(1, "gradient accumulation: the batch in so many parts", COUNT)
     log_every: int = option(100, "steps between lines of metrics", COUNT)
     preview_every: int = option(0, "steps between sample grids; 0: none", PERIOD)
-    preview_images: int = option(64, "of a sample grid", COUNT)
+    preview_images: int = option(64, "of a sample grid", COUNT, needs="preview_every")
     checkpoint_every: int = option(5_000, "steps between checkpoints; 0: the last only", PERIOD)
     keep_last: int = option(2, "most recent checkpoints kept", COUNT)
     keep_every: int = option(0, "also keep checkpoints at multiples of this; 0: none", PERIOD)

@@ -24,7 +24,16 @@ from dit_jax.diffusion.schedules import shift_of_tokens
 from dit_jax.models import NETWORK_CONFIGS, Network
 from dit_jax.models.step_cache import CachedNetwork, StepCache
 from dit_jax.named_options import options_named, renamed
-from dit_jax.options import NoOptions, option, options_of, register, register_section, schema
+from dit_jax.options import (
+    NoOptions,
+    facts,
+    option,
+    options_of,
+    register,
+    register_section,
+    schema,
+    unmet_need,
+)
 from dit_jax.programs import Program
 from dit_jax.ranges import SHARE
 from dit_jax.sampling import Sampler
@@ -53,6 +62,61 @@ def resolve_config(config: AnyConfig) -> ml_collections.ConfigDict:
     except (ValueError, TypeError) as error:
         raise ConfigError(_of_keys(str(error), config)) from error
     return config
+
+
+def effect_error(config: ml_collections.ConfigDict, method: Method) -> str | None:
+    """What of a run's configuration would do nothing, and why; None where all has an effect.
+
+    Apart from `resolve_config`, as what earlier runs have recorded is read whatever it says.
+
+    Args:
+        config: resolved.
+        method: its method.
+    """
+    known = schema()
+    if message := unmet_need(dict(flatten(config)), known):
+        return message
+    name, teacher = config.method.name, config.teacher
+    waiting = (
+        ["guidance_scale", "guidance_interval"] if "teacher" not in method.frozen_names else []
+    )
+    if not (method.frozen_names or teacher.path):
+        waiting += ["weights", "initialize_student"]
+    for key in waiting:
+        if teacher[key] != known[f"teacher.{key}"].default:
+            return (
+                f"config.teacher.{key}={teacher[key]!r} would do nothing: config.method.name="
+                f"{name!r}, as it is configured, asks no teacher. Leave it out, or choose a method "
+                "that learns from one"
+            )
+    if config.model.second_time != "none" and "second_time" not in facts("method", name)["reads"]:
+        return (
+            f"config.model.second_time={config.model.second_time!r} would do nothing: "
+            f"config.method.name={name!r} tells the network of one time. Set 'none', or "
+            "config.method.name='mean_flow'"
+        )
+    return None
+
+
+def require_augmented(
+    config: ml_collections.ConfigDict, info: data_lib.DatasetInfo, initial: bool
+) -> None:
+    """Refuses parameters for labels of augmentation that a run from scratch would never see.
+
+    Args:
+        config: resolved, of a run that is to begin.
+        info: of its data, which may bring such labels.
+        initial: whether the run starts from a model, whose network it then has to have.
+
+    Raises:
+        ConfigError: with what to set.
+    """
+    dim = config.model.augment_dim
+    if dim and not (config.augmentation.probability or "augment" in info.conditions or initial):
+        raise ConfigError(
+            f"config.model.augment_dim={dim} would do nothing: no image is augmented. Set "
+            "config.augmentation.probability, or config.model.augment_dim=0"
+        )
 
 
 def _of_keys(text: str, config: ml_collections.ConfigDict) -> str:
@@ -327,8 +391,8 @@ def register_method(
         options: a dataclass whose fields, each made by `options.option`, become
             config.method.<name>.<field>.
         reads: what of the configuration's other sections does something: of 'timesteps', 'loss'
-            (the weighting), 'variance' (loss.vlb_weight) and 'augmentation'. What is set of the
-            others is refused.
+            (the weighting), 'variance' (loss.vlb_weight), 'augmentation' and 'second_time' (of
+            model). What is set of the others is refused.
         scheduled: whether the student is trained for the very steps of config.sampling, which then
             decide what is learned.
 

@@ -45,6 +45,7 @@ class Option:
         below: name of another option of the same dataclass, which it has to be below.
         at_most: name of another one, which it must not exceed.
         zero_is_open: 0 stands for an end that takes no part in that order.
+        needs: name of another one, without which (0) it has no effect.
         interval: a tuple that is (low, high) or empty.
         size: a tuple that is (height, width) or empty.
         expected: of a text that has to be given where the choice is made, what to give.
@@ -56,6 +57,7 @@ class Option:
     below: str = ""
     at_most: str = ""
     zero_is_open: bool = False
+    needs: str = ""
     interval: bool = False
     size: bool = False
     expected: str = ""
@@ -274,4 +276,18 @@ def order_error(values: Mapping[str, Any], known: Mapping[str, Option]) -> str |
         if not (low < high if option.below else low <= high):
             relation = "below" if option.below else "at most"
             return f"config.{path}={low!r}: expected {relation} config.{limit}={high!r}"
+    return None
+
+
+def unmet_need(values: Mapping[str, Any], known: Mapping[str, Option]) -> str | None:
+    """What of a flat, complete configuration waits for another key; None where nothing does."""
+    for path, option in known.items():
+        if not option.needs or values[path] == option.default:
+            continue
+        needed = f"{path.rpartition('.')[0]}.{option.needs}"
+        if not values[needed]:
+            return (
+                f"config.{path}={values[path]!r} would do nothing with config.{needed}="
+                f"{values[needed]!r}: set config.{needed} too, or leave config.{path} out"
+            )
     return None

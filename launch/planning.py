@@ -8,6 +8,7 @@ from typing import Any
 import ml_collections
 
 from dit_jax import experiment
+from dit_jax.config import ConfigError
 from dit_jax.launch import sizes, wiring
 from dit_jax.output_formats import require_suffix
 from dit_jax.parallel.planning import choices, compilers, programs
@@ -186,7 +187,10 @@ def make_plan(
         placement = wiring.create_placement(config, compiler.devices())
         if what == "sample":
             return programs.plan_sampling(config, placement)
-        return programs.plan_training(config, placement, experiment.build_method(config))
+        method = experiment.build_method(config)
+        if message := experiment.effect_error(config, method):
+            raise ConfigError(message)
+        return programs.plan_training(config, placement, method)
 
     subject = planning.Subject(config, given, what, needs)
     return planning.make_plan(subject, compiler, hbm_gib, reason)

@@ -70,6 +70,7 @@ def train_in(
     """As `run`, in a workdir whose lock is `held`."""
     method = experiment.build_method(config)
     plan = experiment.build_sampling(config)
+    require_effect(directory, config, method)
     placement = wiring.create_placement(config)
     training = config.training
     placement.check_batch_size(training.batch_size, training.num_microbatches)
@@ -81,6 +82,8 @@ def train_in(
     if init_from:
         initial = loading.open_initial(init_from, config, **(init_options or {}))
     initial = initial or models.start
+    if not workdir.has_run(directory):
+        experiment.require_augmented(config, source.info, initial is not None)
     decoder = open_decoder(config, placement) if training.preview_every else None
     placement.check_rows(source.info)
     options = dataclasses.replace(options, flops_per_example=mean_flops(config, source.info))
@@ -143,6 +146,18 @@ def train_in(
             on_start=home.write_records,
             before_writing=home.mend,
         )
+
+
+def require_effect(directory: Path, config, method) -> None:
+    """Refuses keys that would do nothing; a run that was begun with them goes on with them."""
+    message = experiment.effect_error(config, method)
+    if not message:
+        return
+    if workdir.has_run(directory):
+        begun = workdir.load_config(directory)
+        if experiment.effect_error(begun, method) == message:
+            return
+    raise config_lib.ConfigError(message)
 
 
 def class_names_text(source: data_lib.Source, models: methods.FrozenModels) -> str:

@@ -133,6 +133,54 @@ def test_errors_of_values_no_object_takes(overrides, message):
     assert message in str(error.value)
 
 
+CHURN = "would do nothing with config.sampling.heun.s_churn=0.0: set"
+NO_TEACHER = "would do nothing: config.method.name='denoising', as it is configured, asks no teach"
+WITHOUT_EFFECT = {
+    "sampling.heun.s_noise": (1.01, CHURN),
+    "sampling.heun.s_max": (50.0, CHURN),
+    "sampling.heun.s_min": (0.1, CHURN),
+    "training.preview_images": (8, "would do nothing with config.training.preview_every=0: set"),
+    "teacher.guidance_scale": (1.5, NO_TEACHER),
+    "teacher.guidance_interval": ((0.1, 0.5), NO_TEACHER),
+    "teacher.weights": ("raw", NO_TEACHER),
+    "teacher.initialize_student": (False, NO_TEACHER),
+    "model.second_time": ("r", "tells the network of one time. Set 'none', or config.method.name="),
+}
+
+
+@pytest.mark.parametrize("path", WITHOUT_EFFECT)
+def test_keys_without_effect_are_refused_where_a_run_begins(path):
+    value, message = WITHOUT_EFFECT[path]
+    config = default_config()
+    config.sampling.solver = "heun"
+    config.model.dit.update(depth=1, hidden_size=32, num_heads=2)
+    config = experiment.resolve_config(config)
+    method = experiment.build_method(config)
+    assert experiment.effect_error(config, method) is None
+    config.update_from_flattened_dict({path: value})
+    config = experiment.resolve_config(config)  # as records of runs are read
+    error = experiment.effect_error(config, method)
+    assert error.startswith(f"config.{path}={value!r} would do nothing") and message in error
+
+
+def test_keys_that_others_give_an_effect_are_taken():
+    config = default_config()
+    config.sampling.solver = "heun"
+    config.sampling.heun.update(s_churn=10.0, s_noise=1.01, s_max=50.0, s_min=0.1)
+    config.training.update(preview_every=10, preview_images=8)
+    config.method.name = "consistency"
+    config.method.consistency.trajectory = "teacher"
+    config.teacher.update(guidance_scale=1.5, weights="raw", initialize_student=False)
+    config.model.dit.update(depth=1, hidden_size=32, num_heads=2, learn_sigma=False)
+    config.process.name = "edm"
+    config = experiment.resolve_config(config)
+    method = experiment.build_method(config)
+    assert experiment.effect_error(config, method) is None
+    config.method.consistency.trajectory = "data"
+    error = experiment.effect_error(config, experiment.build_method(config))
+    assert "teacher.guidance_scale=1.5 would do nothing" in error and "'consistency', as" in error
+
+
 def test_a_flags_choice_leaves_out_what_the_file_sets_for_another():
     config = importlib.import_module("dit_jax.configs.digits").get_config().lock()
     flow = {"process.flow.network_convention": "flux", "process.flow.time_scale": 1000.0}
@@ -189,6 +237,7 @@ def test_every_experiment_resolves_and_initialises(name):
     else:
         resolved.model[resolved.model.name].num_blocks = 1
     method = experiment.build_method(resolved)
+    assert experiment.effect_error(resolved, method) is None
     key = jax.random.key(0)
     network = build_teacher(resolved).denoiser.network
     frozen = {name: jax.eval_shape(network.init, key) for name in method.frozen_names}

@@ -300,9 +300,14 @@ class Heun(Solver):
         "smallest sigma / alpha at which noise is added",
         NOT_NEGATIVE,
         at_most="s_max",
+        needs="s_churn",
     )
-    s_max: float = option(1e9, "largest sigma / alpha at which noise is added", NOT_NEGATIVE)
-    s_noise: float = option(1.0, "standard deviation of the added noise", NOT_NEGATIVE)
+    s_max: float = option(
+        1e9, "largest sigma / alpha at which noise is added", NOT_NEGATIVE, needs="s_churn"
+    )
+    s_noise: float = option(
+        1.0, "standard deviation of the added noise", NOT_NEGATIVE, needs="s_churn"
+    )
 
     evaluations_per_step: ClassVar[int] = 2
     follows_velocity: ClassVar[bool] = True

@@ -60,6 +60,11 @@ class WorkdirError(RuntimeError):
     """A workdir that cannot be used as asked."""
 
 
+def has_run(workdir: Path) -> bool:
+    """Whether a run has begun there: it has a configuration and a checkpoint."""
+    return (workdir / CONFIG_FILE).exists() and any((workdir / CHECKPOINTS).glob("[0-9]*"))
+
+
 def keep_earlier(workdir: Path, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """`config` for the run in `workdir`, if there is one, which may be older than some keys.
 
@@ -78,7 +83,7 @@ def keep_earlier(workdir: Path, config: ml_collections.ConfigDict) -> ml_collect
 
 def _earlier_values(workdir: Path) -> dict:
     file = workdir / CONFIG_FILE
-    if not file.exists() or not any((workdir / CHECKPOINTS).glob("[0-9]*")):
+    if not has_run(workdir):
         return {}
     try:
         return config_lib.earlier_values(read_json_text(file))
@@ -123,7 +128,7 @@ def require_same_run(
         WorkdirError: it holds a run whose configuration differs in keys that matter to what is
             learned; they are listed.
     """
-    if not (workdir / CONFIG_FILE).exists() or not any((workdir / CHECKPOINTS).glob("[0-9]*")):
+    if not has_run(workdir):
         return
     found = load_config(workdir)
     changed = _essential_differences(found, config)

@@ -62,12 +62,23 @@ def trained(tmp_path_factory):
         ({"sampling.weights": "ema_0.5"}, "expected one of ema, ema_0.9, ema_std0.1, raw"),
         ({"sampling.solver": "ddpm"}, "config.sampling"),
         ({"data.name": "digits", "data.horizontal_flip": True, "seed": -1}, "seed=-1"),
+        ({"model.augment_dim": 9}, "config.model.augment_dim=9 would do nothing: no image is"),
+        ({"training.preview_images": 8}, "do nothing with config.training.preview_every=0"),
     ],
 )
 def test_training_is_refused(capsys, tmp_path, overrides, message):
     error = refusal(capsys, train.run, tiny_config(**overrides), tmp_path / "run")
     assert message in error
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_run_begun_with_a_key_without_effect_goes_on(capsys, trained, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "copy")
+    begun = tiny_config(**{"training.num_steps": 4, "training.preview_images": 8})
+    (workdir / "config.json").write_text(config_lib.to_json(begun))
+    assert train.run(begun, workdir).step == 4
+    other = tiny_config(**{"training.num_steps": 4, "training.preview_images": 9})
+    assert "preview_images=9 would do nothing" in refusal(capsys, train.run, other, workdir)
 
 
 def test_a_missing_teacher_or_its_pairs_are_told_with_the_command_that_makes_them(

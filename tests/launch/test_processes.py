@@ -18,7 +18,6 @@ OPTIONS = [
     "--config.mesh.fsdp=8",
     "--config.training.log_every=1",
     "--config.training.checkpoint_every=2",
-    "--config.training.preview_images=8",
 ]
 
 
@@ -97,8 +96,8 @@ def killed_and_resumed(tiny_file, tmp_path_factory):
     seconds = time.monotonic() - killed
     steps = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
     end = steps[-1] + 4
-    preview = f"--config.training.preview_every={end}"
-    processes = start_two(tiny_file, workdir, f"--config.training.num_steps={end}", preview)
+    previews = (f"--config.training.preview_every={end}", "--config.training.preview_images=8")
+    processes = start_two(tiny_file, workdir, f"--config.training.num_steps={end}", *previews)
     texts = finish(processes)
     assert [process.returncode for process in processes] == [0, 0], texts
     return workdir, end, (processes[0].returncode, first, seconds), texts
