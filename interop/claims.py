@@ -16,7 +16,7 @@ from dit_jax.quantities import counted
 from dit_jax.untrusted import check_within, read_json, shown
 
 # Counts of layers: each has tensors of its own.
-_LAYERS = ("num_layers", "layers_per_block", "num_blocks", "depth")
+_LAYERS = ("num_layers", "num_hidden_layers", "layers_per_block", "num_blocks", "depth")
 _SIDES = ("sample_size", "image_size", "img_resolution")
 _MAX_SIDE = 2**14
 _MAX_WIDTHS = 64  # resolutions of a network

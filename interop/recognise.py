@@ -27,6 +27,7 @@ _SIGNS = (
     ("ADM U-Net", ("input_blocks.0.0.weight", "out.2.weight")),
     ("Inception-V3", ("Mixed_5b.branch1x1.conv.weight",)),
     ("CLIP text encoder", ("text_model.embeddings.token_embedding.weight",)),
+    ("CLIP text encoder", ("embeddings.token_embedding.weight", "final_layer_norm.weight")),
     ("T5 encoder", ("encoder.block.0.layer.0.SelfAttention.q.weight",)),
     ("vision transformer", ("patch_embed.proj.weight", "cls_token")),
 )

@@ -154,13 +154,15 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     return weight_map, metadata if isinstance(metadata, dict) else {}
 
 
-# How diffusers calls the weights of a model, best first.
-_DIFFUSERS_NAMES = tuple(
-    f"diffusion_pytorch_model{suffix}"
-    for suffix in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+# How diffusers and transformers call the weights of a model, best first.
+_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+DIFFUSERS_NAMES = tuple(f"diffusion_pytorch_model{suffix}" for suffix in _SUFFIXES)
+TRANSFORMERS_NAMES = (
+    *(f"model{suffix}" for suffix in _SUFFIXES[:2]),
+    *(f"pytorch_model{suffix}" for suffix in _SUFFIXES[2:]),
 )
 
 
-def find_weights(folder: Path) -> Path:
-    """The weights of a model that diffusers saved; the folder itself if none are called so."""
-    return next((folder / n for n in _DIFFUSERS_NAMES if (folder / n).is_file()), folder)
+def find_weights(folder: Path, names: tuple[str, ...] = DIFFUSERS_NAMES) -> Path:
+    """The weights of a model that a library saved; the folder itself if none are called so."""
+    return next((folder / name for name in names if (folder / name).is_file()), folder)

@@ -113,6 +113,28 @@ VAE = (
     Rule(r"(post_)?quant_conv/bias", VECTOR, optional=True),
 )
 
+CLIP_TEXT = (
+    Rule(r"(token|position)_embedding/embedding", (None, BOTH)),
+    Rule(r"blocks/attn/qkv/kernel", COLUMNS),
+    Rule(r"blocks/attn/proj/kernel", ROWS),
+    Rule(r"blocks/mlp/fc1/kernel", COLUMNS),
+    Rule(r"blocks/mlp/fc2/kernel", ROWS),
+    Rule(r"blocks/.*(bias|scale)", VECTOR),
+    Rule(r"final_norm/(bias|scale)", VECTOR),
+    Rule(r"text_projection/kernel", COLUMNS, optional=True),
+)
+
+T5_ENCODER = (
+    Rule(r"token_embedding/embedding", (None, BOTH)),
+    Rule(r"relative_bias/embedding", (None, "tensor")),  # a column a head
+    Rule(r"blocks/attn/qkv/kernel", COLUMNS),
+    Rule(r"blocks/attn/proj/kernel", ROWS),
+    Rule(r"blocks/mlp/wi_\d/kernel", COLUMNS),
+    Rule(r"blocks/mlp/wo/kernel", ROWS),
+    Rule(r"blocks/norm\d/scale", VECTOR),
+    Rule(r"final_norm/scale", VECTOR),
+)
+
 # The small trees that methods of distillation train beside a network.
 PLAYERS = (
     Rule(r"heads/\w+/(convs/)?conv\d*/kernel", (None, None, "tensor", "fsdp"), optional=True),
@@ -128,6 +150,8 @@ TABLES: dict[str, tuple[Rule, ...]] = {
     "song_unet": UNET,
     "dhariwal_unet": UNET,
     "autoencoder_kl": VAE,
+    "clip_text": CLIP_TEXT,
+    "t5_encoder": T5_ENCODER,
 }
 
 

@@ -31,6 +31,21 @@ def layer_norm(x: Float[Array, "*batch d"], epsilon: float = 1e-6) -> Float[Arra
     return x.astype(dtype)
 
 
+class LayerNorm(nnx.Module):
+    """`layer_norm` with learned scale and shift."""
+
+    def __init__(self, dim: int, epsilon: float = 1e-5):
+        self.scale = nnx.Param(jnp.ones(dim))
+        self.bias = nnx.Param(jnp.zeros(dim))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        """Normalises; the result has x's dtype."""
+        lead = (None,) * (x.ndim - 1)
+        y = layer_norm(x.astype(jnp.float32), self.epsilon)
+        return (y * self.scale[...][lead] + self.bias[...][lead]).astype(x.dtype)
+
+
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + epsilon) scale over the last axis, in float32 (arXiv 1910.07467).
 

@@ -10,10 +10,13 @@ from jax.sharding import PartitionSpec as P
 
 from dit_jax import experiment
 from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from dit_jax.models.text import CLIPTextConfig, T5Config, TextEncoder
 from dit_jax.parallel import partitioning
 from dit_jax.parallel.mesh import create_mesh
 from dit_jax.parallel.partitioning import (
+    CLIP_TEXT,
     PLAYERS,
+    T5_ENCODER,
     TABLES,
     VAE,
     Rule,
@@ -82,7 +85,7 @@ def test_the_rules_fit_every_experiment_and_divide_its_state_evenly():
         placed = place_tree(state, rules, SIZES)
         used |= {r for r in rules for p in placed if p.shape and r.matches(p.path)}
     idle = {r.pattern for table in TABLES.values() for r in (*table, *PLAYERS)}
-    idle -= {r.pattern for r in used} | {r.pattern for r in VAE}
+    idle -= {r.pattern for r in used} | {r.pattern for r in (*VAE, *CLIP_TEXT, *T5_ENCODER)}
     assert not idle
 
 
@@ -93,6 +96,19 @@ def test_the_rules_fit_the_autoencoder():
     assert sum(p.bytes_per_device(SIZES) for p in placed) < 1.01 * whole / 8
     specs = {p.path: p.spec for p in placed}
     assert specs["decoder/mid_block/resnets/0/conv1/kernel"] == P(None, None, "fsdp", "tensor")
+
+
+@pytest.mark.parametrize(
+    ("config", "rules"),
+    [(CLIPTextConfig(with_projection=True), CLIP_TEXT), (T5Config(), T5_ENCODER)],
+)
+def test_the_rules_fit_the_text_encoders(config, rules):
+    encoder = TextEncoder(config)
+    placed = place_tree(jax.eval_shape(encoder.init, jax.random.key(0)), rules, SIZES)
+    whole = sum(4 * np.prod(p.shape) for p in placed)
+    assert sum(p.bytes_per_device(SIZES) for p in placed) < 1.01 * whole / 8
+    specs = {p.path: p.spec for p in placed}
+    assert specs["blocks/attn/proj/kernel"] == P(None, "tensor", "fsdp")
 
 
 def test_averages_optimizer_and_players_follow_their_parameter():
