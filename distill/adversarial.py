@@ -20,6 +20,7 @@ from dit_jax.diffusion.process import Process
 from dit_jax.diffusion.timesteps import TimeDistribution
 from dit_jax.distill.discriminator import Discriminator
 from dit_jax.distill.few_step import FewStepOptions, counted_config
+from dit_jax.nearest import one_of
 from dit_jax.options import option, schema
 from dit_jax.ranges import NOT_NEGATIVE, PERIOD, POSITIVE
 from dit_jax.training.method import Metrics
@@ -100,7 +101,9 @@ class Adversary:
 
     def __post_init__(self):
         if self.features_of not in FEATURES_OF:
-            raise ValueError(f"features_of={self.features_of!r}: expected one of {FEATURES_OF}")
+            raise ValueError(
+                f"features_of={self.features_of!r}: {one_of(self.features_of, FEATURES_OF)}"
+            )
         if self.r1_weight < 0 or not self.r1_noise > 0:
             raise ValueError(
                 f"r1_weight={self.r1_weight}, r1_noise={self.r1_noise}: expected 0 or more and "

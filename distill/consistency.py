@@ -39,6 +39,7 @@ from dit_jax.distill.student import (
     nulls_of,
 )
 from dit_jax.models.call import Request
+from dit_jax.nearest import one_of
 from dit_jax.options import option
 from dit_jax.training.method import Batch, Metrics, OnePhase, accumulated_gradients
 
@@ -80,11 +81,11 @@ class Consistency(OnePhase):
     def __post_init__(self):
         known = [name for name, solver in SOLVERS.items() if solver.ode_order]
         if self.solver not in known:
-            raise ValueError(f"solver={self.solver!r}: expected one of {', '.join(known)}")
+            raise ValueError(f"solver={self.solver!r}: {one_of(self.solver, known)}")
         targets = ["student", *(average.name for average in self.student.averages)]
         if self.target not in targets:
             raise ValueError(
-                f"target={self.target!r}: expected one of {', '.join(targets)} (config.ema names "
+                f"target={self.target!r}: {one_of(self.target, targets)} (config.ema names "
                 "the averages that are kept)"
             )
 

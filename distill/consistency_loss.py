@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dit_jax.diffusion.process import DDPM, EDM, Process, RectifiedFlow
+from dit_jax.nearest import one_of
 from dit_jax.options import option
 from dit_jax.ranges import COUNT, NOT_NEGATIVE, SHARE_BELOW_ONE, Range
 
@@ -183,11 +184,9 @@ class ConsistencyLoss:
 
     def __post_init__(self):
         if self.distance not in DISTANCES:
-            raise ValueError(f"distance={self.distance!r}: expected one of {', '.join(DISTANCES)}")
+            raise ValueError(f"distance={self.distance!r}: {one_of(self.distance, DISTANCES)}")
         if self.weighting not in WEIGHTINGS:
-            raise ValueError(
-                f"weighting={self.weighting!r}: expected one of {', '.join(WEIGHTINGS)}"
-            )
+            raise ValueError(f"weighting={self.weighting!r}: {one_of(self.weighting, WEIGHTINGS)}")
         if self.distance == "pseudo_huber" and not self.huber_constant > 0:
             raise ValueError(
                 f"huber_constant={self.huber_constant}: expected above 0; distance='l2' is without"

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Key
 
 from dit_jax.models.linear import Initialization
 from dit_jax.models.spatial import convolve, group_statistics
+from dit_jax.nearest import one_of
 
 HEADS = ("unet", "transformer")
 
@@ -143,7 +144,7 @@ class Discriminator:
 
     def __post_init__(self):
         if self.head not in HEADS:
-            raise ValueError(f"discriminator head {self.head!r}: expected one of {HEADS}")
+            raise ValueError(f"discriminator head {self.head!r}: {one_of(self.head, HEADS)}")
         if not self.shapes:
             raise ValueError("a discriminator needs at least one feature map")
 

@@ -34,6 +34,7 @@ from dit_jax.distill.adversarial import (
 from dit_jax.distill.few_step import FewStepMethod, build_few_steps, counted_config
 from dit_jax.distill.student import build_student, build_teacher, drift_metrics, nulls_of
 from dit_jax.models.call import Request
+from dit_jax.nearest import one_of
 from dit_jax.options import option
 from dit_jax.ranges import NOT_NEGATIVE, POSITIVE
 from dit_jax.training.method import Batch, Metrics
@@ -111,8 +112,8 @@ class DMD2(FewStepMethod):
         super().__post_init__()
         if self.fake_score_loss not in FAKE_SCORE_LOSSES:
             raise ValueError(
-                f"fake_score_loss={self.fake_score_loss!r}: expected one of "
-                f"{', '.join(FAKE_SCORE_LOSSES)}"
+                f"fake_score_loss={self.fake_score_loss!r}: "
+                f"{one_of(self.fake_score_loss, FAKE_SCORE_LOSSES)}"
             )
         if (self.gan_weight > 0) != (self.adversary is not None):
             raise ValueError(
@@ -278,9 +279,7 @@ def dmd2_parts(config: ml_collections.ConfigDict) -> dict[str, Any]:
     options, key = config.method[config.method.name], f"config.method.{config.method.name}"
     weighting = config.loss.weighting
     if weighting not in LOSS_WEIGHTS:
-        raise ConfigError(
-            f"config.loss.weighting={weighting!r}: expected one of {', '.join(LOSS_WEIGHTS)}"
-        )
+        raise ConfigError(f"config.loss.weighting={weighting!r}: {one_of(weighting, LOSS_WEIGHTS)}")
     if weighting != "none" and options.fake_score_loss != "raw":
         raise ConfigError(
             f"config.loss.weighting={weighting!r} would do nothing: it weights the raw output's "

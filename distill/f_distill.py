@@ -20,6 +20,7 @@ from dit_jax.diffusion.process import EDM, Process
 from dit_jax.distill.adversarial import refuse_changed
 from dit_jax.distill.dmd2 import DMD2, DMD2Options, dmd2_parts
 from dit_jax.distill.student import DistillState, Player
+from dit_jax.nearest import one_of
 from dit_jax.options import option
 from dit_jax.ranges import COUNT, POSITIVE, SHARE_BELOW_ONE
 from dit_jax.training.method import Metrics
@@ -154,7 +155,7 @@ class FDistill(DMD2):
             raise ValueError("gan_weight=0: f-distill needs a discriminator's density ratio")
         if self.divergence not in DIVERGENCES:
             raise ValueError(
-                f"divergence={self.divergence!r}: expected one of {', '.join(DIVERGENCES)}"
+                f"divergence={self.divergence!r}: {one_of(self.divergence, DIVERGENCES)}"
             )
         if not 0 < self.ratio_lower < self.ratio_upper:
             raise ValueError(

@@ -30,6 +30,7 @@ from dit_jax.distill.student import (
     update_player,
 )
 from dit_jax.models.call import Request
+from dit_jax.nearest import one_of
 from dit_jax.options import option
 from dit_jax.ranges import COUNT
 from dit_jax.training import ema as ema_lib
@@ -70,7 +71,7 @@ class FewSteps:
 
     def __post_init__(self):
         if self.inputs not in INPUTS:
-            raise ValueError(f"student_input={self.inputs!r}: expected one of {', '.join(INPUTS)}")
+            raise ValueError(f"student_input={self.inputs!r}: {one_of(self.inputs, INPUTS)}")
         if len(self.times) < 2 or any(a <= b for a, b in zip(self.times, self.times[1:])):  # noqa: B905
             raise ValueError(f"times={self.times}: expected two or more that decrease")
         if self.times[-1] != self.process.clean_time:
@@ -288,7 +289,7 @@ class FewStepMethod(abc.ABC):
             return self._update_student(state, examples, frozen)
         if phase == "critic":
             return self._update_critics(state, examples, frozen)
-        raise ValueError(f"phase {phase!r}: expected one of {', '.join(self.phases)}")
+        raise ValueError(f"phase {phase!r}: {one_of(phase, self.phases)}")
 
     def _update_student(self, state, examples, frozen):
         players = {name: player.params for name, player in state.players.items()}

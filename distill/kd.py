@@ -28,6 +28,7 @@ from dit_jax.distill.student import (
     require_few_step_solver,
 )
 from dit_jax.models.call import Request
+from dit_jax.nearest import one_of
 from dit_jax.options import option
 from dit_jax.ranges import NOT_NEGATIVE
 from dit_jax.training.method import Batch, Metrics, OnePhase, accumulated_gradients
@@ -72,7 +73,7 @@ class KnowledgeDistillation(OnePhase):
 
     def __post_init__(self):
         if self.loss not in LOSSES:
-            raise ValueError(f"method.kd.loss={self.loss!r}: expected one of {', '.join(LOSSES)}")
+            raise ValueError(f"method.kd.loss={self.loss!r}: {one_of(self.loss, LOSSES)}")
         if (self.huber_c > 0) != (self.loss == "pseudo_huber"):
             raise ValueError(
                 f"method.kd.huber_c={self.huber_c} with loss={self.loss!r}: expected a positive "

@@ -6,6 +6,7 @@ from dit_jax.config import ConfigError
 from dit_jax.diffusion.solvers import SOLVERS
 from dit_jax.distill.average_velocity import MeanFlowOptions
 from dit_jax.distill.student import require_forward_mode
+from dit_jax.nearest import one_of
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -23,7 +24,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     for key, expected in choices.items():
         if c[key] not in expected:
             raise ConfigError(
-                f"config.method.mean_flow.{key}={c[key]!r}: expected one of {expected}"
+                f"config.method.mean_flow.{key}={c[key]!r}: {one_of(c[key], expected)}"
             )
     if len(c.guidance_interval) not in (0, 2):
         raise ConfigError(

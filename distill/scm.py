@@ -48,6 +48,7 @@ from dit_jax.distill.student import (
 )
 from dit_jax.distill.trig_flow import TrigFlow
 from dit_jax.models.call import Request
+from dit_jax.nearest import one_of
 from dit_jax.options import option
 from dit_jax.ranges import NOT_NEGATIVE, PERIOD, POSITIVE
 from dit_jax.training.method import Batch, Metrics, OnePhase, accumulated_gradients
@@ -163,10 +164,9 @@ class SCM(OnePhase):
 
     def __post_init__(self):
         for key, choices in (("derivative", DERIVATIVES), ("tangent", TANGENTS)):
-            if getattr(self, key) not in choices:
-                raise ValueError(
-                    f"method.scm.{key}={getattr(self, key)!r}: expected one of {', '.join(choices)}"
-                )
+            value = getattr(self, key)
+            if value not in choices:
+                raise ValueError(f"method.scm.{key}={value!r}: {one_of(value, choices)}")
         if self.tangent_warmup_steps < 0:
             raise ValueError(
                 f"method.scm.tangent_warmup_steps={self.tangent_warmup_steps}: expected 0 or more"
@@ -359,7 +359,7 @@ def build(config: ml_collections.ConfigDict) -> SCM:
     velocity, dtype = options.pop("velocity"), options.pop("derivative_dtype")
     if velocity not in VELOCITIES:
         raise ConfigError(
-            f"config.method.scm.velocity={velocity!r}: expected one of {', '.join(VELOCITIES)}"
+            f"config.method.scm.velocity={velocity!r}: {one_of(velocity, VELOCITIES)}"
         )
     if dtype not in ("", "float32", "bfloat16"):
         raise ConfigError(

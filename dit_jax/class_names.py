@@ -1,10 +1,10 @@
 """Names of classes: kept in a workdir beside the configuration, and understood as labels."""
 
-import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from dit_jax.nearest import nearest
 from dit_jax.untrusted import Fields, read_json
 
 FILE = "class_names.json"
@@ -62,7 +62,7 @@ def find_label(wanted: int | str, names: Sequence[str], num_classes: int) -> int
     if found:
         listed = ", ".join(f"{label} ({names[label]})" for label in found[:_SHOWN])
         raise ValueError(f"--labels {wanted}: several classes are called so, {listed}: say which")
-    near = difflib.get_close_matches(wanted.casefold(), labels, n=_SHOWN, cutoff=0.5)
+    near = nearest(wanted, labels, count=_SHOWN)
     near = list(dict.fromkeys(names[labels[word][0]] for word in near))
     kind = "the nearest names are" if near else "names are, for instance,"
     listed = ", ".join(near or names[:_SHOWN])

@@ -8,7 +8,6 @@ Where one of several things is chosen by `name`, each has a namespace of its own
 nothing.
 """
 
-import difflib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ import ml_collections
 from dit_jax import abbreviations
 from dit_jax import defaults as defaults  # registers its keys
 from dit_jax import options as options_lib
+from dit_jax.nearest import nearest
 from dit_jax.options import Option
 from dit_jax.untrusted import parse_json
 
@@ -82,10 +82,9 @@ def nearest_key(key: str) -> str:
     if meant:
         match = [path for path in meant if path.startswith(f"{section}.")] or meant
     elif same:
-        match = difflib.get_close_matches(key, same, n=1, cutoff=0.0)
+        match = nearest(key, same, cutoff=0.0)
     else:
-        match = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        match = match or difflib.get_close_matches(leaf, known, n=1, cutoff=0.4)
+        match = nearest(key, known) or nearest(leaf, known, cutoff=0.4)
     return f"; did you mean config.{match[0]}?" if match else ""
 
 

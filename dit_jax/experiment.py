@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -15,15 +16,18 @@ from dit_jax import conditions as conditions_lib
 from dit_jax import data as data_lib
 from dit_jax.config import AnyConfig, ConfigError, flatten, resolve
 from dit_jax.data.augmentation import Augmentation
+from dit_jax.data.buckets import parse_buckets
 from dit_jax.data.latents import extraction_command
+from dit_jax.data.registry import SOURCES
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import LOSS_WEIGHTS, PROCESSES, TIME_DISTRIBUTIONS, TimeDistribution
 from dit_jax.diffusion.process import DDPM, Process
-from dit_jax.diffusion.samplers import Solver, make_solver, schedule
+from dit_jax.diffusion.samplers import SOLVERS, Solver, make_solver, schedule
 from dit_jax.diffusion.schedules import shift_of_tokens
 from dit_jax.models import NETWORK_CONFIGS, Network
 from dit_jax.models.step_cache import CachedNetwork, StepCache
 from dit_jax.named_options import options_named, renamed
+from dit_jax.nearest import did_you_mean, one_of
 from dit_jax.options import (
     NoOptions,
     facts,
@@ -161,12 +165,13 @@ def _check_weights(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             f"config.sampling.weights={config.sampling.weights!r}: expected one of "
             f"{', '.join(available)} (config.ema names the averages that are kept)"
+            f"{did_you_mean(config.sampling.weights, available, cutoff=0.7)}"
         )
 
 
 def _choose(choices: Mapping[str, Any], name: str, key: str) -> Any:
     if name not in choices:
-        raise ConfigError(f"config.{key}={name!r}: expected one of {', '.join(choices)}")
+        raise ConfigError(f"config.{key}={name!r}: {one_of(name, choices)}")
     return choices[name]
 
 
@@ -517,6 +522,7 @@ def build_sampling(
         with config.unlocked():
             config.model.input_size = tuple(size)
     c, denoiser = config.sampling, build_denoiser(config)
+    _choose(SOLVERS, c.solver, "sampling.solver")
     options = c[c.solver].to_dict() if c.solver in c else {}
     try:
         solver = make_solver(c.solver, **options)
@@ -560,7 +566,7 @@ def _cached(
     if name == "none":
         return denoiser
     if name != "first_block":
-        raise ConfigError(f"config.cache.name={name!r}: expected 'none' or 'first_block'")
+        raise ConfigError(f"config.cache.name={name!r}: {one_of(name, ('none', 'first_block'))}")
     try:
         cache = StepCache(**config.cache.first_block.to_dict())
         cache.check(solver.evaluations(len(times) - 1), solver.evaluations_per_step)
@@ -662,10 +668,30 @@ def _require_buckets(
     for bucket in info.buckets:
         if any(side % multiple for side in bucket.size):
             raise ConfigError(
-                f"{info.name} has a bucket {bucket} (height x width); the network takes sides that "
-                f"are multiples of {multiple}: choose others"
+                f"{info.name} has a bucket {bucket} (height x width), but the network of "
+                f"config.model.name={config.model.name!r} takes sides that are multiples of "
+                f"{multiple}: {_other_buckets(config, info, multiple)}"
             )
         network.at_size(bucket.size)
+
+
+def _other_buckets(
+    config: ml_collections.ConfigDict, info: data_lib.DatasetInfo, multiple: int
+) -> str:
+    """What to set for buckets whose sides are all multiples of `multiple`."""
+    given = config.data.get(config.data.name, {}).get("buckets", "")
+    kind, _, number = given.partition(":")
+    if not given:
+        return "make the data again, in such sizes"
+    if kind == "auto":
+        text = f"auto:{math.lcm(int(number), multiple)}"
+    else:
+        sizes = [
+            [multiple * max(1, round(side / multiple)) for side in size]
+            for size in parse_buckets(given, 0)
+        ]
+        text = ",".join(dict.fromkeys("{}x{}".format(*size) for size in sizes))
+    return f"set --config.data.{config.data.name}.buckets={text}"
 
 
 def open_data(config: ml_collections.ConfigDict, split: str):
@@ -675,6 +701,7 @@ def open_data(config: ml_collections.ConfigDict, split: str):
         ConfigError: images or classes are not what the model takes, with the values to set.
     """
     name, model = config.data.name, config.model
+    _choose(SOURCES, name, "data.name")
     options = config.data[name].to_dict() if name in config.data else {}
     for key, value in options.items():
         if value == "" and schema()[f"data.{name}.{key}"].expected:

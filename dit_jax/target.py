@@ -11,6 +11,8 @@ import contextlib
 
 import jax
 
+from dit_jax.nearest import one_of
+
 PLATFORMS = ("cpu", "gpu", "tpu")
 """As `jax.default_backend` calls them."""
 
@@ -25,7 +27,7 @@ def targeting(platform: str) -> contextlib.AbstractContextManager:
         ValueError: it is none of `PLATFORMS`.
     """
     if platform not in PLATFORMS:
-        raise ValueError(f"target {platform!r}: expected one of {', '.join(PLATFORMS)}")
+        raise ValueError(f"target {platform!r}: {one_of(platform, PLATFORMS)}")
     return _named(platform)
 
 

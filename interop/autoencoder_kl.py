@@ -31,6 +31,7 @@ from dit_jax.interop.tensor_file import sha256_of
 from dit_jax.interop.tensors import InteropError, TensorFile, open_tensors, write_safetensors
 from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, Params
 from dit_jax.models.linear import resolve_param_dtype
+from dit_jax.nearest import one_of
 from dit_jax.untrusted import shown
 
 _WITHIN_DIFFUSION = "first_stage_model."
@@ -287,7 +288,7 @@ def _by_own_names(file: TensorFile) -> TensorFile:
 
 def _known_config(file: TensorFile, which: str, dtype: str) -> AutoencoderKLConfig:
     if which and which not in KNOWN:
-        raise InteropError(f"which={which!r}: expected one of {', '.join(KNOWN)}")
+        raise InteropError(f"which={which!r}: {one_of(which, KNOWN)}")
     name = which or identify(file)
     config = KNOWN[name]
     if not which:
@@ -335,7 +336,7 @@ def save_autoencoder(
     """
     tables = {"diffusers": diffusers_table, "original": original_table}
     if layout not in tables:
-        raise ValueError(f"layout={layout!r}: expected one of {', '.join(tables)}")
+        raise ValueError(f"layout={layout!r}: {one_of(layout, tables)}")
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} exists: delete it or choose another folder")

@@ -36,6 +36,7 @@ from dit_jax.interop.table import (
 )
 from dit_jax.interop.tensors import InteropError, TensorSpec, write_pt, write_safetensors
 from dit_jax.models import DhariwalUNetConfig, DiTConfig, SongUNetConfig
+from dit_jax.nearest import one_of
 
 DESTINATIONS = tuple(kind for kind in KINDS if kind != "edm_pkl")
 _STATE_DICTS = ("dit_pt", "sit_pt", "edm_pt")
@@ -121,9 +122,9 @@ def write_model(
             "state dict that EDM's network loads"
         )
     if kind not in DESTINATIONS:
-        raise InteropError(f"--to={kind}: expected one of {', '.join(DESTINATIONS)}")
+        raise InteropError(f"--to={kind}: {one_of(kind, DESTINATIONS)}")
     if dtype not in DTYPES:
-        raise InteropError(f"--dtype={dtype}: expected one of {', '.join(DTYPES)}")
+        raise InteropError(f"--dtype={dtype}: {one_of(dtype, DTYPES)}")
     destination = Path(destination)
     _refuse_destination(model, destination, overwrite)
     plan = _plan(model, kind, allow_inexact)

@@ -6,7 +6,6 @@ Tensors are NumPy arrays; bfloat16 and float8, which NumPy lacks, are the types 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import math
 import os
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO, Literal
 import ml_dtypes
 import numpy as np
 
+from dit_jax.nearest import nearest
 from dit_jax.quantities import counted
 from dit_jax.untrusted import FileRefusedError, open_regular, shown
 
@@ -89,7 +89,7 @@ class TensorFile(ABC):
         names = list(names)
         unknown = [name for name in names if name not in self.specs]
         if unknown:
-            close = difflib.get_close_matches(unknown[0], self.specs, n=3)
+            close = nearest(unknown[0], self.specs, count=3, cutoff=0.6)
             hint = f"; close names: {', '.join(close)}" if close else ""
             raise InteropError(
                 f"{self.path} has no tensor named {', '.join(map(repr, unknown[:5]))}"

@@ -4,13 +4,13 @@ Imports nothing that takes time, so that mistakes are answered at once.
 """
 
 import argparse
-import difflib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dit_jax import abbreviations, output_formats, ranges
 from dit_jax.launch import spelling
+from dit_jax.nearest import did_you_mean, nearest
 from dit_jax.ranges import Range
 
 
@@ -78,6 +78,13 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(rest)}{self._hint(rest[0])}")
         return namespace
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            hint = did_you_mean(value, map(str, action.choices))
+            raise argparse.ArgumentError(action, f"{error.message}{hint}") from None
+
     def format_help(self) -> str:
         """As argparse's, with commands named as this one was started."""
         return spelling.spelled(super().format_help())
@@ -91,7 +98,7 @@ class Parser(argparse.ArgumentParser):
         known = [option for option in self._option_string_actions if option.startswith("--")]
         meant = [f"--{key.rpartition('.')[2]}" for key in abbreviations.meant_by(name)]
         match = [option for option in meant if option in known]
-        match = match or difflib.get_close_matches(f"--{name}", known, n=1)
+        match = match or nearest(f"--{name}", known, cutoff=0.6)
         return f"; did you mean {match[0]}?" if match and argument.startswith("-") else ""
 
 

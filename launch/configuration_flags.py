@@ -1,6 +1,5 @@
 """The flags of commands that take an experiment: --config=FILE, --config.key=value, by absl."""
 
-import difflib
 import functools
 import re
 import sys
@@ -13,6 +12,7 @@ from ml_collections import config_flags
 from dit_jax import abbreviations, options, rooms
 from dit_jax import config as config_lib
 from dit_jax.launch import command, spelling
+from dit_jax.nearest import nearest
 
 flags.disclaim_key_flags()  # --help lists a command's own flags, of which these are a part
 
@@ -160,7 +160,7 @@ def require_config_file(arguments: list[str]) -> None:
             continue
         what = "is not a regular file" if file.exists() else "does not exist"
         known = spelling.experiments()
-        match = difflib.get_close_matches(file.stem, known, n=1)
+        match = nearest(file.stem, known)
         hint = f"did you mean configs/{match[0]}.py? " if match else ""
         raise ValueError(f"--config={value} {what}; {hint}the experiments are {', '.join(known)}")
 

@@ -3,12 +3,12 @@
 Each COMMAND is the file of the same name in `launch/`, with the same options, messages and status.
 """
 
-import difflib
 import importlib
 import sys
 
 import dit_jax
 from dit_jax.launch import command, spelling
+from dit_jax.nearest import did_you_mean
 
 PROGRAM = "dit-jax"
 # Their files' first lines, said once more so that --help need not import them; a test compares.
@@ -77,6 +77,5 @@ def _unknown(name: str) -> str:
     if not name or name.startswith("-"):
         what = f"{name} is no command" if name else "no command is given"
         return f"{what}: {PROGRAM} COMMAND [options], COMMAND one of {known}"
-    match = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1)
-    hint = f"; did you mean {match[0]}?" if match else ":"
+    hint = did_you_mean(name.replace("_", "-"), COMMANDS) or ":"
     return f"unknown command {name}{hint} the commands are {known}"

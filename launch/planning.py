@@ -10,6 +10,7 @@ import ml_collections
 from dit_jax import experiment
 from dit_jax.config import ConfigError
 from dit_jax.launch import sizes, wiring
+from dit_jax.nearest import one_of
 from dit_jax.output_formats import require_suffix
 from dit_jax.parallel.planning import choices, compilers, programs
 from dit_jax.parallel.planning import plan as planning
@@ -51,7 +52,7 @@ def check_options(
     if devices < 1:
         raise ValueError(f"--devices={devices}: expected at least 1")
     if what not in KINDS_OF_RUN:
-        raise ValueError(f"--what={what!r}: expected one of {', '.join(KINDS_OF_RUN)}")
+        raise ValueError(f"--what={what!r}: {one_of(what, KINDS_OF_RUN)}")
     if parallel is not None and what != "sample":
         raise ValueError(
             f"--parallel={parallel.mode} would do nothing with --what={what}: devices share an "

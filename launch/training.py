@@ -75,7 +75,6 @@ def train_in(
     training = config.training
     placement.check_batch_size(training.batch_size, training.num_microbatches)
     workdir.require_same_run(directory, config, force=force)
-    announce(first_screen(config, directory))
     source = experiment.open_data(config, "train")
     models = methods.open_frozen(config, method)
     initial = None
@@ -99,6 +98,7 @@ def train_in(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    announce(first_screen(config, directory))
     if distributed.is_first():
         announce_start(config, abstract, source, directory)
     frozen = models.load(placement.put_params)
@@ -254,7 +254,7 @@ def open_decoder(config, placement) -> loading.Decoder | None:
 
 
 def first_screen(config, directory: Path) -> str:
-    """What is to be trained, before data are opened."""
+    """What is to be trained, and on what."""
     training = config.training
     what = f"training {config.name or config.model.name} by {config.method.name}"
     what += f": to step {training.num_steps} in batches of {training.batch_size}"

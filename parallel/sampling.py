@@ -24,6 +24,7 @@ from jaxtyping import Array
 from dit_jax.experiment import SamplingPlan
 from dit_jax.models import network_name
 from dit_jax.models.step_cache import CachedNetwork
+from dit_jax.nearest import one_of
 from dit_jax.parallel.mesh import put_whole
 from dit_jax.parallel.network import BATCH_AXES, PATCH_AXES, image_network
 from dit_jax.parallel.partitioning import rules_for
@@ -76,7 +77,7 @@ class ImageParallel:
 
     def __post_init__(self):
         if self.mode not in MODES:
-            raise ValueError(f"parallel={self.mode!r}: expected one of {', '.join(MODES)}")
+            raise ValueError(f"parallel={self.mode!r}: {one_of(self.mode, MODES)}")
         if self.patch_devices < 1:
             raise ValueError(f"patch_devices={self.patch_devices}: expected at least 1")
         if self.patch_devices == 1 and not self.split_guidance:

@@ -27,6 +27,7 @@ from dit_jax.models import (
 )
 from dit_jax.models.attention import Attention, LocalAttention
 from dit_jax.models.attention_options import PLAIN, AttentionOptions
+from dit_jax.nearest import one_of
 from dit_jax.parallel.network import PATCH_AXES, ImageNetwork, register_image_network
 from dit_jax.parallel.patch import Displaced, Naive, all_replicated
 from dit_jax.parallel.rows import RowExchange, Rows
@@ -55,7 +56,7 @@ def resolve_mode(mode: str) -> str:
     mode = ALIASES.get(mode, mode)
     if mode not in (*UNET_MODES, "naive"):
         known = (*ALIASES, *UNET_MODES)
-        raise ValueError(f"parallel={mode!r} is not for U-Nets: expected one of {', '.join(known)}")
+        raise ValueError(f"parallel={mode!r} is not for U-Nets: {one_of(mode, known)}")
     return mode
 
 

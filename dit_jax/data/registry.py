@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,6 +14,7 @@ from dit_jax.data.latents import LatentsOptions, open_latents
 from dit_jax.data.pairs import PairsOptions, open_pairs
 from dit_jax.data.source import Source
 from dit_jax.data.tfds import TfdsOptions, open_tfds
+from dit_jax.nearest import one_of
 from dit_jax.options import NoOptions, option, register, register_section
 from dit_jax.ranges import PERIOD
 
@@ -82,13 +82,13 @@ def open_source(name: str, split: str, **options: Any) -> Source:
             a required option is missing.
     """
     if name not in SOURCES:
-        raise ValueError(f"unknown data source {name!r}{_nearest(name, SOURCES)}")
+        raise ValueError(f"unknown data source {name!r}{_valid(name, SOURCES)}")
     parameters = inspect.signature(SOURCES[name]).parameters
     accepted = [each for each in parameters if each != "split"]
     for given in options:
         if given not in accepted:
             raise ValueError(
-                f"data source {name!r} has no option {given!r}{_nearest(given, accepted)}"
+                f"data source {name!r} has no option {given!r}{_valid(given, accepted)}"
             )
     for needed in accepted:
         if parameters[needed].default is inspect.Parameter.empty and needed not in options:
@@ -96,10 +96,6 @@ def open_source(name: str, split: str, **options: Any) -> Source:
     return SOURCES[name](split, **options)
 
 
-def _nearest(given: str, valid: Iterable[str]) -> str:
-    valid = list(valid)
-    if not valid:
-        return ": it takes none"
-    matches = difflib.get_close_matches(given, valid, n=1)
-    hint = f"; did you mean {matches[0]!r}?" if matches else "."
-    return f"{hint} Valid names: {', '.join(sorted(valid))}"
+def _valid(given: str, valid: Iterable[str]) -> str:
+    valid = sorted(valid)
+    return f": {one_of(given, valid)}" if valid else ": it takes none"

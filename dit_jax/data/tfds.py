@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import shlex
 import sys
@@ -18,6 +17,7 @@ from dit_jax.data.images import (
     validate_resize,
 )
 from dit_jax.data.source import DatasetInfo, Example, Source, fingerprint
+from dit_jax.nearest import did_you_mean
 from dit_jax.options import option
 
 
@@ -155,11 +155,10 @@ def _builder(tfds: Any, dataset: str, data_dir: str | None) -> Any:
         known = tfds.list_builders(with_community_datasets=False)
         if name in known:
             raise ValueError(f"TFDS has no data set {dataset!r}: {_first_line(error)}") from error
-        matches = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {matches[0]!r}?" if matches else "see `tfds.list_builders()`."
+        hint = did_you_mean(name, known) or "; see `tfds.list_builders()`"
         raise ValueError(
             f"TFDS knows no data set {dataset!r} and none of that name is prepared in "
-            f"{data_dir or 'its default folder'}; {hint}"
+            f"{data_dir or 'its default folder'}{hint}"
         ) from error
 
 

@@ -28,6 +28,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from dit_jax.nearest import one_of
+
 KINDS: tuple[str, ...] = ("x0", "eps", "velocity", "score")
 Kind = str
 """One of `KINDS`."""
@@ -163,7 +165,7 @@ class Process(abc.ABC):
             # The score of clean data is not defined; a zero row marks it as saying nothing.
             sigma = self.sigma(t)
             return zero, _divide(-one, sigma, sigma > 0, zero)
-        raise ValueError(f"Unknown prediction kind {kind!r}: expected one of {', '.join(KINDS)}.")
+        raise ValueError(f"Unknown prediction kind {kind!r}: {one_of(kind, KINDS)}.")
 
     def add_noise(
         self, x0: Float[Array, "b *shape"], eps: Float[Array, "b *shape"], t: Float[Array, "..."]

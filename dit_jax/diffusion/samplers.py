@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Key
 from dit_jax.diffusion.process import Process
 from dit_jax.diffusion.schedules import SPACINGS, insert_times, schedule
 from dit_jax.diffusion.solvers import SOLVERS, Denoise, Solver, Step
+from dit_jax.nearest import one_of
 
 __all__ = [
     "SOLVERS",
@@ -38,7 +39,7 @@ def make_solver(name: str, **options: Any) -> Solver:
         ValueError: If there is no such solver, or it has no such option.
     """
     if name not in SOLVERS:
-        raise ValueError(f"Unknown solver {name!r}: expected one of {', '.join(SOLVERS)}.")
+        raise ValueError(f"Unknown solver {name!r}: {one_of(name, SOLVERS)}")
     solver = SOLVERS[name]
     fields = [field.name for field in dataclasses.fields(solver)]
     unknown = sorted(set(options) - set(fields))

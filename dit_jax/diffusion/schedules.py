@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dit_jax.diffusion.process import DDPM, EDM, Process, RectifiedFlow
+from dit_jax.nearest import one_of
 
 SPACINGS: dict[type[Process], tuple[str, ...]] = {
     DDPM: ("iddpm", "ddim", "leading", "trailing", "linspace", "karras"),
@@ -63,8 +64,7 @@ def schedule(
     spacing = allowed[0] if spacing is None else spacing
     if spacing not in allowed:
         raise ValueError(
-            f"{type(process).__name__} has no spacing {spacing!r}: expected one of "
-            f"{', '.join(allowed)}."
+            f"{type(process).__name__} has no spacing {spacing!r}: {one_of(spacing, allowed)}"
         )
     if steps < 1:
         raise ValueError(f"A schedule needs at least one step, got steps={steps}.")

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float32, Key, Shaped, UInt8
 
 from dit_jax.evaluation.images import AnyArray, to_uint8
 from dit_jax.evaluation.inception_layers import IMAGE_SIZE, InceptionV3
+from dit_jax.nearest import one_of
 from dit_jax.tree_paths import by_path
 
 Params = dict[str, Any]
@@ -149,7 +150,7 @@ class InceptionExtractor:
                 share evenly, an unknown choice for grey images.
         """
         if grey not in GREY:
-            raise ValueError(f"grey={grey!r} is unknown; expected one of {', '.join(GREY)}")
+            raise ValueError(f"grey={grey!r} is unknown; {one_of(grey, GREY)}")
         devices = mesh.size if mesh is not None else 1
         if batch_size < 1 or batch_size % devices:
             raise ValueError(

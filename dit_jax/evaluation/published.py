@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from dit_jax.nearest import one_of
+
 README = "README of facebookresearch/DiT"
 # Columns of the table: name in records, heading, digits.
 _COLUMNS = (
@@ -131,7 +133,7 @@ def find_protocol(name: str) -> Protocol:
         ValueError: There is none, with those there are.
     """
     if name not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {name!r}: expected one of {', '.join(PROTOCOLS)}")
+        raise ValueError(f"unknown protocol {name!r}: {one_of(name, PROTOCOLS)}")
     return PROTOCOLS[name]
 
 

@@ -30,6 +30,7 @@ from jaxtyping import Array, Float
 from dit_jax.models import cpu_kernels
 from dit_jax.models.attention_options import PLAIN, AttentionOptions, nonzero, score_weights
 from dit_jax.models.recomputation import activation
+from dit_jax.nearest import one_of
 from dit_jax.target import target_platform
 
 IMPLEMENTATIONS = ("auto", "einsum", "xla", "cudnn", "cpu")
@@ -125,7 +126,7 @@ def resolve_implementation(
     odd = scores_shape is not None and any(length % 2 for length in scores_shape)
     backend = backend or target_platform()
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention={implementation!r}: expected one of {IMPLEMENTATIONS}")
+        raise ValueError(f"attention={implementation!r}: {one_of(implementation, IMPLEMENTATIONS)}")
     if implementation == "cudnn":
         if backend not in ("gpu", "cuda"):
             raise ValueError(f"attention='cudnn' needs an NVIDIA GPU; the backend is {backend!r}")

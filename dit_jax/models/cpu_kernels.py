@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from dit_jax.models.attention_options import nonzero, score_weights
 from dit_jax.models.recomputation import activation
+from dit_jax.nearest import one_of
 from dit_jax.target import target_platform
 
 CUSTOM_GRADIENTS = ("auto", "on", "off")
@@ -34,7 +35,7 @@ def resolve_custom_gradients(custom_gradients: str, backend: str | None = None) 
     """'auto' is 'on' on CPUs and 'off' elsewhere, where XLA's own derivatives fuse well."""
     if custom_gradients not in CUSTOM_GRADIENTS:
         raise ValueError(
-            f"custom_gradients={custom_gradients!r}: expected one of {CUSTOM_GRADIENTS}"
+            f"custom_gradients={custom_gradients!r}: {one_of(custom_gradients, CUSTOM_GRADIENTS)}"
         )
     if custom_gradients == "auto":
         return (backend or target_platform()) == "cpu"

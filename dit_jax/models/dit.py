@@ -19,6 +19,7 @@ from dit_jax.models.batch_axes import divided_by_rows
 from dit_jax.models.call import Request, Result
 from dit_jax.models.linear import ZEROS, Linear, Precision, precision_of, resolve_dtype
 from dit_jax.models.network_options import NetworkOptions
+from dit_jax.nearest import one_of
 from dit_jax.options import option
 from dit_jax.ranges import COUNT, POSITIVE
 
@@ -75,9 +76,8 @@ class DiTConfig(NetworkOptions):
                 f"model.dit.mlp_norm_epsilon={self.mlp_norm_epsilon}: expected above 0"
             )
         if self.second_time not in layers.SECOND_TIMES:
-            raise ValueError(
-                f"model.second_time={self.second_time!r}: expected one of {layers.SECOND_TIMES}"
-            )
+            expected = one_of(self.second_time, layers.SECOND_TIMES)
+            raise ValueError(f"model.second_time={self.second_time!r}: {expected}")
         if self.augment_dim < 0:
             raise ValueError(f"model.augment_dim={self.augment_dim}: expected 0 or more")
         stack.resolve_layer_loop(self.layer_loop)

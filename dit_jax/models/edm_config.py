@@ -10,6 +10,7 @@ from dit_jax.models import cpu_kernels, edm_plan, layers, stack
 from dit_jax.models.edm_layers import BlockStyle
 from dit_jax.models.linear import Initialization, Precision, precision_of
 from dit_jax.models.network_options import NetworkOptions
+from dit_jax.nearest import one_of
 from dit_jax.options import option, same_option
 from dit_jax.ranges import COUNT, PERIOD, SHARE_BELOW_ONE, Range
 
@@ -63,9 +64,8 @@ class UNetConfig(NetworkOptions):
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: expected 0 to below 1")
         if self.second_time not in layers.SECOND_TIMES:
-            raise ValueError(
-                f"model.second_time={self.second_time!r}: expected one of {layers.SECOND_TIMES}"
-            )
+            expected = one_of(self.second_time, layers.SECOND_TIMES)
+            raise ValueError(f"model.second_time={self.second_time!r}: {expected}")
         for layer in (*self.encoder, *self.decoder):
             edm_plan.require_group_width(layer)
             edm_plan.require_heads(layer, self.style)
@@ -185,10 +185,9 @@ class SongUNetConfig(UNetConfig):
             ("encoder_type", ("standard", "residual", "skip")),
             ("decoder_type", ("standard", "skip")),
         ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"model.song_unet.{name}={getattr(self, name)!r}: expected one of {choices}"
-                )
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"model.song_unet.{name}={value!r}: {one_of(value, choices)}")
         if self.channel_mult_noise < 1:
             raise ValueError(
                 f"model.song_unet.channel_mult_noise={self.channel_mult_noise}: expected at least 1"

@@ -23,6 +23,7 @@ from dit_jax.models.quantization import (
     require_quantization,
 )
 from dit_jax.models.recomputation import activation
+from dit_jax.nearest import one_of
 from dit_jax.target import target_platform
 
 ROLES = ("hidden", "conditioning", "modulation", "embedding", "output")
@@ -41,7 +42,7 @@ def resolve_dtype(dtype: str, backend: str | None = None) -> jnp.dtype:
 def resolve_param_dtype(param_dtype: str, stored: str = "float32") -> str:
     """'auto' is `stored`: float32 for fresh parameters, else what a checkpoint's file holds."""
     if param_dtype not in PARAM_DTYPES:
-        raise ValueError(f"param_dtype={param_dtype!r}: expected one of {PARAM_DTYPES}")
+        raise ValueError(f"param_dtype={param_dtype!r}: {one_of(param_dtype, PARAM_DTYPES)}")
     return stored if param_dtype == "auto" else param_dtype
 
 
@@ -98,7 +99,7 @@ class Precision:
 
     def _own(self, role: str) -> str:
         if role not in ROLES:
-            raise ValueError(f"role {role!r}: expected one of {ROLES}")
+            raise ValueError(f"role {role!r}: {one_of(role, ROLES)}")
         return "" if role == "hidden" else getattr(self, role)
 
 

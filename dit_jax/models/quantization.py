@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dit_jax.fp8_kernels import PRODUCT_SCOPE
+from dit_jax.nearest import one_of
 from dit_jax.target import target_platform
 
 QUANTIZATIONS = ("none", "fp8", "fp8_rowwise", "int8")
@@ -48,7 +49,7 @@ def require_quantization(quantization: str) -> None:
         ValueError: with what to set.
     """
     if quantization not in QUANTIZATIONS:
-        raise ValueError(f"quantization={quantization!r}: expected one of {QUANTIZATIONS}")
+        raise ValueError(f"quantization={quantization!r}: {one_of(quantization, QUANTIZATIONS)}")
     if not is_fp8(quantization):
         return  # before the platform is asked for, which starts JAX: several processes join first
     platform = target_platform()

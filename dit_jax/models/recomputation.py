@@ -21,6 +21,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from dit_jax.nearest import one_of
 from dit_jax.target import target_platform
 
 REMAT_POLICIES = ("auto", "none", "activations", "dots", "block")
@@ -44,7 +45,7 @@ def resolve_remat(remat: str, backend: str | None = None) -> str:
         ValueError: an unknown policy.
     """
     if remat not in REMAT_POLICIES:
-        raise ValueError(f"remat={remat!r}: expected one of {REMAT_POLICIES}")
+        raise ValueError(f"remat={remat!r}: {one_of(remat, REMAT_POLICIES)}")
     if remat != "auto":
         return remat
     return "none" if (backend or target_platform()) == "cpu" else "activations"

@@ -15,6 +15,7 @@ from flax import nnx
 
 from dit_jax.models.linear import converted_to, products_dtypes
 from dit_jax.models.recomputation import activations_saveable, converted, resolve_remat
+from dit_jax.nearest import one_of
 from dit_jax.target import target_platform
 
 LAYER_LOOPS = ("auto", "scan", "unroll")
@@ -26,7 +27,7 @@ def resolve_layer_loop(layer_loop: str, backend: str | None = None, *, remat: st
     In an unrolled loop CPU XLA saves nothing by rematerialisation: it keeps what all blocks need.
     """
     if layer_loop not in LAYER_LOOPS:
-        raise ValueError(f"layer_loop={layer_loop!r}: expected one of {LAYER_LOOPS}")
+        raise ValueError(f"layer_loop={layer_loop!r}: {one_of(layer_loop, LAYER_LOOPS)}")
     if layer_loop != "auto":
         return layer_loop
     on_cpu = (backend or target_platform()) == "cpu"

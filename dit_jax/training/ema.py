@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from dit_jax.nearest import one_of
 from dit_jax.options import option, register_section
 from dit_jax.ranges import SHARE_BELOW_ONE, Range
 
@@ -72,7 +73,7 @@ class EMA:
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
-            raise ValueError(f"ema.dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}")
+            raise ValueError(f"ema.dtype={self.dtype!r}: {one_of(self.dtype, DTYPES)}")
         if (self.decay is None) == (self.power_std is None):
             raise ValueError("an average has either a decay or a power_std")
         if self.decay is not None and not 0 <= self.decay < 1:

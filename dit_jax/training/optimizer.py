@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from dit_jax.nearest import one_of
 from dit_jax.options import option, register, register_section
 from dit_jax.ranges import NOT_NEGATIVE, PERIOD, POSITIVE, SHARE_BELOW_ONE
 
@@ -41,9 +42,7 @@ def _checked(mu_dtype: str, name: str) -> str | None:
         ValueError: unknown.
     """
     if mu_dtype not in MU_DTYPES:
-        raise ValueError(
-            f"optimizer.{name}.mu_dtype={mu_dtype!r}: expected one of {', '.join(MU_DTYPES)}"
-        )
+        raise ValueError(f"optimizer.{name}.mu_dtype={mu_dtype!r}: {one_of(mu_dtype, MU_DTYPES)}")
     return None if mu_dtype == "float32" else mu_dtype
 
 
@@ -124,7 +123,7 @@ def learning_rate_schedule(
         final_learning_rate: rate at `num_steps` of 'cosine' and 'linear'.
     """
     if schedule not in SCHEDULES:
-        raise ValueError(f"optimizer.schedule={schedule!r}: expected one of {SCHEDULES}")
+        raise ValueError(f"optimizer.schedule={schedule!r}: {one_of(schedule, SCHEDULES)}")
     if not 0 < learning_rate < math.inf:
         raise ValueError(
             f"optimizer.learning_rate={learning_rate}: expected above 0, and not infinite"

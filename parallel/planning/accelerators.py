@@ -4,13 +4,13 @@ Peaks are dense; links are counted one way, half of the usual advertised sum.
 """
 
 import dataclasses
-import difflib
 import math
 import os
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from dit_jax.nearest import one_of
 from dit_jax.parallel.planning.program import Collective
 from dit_jax.training.metrics import peak_flops
 
@@ -106,9 +106,7 @@ def accelerator(name: str) -> Accelerator:
         ValueError: there is none.
     """
     if name not in ACCELERATORS:
-        nearest = difflib.get_close_matches(name.lower(), ACCELERATORS, n=1, cutoff=0.4)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise ValueError(f"accelerator={name!r}: expected one of {', '.join(ACCELERATORS)}{hint}")
+        raise ValueError(f"accelerator={name!r}: {one_of(name, ACCELERATORS)}")
     return ACCELERATORS[name]
 
 

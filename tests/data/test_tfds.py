@@ -107,7 +107,7 @@ def test_what_to_run_when_not_prepared(data_dir, tmp_path):
         FileNotFoundError, match=r"(?s)as tfrecord, which has no random access.*run"
     ):
         open_tiny(data_dir, dataset="tiny_record")
-    with pytest.raises(ValueError, match=r"knows no data set 'cifar100x'.*did you mean 'cifar100'"):
+    with pytest.raises(ValueError, match=r"knows no data set 'cifar100x'.*did you mean cifar100"):
         open_tiny(str(tmp_path), dataset="cifar100x")
 
 

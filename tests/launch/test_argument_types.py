@@ -74,6 +74,7 @@ def refused(capsys, parse, *options):
         (["--nfe=3"], "unrecognized arguments: --nfe=3; did you mean --steps?"),
         (["--guidance_scal=x"], "--guidance_scale: 'x': expected"),
         (["--gidance_scale=3"], "did you mean --guidance_scale?"),
+        (["--parallel=displaced_"], "); did you mean displaced?"),
         (["a.png"], "unrecognized arguments: a.png\n"),
     ],
 )

@@ -11,7 +11,7 @@ from PIL import Image
 from dit_jax import config as config_lib
 from dit_jax.configs import digits_dmd2, digits_kd, dit_xl2
 from dit_jax.evaluation import load_adm_npz
-from dit_jax.launch import evaluate, extract_features, loading, sample, train, wiring
+from dit_jax.launch import evaluate, extract_features, loading, sample, train, training, wiring
 from dit_jax.training import workdir as workdir_lib
 from tests.launch.conftest import tiny_config
 
@@ -56,7 +56,7 @@ def trained(tmp_path_factory):
             "config.data.image_folder.path is empty: set --config.data.image_folder.path=IMAGES, a "
             "folder with a subfolder of images for every class (IMAGES/cat/1.jpg",
         ),
-        ({"data.name": "imagenet"}, "'imagenet'"),
+        ({"data.name": "digit"}, "did you mean digits?"),
         ({"training.num_steps": 0}, "config.training.num_steps=0: expected at least 1"),
         ({"sampling.batch_size": 0}, "config.sampling.batch_size=0: expected at least 1"),
         ({"sampling.weights": "ema_0.5"}, "expected one of ema, ema_0.9, ema_std0.1, raw"),
@@ -66,9 +66,11 @@ def trained(tmp_path_factory):
         ({"training.preview_images": 8}, "do nothing with config.training.preview_every=0"),
     ],
 )
-def test_training_is_refused(capsys, tmp_path, overrides, message):
+def test_training_is_refused(capsys, monkeypatch, tmp_path, overrides, message):
+    said = []
+    monkeypatch.setattr(training, "announce", said.append)
     error = refusal(capsys, train.run, tiny_config(**overrides), tmp_path / "run")
-    assert message in error
+    assert message in error and not said  # what is to be trained is said of what can be
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

@@ -84,8 +84,9 @@ def test_operations_are_those_of_the_buckets(images):
     [
         (
             {f"{FOLDER}.buckets": "8x16,12x13"},
-            r"bucket 12x13 \(height x width\); .* multiples of 2",
+            r"bucket 12x13 \(height x width\), .* of 2: set --\S+.buckets=8x16,12x12$",
         ),
+        ({f"{FOLDER}.buckets": "auto:3"}, r"of 2: set --config.data.image_folder.buckets=auto:6$"),
         ({f"{FOLDER}.buckets": "8,12"}, r"config.data.image_folder.buckets='8,12': expected heig"),
         ({f"{FOLDER}.resize": "none"}, "needs config.data.image_folder.resize='adm'"),
         (

@@ -107,7 +107,7 @@ def test_the_default_loop_goes_by_backend_and_errors_name_the_choices():
     assert (
         stack.resolve_layer_loop("auto", "gpu") == stack.resolve_layer_loop("auto", "tpu") == "scan"
     )
-    with pytest.raises(ValueError, match=r"expected one of \('auto', 'scan', 'unroll'\)"):
+    with pytest.raises(ValueError, match="expected one of auto, scan, unroll"):
         stack.resolve_layer_loop("loop")
 
 
