@@ -1,8 +1,10 @@
 """Batches for training and evaluation, from images or from latents extracted beforehand."""
 
+from dit_jax.data.labels import validate_labels
 from dit_jax.data.latents import Latents, latents_header, open_latents
 from dit_jax.data.pairs import Pairs, Teaching, open_pairs, pairs_header
 from dit_jax.data.pipeline import BatchIterator, Loader, make_loader
+from dit_jax.data.record_source import RecordSource
 from dit_jax.data.records import Field, Header, RecordWriter, open_records
 from dit_jax.data.registry import open_source, options_of, register_source
 from dit_jax.data.source import (
@@ -12,7 +14,6 @@ from dit_jax.data.source import (
     Example,
     Source,
     to_arrays,
-    validate_labels,
 )
 from dit_jax.data.transforms import to_float
 
@@ -27,6 +28,7 @@ __all__ = [
     "Latents",
     "Loader",
     "Pairs",
+    "RecordSource",
     "RecordWriter",
     "Source",
     "Teaching",

@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Int, Integer, UInt8
 
 from dit_jax.data.images import DECODE_ERRORS, Size, as_size, decode_image, validate_resize
+from dit_jax.data.labels import validate_labels
 from dit_jax.data.records.header import MAX_CLASSES
-from dit_jax.data.source import Batch, DatasetInfo, Example, Source, fingerprint, validate_labels
+from dit_jax.data.source import Batch, DatasetInfo, Example, Source, fingerprint
 from dit_jax.options import option
 from dit_jax.untrusted import npz_names, read_npz, shown
 

@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Int, UInt64
 
 from dit_jax.data.images import Size, as_size
-from dit_jax.data.records import Field, Header, Records, RecordSource, open_records
+from dit_jax.data.record_source import RecordSource
+from dit_jax.data.records import Field, Header, Records, open_records
 from dit_jax.data.records.header import LABEL
 from dit_jax.data.source import Batch
 from dit_jax.data.transforms import random_bit

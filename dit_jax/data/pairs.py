@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt64
 
-from dit_jax.data.records import Field, Header, Records, RecordSource, open_records
+from dit_jax.data.record_source import RecordSource
+from dit_jax.data.records import Field, Header, Records, open_records
 from dit_jax.data.records.header import HEADER, LABEL
 from dit_jax.data.source import Batch
 from dit_jax.options import option

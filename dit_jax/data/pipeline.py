@@ -25,7 +25,8 @@ from absl import flags
 from jaxtyping import Int64
 
 from dit_jax.data.buckets import Turns
-from dit_jax.data.source import Batch, Source, validate_labels
+from dit_jax.data.labels import validate_labels
+from dit_jax.data.source import Batch, Source
 from dit_jax.data.transforms import epoch_order, random_words, to_float
 
 # Where an endless stream ends: far beyond any training run, and within 64-bit indices.

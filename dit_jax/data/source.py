@@ -6,19 +6,18 @@ import functools
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Int32, Int64, Integer, Shaped, UInt8, UInt64
 
+from dit_jax.conditions import Condition
 from dit_jax.data.buckets import Bucket
+from dit_jax.data.labels import validate_labels
+from dit_jax.data.records.header import Header
 from dit_jax.data.transforms import flip_where, random_bit
-
-if TYPE_CHECKING:
-    from dit_jax.conditions import Condition
-    from dit_jax.data.records import Header
 
 Example = dict[str, Any]
 Batch = dict[str, Any]
@@ -212,40 +211,6 @@ def to_arrays(
     count = len(source) if limit is None else min(limit, len(source))
     batch = source.batch(np.arange(count))
     return batch["image"], batch["label"]
-
-
-def validate_labels(
-    labels: Integer[np.ndarray, " n"],
-    num_classes: int,
-    describe: Callable[[int], str],
-    indices: Int[np.ndarray, " n"] | None = None,
-) -> None:
-    """Check that every label has a row in a model's label table.
-
-    Args:
-        labels: Class indices.
-        num_classes: Number of classes; 0 for unlabelled data, whose labels must all be 0.
-        describe: Names an example, by its index in the source, for the message.
-        indices: The labels' indices in the source; default 0, 1, 2, ...
-
-    Raises:
-        ValueError: A label is out of range; names the first such example.
-    """
-    if labels.size == 0:
-        return
-    highest = max(num_classes - 1, 0)
-    if labels.min() >= 0 and labels.max() <= highest:
-        return
-    wrong = np.flatnonzero((labels < 0) | (labels > highest))
-    row = int(wrong[0])
-    index = row if indices is None else int(indices[row])
-    expected = f"0..{num_classes - 1}" if num_classes else "0 (the data are unlabelled)"
-    others = f" ({wrong.size - 1} more like it)" if wrong.size > 1 else ""
-    raise ValueError(
-        f"label out of range: {describe(index)} has label {int(labels[row])}{others}, but with "
-        f"num_classes={num_classes} labels must be in {expected}. Correct the label, or open the "
-        f"source with the right number of classes."
-    )
 
 
 def fingerprint(*parts: Any) -> str:

@@ -13,7 +13,6 @@ from dit_jax import data
 from dit_jax.data.records import (
     Field,
     Header,
-    RecordSource,
     RecordWriter,
     check_destination,
     open_records,
@@ -291,7 +290,7 @@ def test_other_records_of_several_sizes_are_refused(tmp_path):
         writer.add(x0=np.zeros((1, *size, 1), np.float32))
     writer.finish()
     with pytest.raises(ValueError, match=r"several sizes \(2x2, 2x4\), and a batch"):
-        RecordSource(opened(tmp_path, "pictures"), "x0")
+        data.RecordSource(opened(tmp_path, "pictures"), "x0")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from dit_jax.data.digits import open_digits
-from dit_jax.data.source import validate_labels
+from dit_jax.data.labels import validate_labels
 from dit_jax.data.transforms import epoch_order, flip_where, random_bit, random_words, to_float
 
 

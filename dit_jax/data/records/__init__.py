@@ -19,14 +19,12 @@ on from there (`RecordWriter`).
 
 from dit_jax.data.records.header import Field, Header, Null, Shard, StoredFile
 from dit_jax.data.records.reader import Records, open_records
-from dit_jax.data.records.source import RecordSource
 from dit_jax.data.records.writer import RecordWriter, check_destination
 
 __all__ = [
     "Field",
     "Header",
     "Null",
-    "RecordSource",
     "RecordWriter",
     "Records",
     "Shard",

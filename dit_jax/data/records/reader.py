@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int, Shaped, UInt64
 
+from dit_jax.data.labels import validate_labels
 from dit_jax.data.records import version0
 from dit_jax.data.records.header import (
     DTYPES,
@@ -22,7 +23,6 @@ from dit_jax.data.records.header import (
     StoredFile,
     parse_header,
 )
-from dit_jax.data.source import validate_labels
 from dit_jax.untrusted import (
     Fields,
     FileRefusedError,

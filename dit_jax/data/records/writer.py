@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Shaped
 
 from dit_jax.atomic import atomic_file, save_text
+from dit_jax.data.labels import validate_labels
 from dit_jax.data.records.header import HEADER, UNFINISHED, Field, Header, Null, Shard, StoredFile
 from dit_jax.data.records.reader import encode, file_sha256, read_header
-from dit_jax.data.source import validate_labels
 from dit_jax.untrusted import map_array
 
 # What a writer makes in its folder, temporary files (of `atomic_file`) included.
