@@ -16,7 +16,15 @@ from dit_jax.quantities import counted
 from dit_jax.untrusted import check_within, read_json, shown
 
 # Counts of layers: each has tensors of its own.
-_LAYERS = ("num_layers", "num_hidden_layers", "layers_per_block", "num_blocks", "depth")
+_LAYERS = (
+    "num_layers",
+    "num_hidden_layers",
+    "num_single_layers",
+    "layers_per_block",
+    "num_blocks",
+    "depth",
+    "single_depth",
+)
 _SIDES = ("sample_size", "image_size", "img_resolution")
 _MAX_SIDE = 2**14
 _MAX_WIDTHS = 64  # resolutions of a network
@@ -131,4 +139,6 @@ def check_counts(where: str | Path, values: Mapping[str, Any], file: TensorFile)
 
 def _is_stacked(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor holds one of every layer, as this library's own files do."""
-    return name.startswith("blocks.") and not name.split(".")[1].isdigit() and bool(shape)
+    stack, _, rest = name.partition(".")
+    stacked = stack in ("blocks", "double_blocks", "single_blocks")
+    return stacked and not rest.partition(".")[0].isdigit() and bool(shape)

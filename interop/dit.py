@@ -147,7 +147,7 @@ def config_from_original(
         hidden_size=hidden_size,
         depth=depth,
         num_heads=num_heads or _heads(file, hidden_size, like),
-        mlp_ratio=_mlp_ratio(hidden_size, mlp_hidden),
+        mlp_ratio=mlp_ratio(hidden_size, mlp_hidden),
         num_classes=classes,
         null_class=null_class,
         learn_sigma=learned,
@@ -231,7 +231,8 @@ def _side(file: TensorFile, length: int | None) -> int:
     return side
 
 
-def _mlp_ratio(hidden_size: int, mlp_hidden: int) -> float:
+def mlp_ratio(hidden_size: int, mlp_hidden: int) -> float:
+    """The ratio of which a network of this width has an MLP of that width."""
     ratio = mlp_hidden / hidden_size
     if int(hidden_size * ratio) != mlp_hidden:  # rounded down: the network truncates the product
         ratio = math.nextafter(ratio, math.inf)

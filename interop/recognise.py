@@ -7,6 +7,8 @@ from dit_jax.quantities import counted
 
 ORIGINAL_DIT = "DiT or SiT in the original layout"
 DIFFUSERS_DIT = "DiT in diffusers' layout"
+ORIGINAL_FLUX = "FLUX in the original layout"
+DIFFUSERS_FLUX = "FLUX in diffusers' layout"
 EDM_UNET = "EDM U-Net"
 AUTOENCODERS = ("AutoencoderKL in diffusers' layout", "AutoencoderKL in the original layout")
 
@@ -16,8 +18,8 @@ _SIGNS = (
     (DIFFUSERS_DIT, ("transformer_blocks.0.norm1.emb.timestep_embedder.linear_1.weight",)),
     ("DiT of dit-jax", ("blocks.attn.qkv.kernel", "final_layer.linear.kernel")),
     ("PixArt in diffusers' layout", ("adaln_single.linear.weight",)),
-    ("FLUX in the original layout", ("double_blocks.0.img_attn.qkv.weight",)),
-    ("FLUX in diffusers' layout", ("single_transformer_blocks.0.attn.to_q.weight",)),
+    (ORIGINAL_FLUX, ("double_blocks.0.img_attn.qkv.weight",)),
+    (DIFFUSERS_FLUX, ("single_transformer_blocks.0.attn.to_q.weight",)),
     ("Stable Diffusion 3 (MMDiT)", ("joint_blocks.0.x_block.attn.qkv.weight",)),
     ("Stable Diffusion 3 in diffusers' layout", ("transformer_blocks.0.attn.add_q_proj.weight",)),
     (AUTOENCODERS[0], ("decoder.up_blocks.0.resnets.0.conv1.weight",)),

@@ -128,6 +128,7 @@ class Row:
         transform: of every single foreign tensor.
         axis: of ours (without the layer axis) along which parts are joined.
         copies: number of equal copies a '{layer}' name stands for; 0: it stands for layers.
+        sizes: of the parts along `axis`, where they are not all the same.
     """
 
     ours: str
@@ -135,6 +136,7 @@ class Row:
     transform: Transform
     axis: int = -1
     copies: int = 0
+    sizes: tuple[int, ...] = ()
 
     def __post_init__(self):
         if isinstance(self.theirs, str):
@@ -156,7 +158,10 @@ class Row:
 
     def parts(self, ours: np.ndarray) -> list[np.ndarray]:
         """Views of the parts of ours (of one layer) that the foreign tensors hold."""
-        return np.split(ours, len(self.theirs), axis=self.axis) if len(self.theirs) > 1 else [ours]
+        if len(self.theirs) == 1:
+            return [ours]
+        places = np.cumsum(self.sizes)[:-1] if self.sizes else len(self.theirs)
+        return np.split(ours, places, axis=self.axis)
 
 
 def affine(ours: str, theirs: str | tuple[str, ...], transform: Transform, **options) -> list[Row]:

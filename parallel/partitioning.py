@@ -75,6 +75,29 @@ DIT = (
     Rule(r"final_layer/.*/bias", VECTOR),
 )
 
+FLUX = (
+    Rule(r"double_blocks/(image|text)/attn/qkv/kernel", COLUMNS),
+    Rule(r"double_blocks/(image|text)/attn/proj/kernel", ROWS),
+    Rule(r"double_blocks/(image|text)/mlp/fc1/kernel", COLUMNS),
+    Rule(r"double_blocks/(image|text)/mlp/fc2/kernel", ROWS),
+    Rule(r"single_blocks/linear1/kernel", COLUMNS),
+    Rule(r"single_blocks/linear2/kernel", ROWS),
+    Rule(r"(double_blocks/(image|text)|single_blocks)/adaLN_modulation/kernel", COLUMNS),
+    Rule(r"(double|single)_blocks/.*/(query|key)_norm/scale", (None,)),  # of the size of a head
+    Rule(r"(double|single)_blocks/.*/bias", VECTOR),
+    Rule(r"(x|text)_embedder/kernel", (None, BOTH)),
+    Rule(r"(x|text)_embedder/bias", VECTOR),
+    Rule(r"(t|pooled)_embedder/fc1/kernel", COLUMNS),
+    Rule(r"(t|pooled)_embedder/fc2/kernel", ROWS),
+    Rule(r"(t|pooled)_embedder/fc\d/bias", VECTOR),
+    Rule(r"guidance_embedder/fc1/kernel", COLUMNS, optional=True),
+    Rule(r"guidance_embedder/fc2/kernel", ROWS, optional=True),
+    Rule(r"guidance_embedder/fc\d/bias", VECTOR, optional=True),
+    Rule(r"final_layer/adaLN_modulation/kernel", COLUMNS),
+    Rule(r"final_layer/linear/kernel", (BOTH, None)),
+    Rule(r"final_layer/.*/bias", VECTOR),
+)
+
 UNET = (
     Rule(r"(enc|dec)/\w+/conv0/kernel", IMAGE_COLUMNS),
     Rule(r"(enc|dec)/\w+/conv1/kernel", IMAGE_ROWS),
@@ -147,6 +170,7 @@ PLAYERS = (
 
 TABLES: dict[str, tuple[Rule, ...]] = {
     "dit": DIT,
+    "flux": FLUX,
     "song_unet": UNET,
     "dhariwal_unet": UNET,
     "autoencoder_kl": VAE,

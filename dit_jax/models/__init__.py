@@ -4,6 +4,8 @@ from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from dit_jax.models.call import Request, Result
 from dit_jax.models.dit import DiT, DiTConfig
 from dit_jax.models.edm import DhariwalUNet, DhariwalUNetConfig, SongUNet, SongUNetConfig
+from dit_jax.models.flux import Flux
+from dit_jax.models.flux_config import FluxConfig
 from dit_jax.models.network import NETWORK_CONFIGS, Network, network_name, register_network
 
 __all__ = [
@@ -14,6 +16,8 @@ __all__ = [
     "DhariwalUNetConfig",
     "DiT",
     "DiTConfig",
+    "Flux",
+    "FluxConfig",
     "Network",
     "Request",
     "Result",

@@ -257,9 +257,12 @@ class DiTBlock(nnx.Module):
 
 
 class FinalLayer(nnx.Module):
-    """Modulated normalisation and the projection back to patches of pixels."""
+    """Modulated normalisation and the projection back to patches of pixels.
 
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+    `config` is a DiT's, or another's that says what is named here.
+    """
+
+    def __init__(self, config: Any, *, rngs: nnx.Rngs):
         dim = config.hidden_size
         options = {"rngs": rngs, "init": ZEROS, "precision": config.precision}
         self.custom_gradients = cpu_kernels.resolve_custom_gradients(config.custom_gradients)

@@ -191,6 +191,14 @@ class LabelEmbedder(nnx.Module):
         return divided_by_examples(self.embedding[...][label])
 
 
+def gelu(x: Float[Array, "*s"], *, custom_gradients: bool = False) -> Float[Array, "*s"]:
+    """GELU in its tanh approximation, with either backward pass."""
+    if custom_gradients:
+        return cpu_kernels.gelu(x)
+    accelerator = recomputation.recomputes_elementwise()
+    return recomputation.gelu(x) if accelerator else jax.nn.gelu(x)
+
+
 class Mlp(nnx.Module):
     """Two linear maps with a tanh-approximated GELU between them."""
 
@@ -231,10 +239,7 @@ class Mlp(nnx.Module):
         return fc2(self._gelu(hidden))
 
     def _gelu(self, x):
-        if self.custom_gradients:
-            return cpu_kernels.gelu(x)
-        accelerator = recomputation.recomputes_elementwise()
-        return recomputation.gelu(x) if accelerator else jax.nn.gelu(x)
+        return gelu(x, custom_gradients=self.custom_gradients)
 
 
 def sincos_position_embedding(dim: int, grid: Sequence[int]) -> np.ndarray:

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 from dit_jax import conditions as conditions_lib
-from dit_jax.models import dit, edm
+from dit_jax.models import dit, edm, flux, flux_config
 from dit_jax.models.call import Request, Result
 from dit_jax.models.linear import Linear, converted_to, products_dtypes, resolve_dtype
 from dit_jax.options import register
@@ -51,6 +51,7 @@ def register_network(name: str, config: type, module: type[nnx.Module]) -> None:
 register_network("dit", dit.DiTConfig, dit.DiT)
 register_network("song_unet", edm.SongUNetConfig, edm.SongUNet)
 register_network("dhariwal_unet", edm.DhariwalUNetConfig, edm.DhariwalUNet)
+register_network("flux", flux_config.FluxConfig, flux.Flux)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,12 +9,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dit_jax import experiment
+from dit_jax.models import FluxConfig, Network
 from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from dit_jax.models.text import CLIPTextConfig, T5Config, TextEncoder
 from dit_jax.parallel import partitioning
 from dit_jax.parallel.mesh import create_mesh
 from dit_jax.parallel.partitioning import (
     CLIP_TEXT,
+    FLUX,
     PLAYERS,
     T5_ENCODER,
     TABLES,
@@ -85,8 +87,21 @@ def test_the_rules_fit_every_experiment_and_divide_its_state_evenly():
         placed = place_tree(state, rules, SIZES)
         used |= {r for r in rules for p in placed if p.shape and r.matches(p.path)}
     idle = {r.pattern for table in TABLES.values() for r in (*table, *PLAYERS)}
-    idle -= {r.pattern for r in used} | {r.pattern for r in (*VAE, *CLIP_TEXT, *T5_ENCODER)}
+    beside = (*VAE, *FLUX, *CLIP_TEXT, *T5_ENCODER)
+    idle -= {r.pattern for r in used} | {r.pattern for r in beside}
     assert not idle
+
+
+def test_the_rules_fit_flux_and_divide_it_evenly():
+    for name in ("flux_dev", "flux_schnell"):
+        network = Network(FluxConfig.from_name(name))
+        state = jax.eval_shape(network.init, jax.random.key(0))
+        placed = place_tree(state, rules_for("flux"), SIZES)
+        whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        assert sum(p.bytes_per_device(SIZES) for p in placed) < 1.01 * whole / 8, name
+    specs = {p.path: p.spec for p in placed}
+    assert specs["double_blocks/text/mlp/fc2/kernel"] == P(None, "tensor", "fsdp")
+    assert specs["single_blocks/linear1/kernel"] == P(None, "fsdp", "tensor")
 
 
 def test_the_rules_fit_the_autoencoder():
@@ -131,8 +146,8 @@ def test_a_parameter_without_a_rule_and_a_rule_without_a_parameter_are_errors():
     place_tree({"a": {"kernel": shape(8, 8)}}, rules, SIZES, complete=False)
     with pytest.raises(RuleError, match="fewer dimensions"):
         place_tree({"a": {"kernel": shape(8)}}, rules, SIZES, complete=False)
-    with pytest.raises(RuleError, match=r"'flux' has no partition rules; .*dit, song_unet"):
-        rules_for("flux")
+    with pytest.raises(RuleError, match=r"'sdxl' has no partition rules; .*dit, flux"):
+        rules_for("sdxl")
 
 
 @pytest.mark.parametrize(
