@@ -21,7 +21,7 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from dit_jax import experiment
-from dit_jax.config import ConfigError
+from dit_jax.config import ConfigError, choose
 from dit_jax.diffusion import LOSS_WEIGHTS
 from dit_jax.diffusion.losses import LossWeight, NoWeight
 from dit_jax.distill.adversarial import (
@@ -278,8 +278,7 @@ def dmd2_parts(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """
     options, key = config.method[config.method.name], f"config.method.{config.method.name}"
     weighting = config.loss.weighting
-    if weighting not in LOSS_WEIGHTS:
-        raise ConfigError(f"config.loss.weighting={weighting!r}: {one_of(weighting, LOSS_WEIGHTS)}")
+    weight = choose(LOSS_WEIGHTS, weighting, "loss.weighting")
     if weighting != "none" and options.fake_score_loss != "raw":
         raise ConfigError(
             f"config.loss.weighting={weighting!r} would do nothing: it weights the raw output's "
@@ -312,7 +311,7 @@ def dmd2_parts(config: ml_collections.ConfigDict) -> dict[str, Any]:
         "student_update_frequency": options.student_update_frequency,
         "fake_score_optimizer": experiment.build_optimizer(fake_score),
         "fake_score_loss": options.fake_score_loss,
-        "fake_score_weighting": LOSS_WEIGHTS[weighting](**weights),
+        "fake_score_weighting": weight(**weights),
         "adversary": adversary,
         "gan_weight": options.gan_weight,
         "gan_critic_weight": options.gan_critic_weight,

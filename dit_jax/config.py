@@ -17,7 +17,7 @@ import ml_collections
 from dit_jax import abbreviations
 from dit_jax import defaults as defaults  # registers its keys
 from dit_jax import options as options_lib
-from dit_jax.nearest import nearest
+from dit_jax.nearest import nearest, one_of
 from dit_jax.options import Option
 from dit_jax.untrusted import parse_json
 
@@ -269,6 +269,17 @@ def _refuse_changed(
     for path, value in flatten(config):
         if path.startswith(prefixes) and value != defaults[path]:
             raise ConfigError(f"config.{path}={value!r} would do nothing: {reason}")
+
+
+def choose(known: Mapping[str, Any], name: str, key: str) -> Any:
+    """What is called `name` among `known`, as config.<key> asks.
+
+    Raises:
+        ConfigError: nothing is; with the names there are.
+    """
+    if name not in known:
+        raise ConfigError(f"config.{key}={name!r}: {one_of(name, known)}")
+    return known[name]
 
 
 def choices(config: ml_collections.ConfigDict) -> dict[str, str]:

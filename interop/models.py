@@ -223,9 +223,9 @@ def _found(
 
 
 def _open_workdir(path: Path, weights: str, step: int | None) -> FoundModel:
-    config = experiment.resolve_config(workdir.load_config(path))
-    method = experiment.build_method(config)
-    saved = RunWeights(path, method, weights or config.sampling.weights).open(step)
+    prepared = experiment.prepare(workdir.load_config(path))
+    config = prepared.config
+    saved = RunWeights(path, prepared.method, weights or config.sampling.weights).open(step)
     leaves = dict(flatten(saved.leaves))
     found_autoencoder = Path(config.autoencoder.path) if config.autoencoder.path else None
     seen = Finiteness()

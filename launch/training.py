@@ -46,7 +46,10 @@ def run(
         init_options: how to read it, for instance num_classes.
         force: go on in a workdir of another configuration.
     """
-    config = workdir.keep_earlier(directory, experiment.resolve_config(config))
+    prepared = experiment.prepare(config)
+    config = workdir.keep_earlier(directory, prepared.config)
+    if config is not prepared.config:
+        prepared = experiment.prepare(config)
     experiment.require_trainable(config)
     agreed = f"{config_lib.to_json(config)}{init_from}{force}"
     distributed.require_agreement(agreed, "the configuration, --init_from and --force")
@@ -55,21 +58,20 @@ def run(
         # Of several processes the first holds the lock for all.
         held = distributed.on_first(lambda: stack.enter_context(lock.held(directory)))
         stack.enter_context(workdir.readable_disk_errors(directory))
-        return train_in(directory, held, config, options, init_from, init_options, force)
+        return train_in(directory, held, prepared, options, init_from, init_options, force)
 
 
 def train_in(
     directory: Path,
     held: lock.WorkdirLock | None,
-    config,
+    prepared: experiment.Prepared,
     options: loop.LoopOptions,
     init_from: str | None,
     init_options: dict[str, Any] | None,
     force: bool,
 ) -> loop.TrainResult:
     """As `run`, in a workdir whose lock is `held`."""
-    method = experiment.build_method(config)
-    plan = experiment.build_sampling(config)
+    config, method, plan = prepared.config, prepared.method, prepared.sampling
     require_effect(directory, config, method)
     placement = wiring.create_placement(config)
     training = config.training
@@ -142,7 +144,7 @@ def train_in(
             announce=announce,
             initial_params=initial and (lambda: read_initial(initial, home.records, placement)),
             frozen=frozen or None,
-            alternatives=remat_choice.alternatives(config, experiment.build_method),
+            alternatives=remat_choice.alternatives(config, method, experiment.build_method),
             on_start=home.write_records,
             before_writing=home.mend,
         )

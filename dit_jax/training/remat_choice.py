@@ -35,6 +35,7 @@ def with_remat(config: ml_collections.ConfigDict, remat: str) -> ml_collections.
 
 def alternatives(
     config: ml_collections.ConfigDict,
+    method: Method,
     build: Callable[[ml_collections.ConfigDict], Method],
     backend: str | None = None,
 ) -> dict[str, Method]:
@@ -42,12 +43,18 @@ def alternatives(
 
     One alone where the configuration names it, and on CPUs ('none'), whose memory is the machine's
     and whose fastest layer loop does not go with any other.
+
+    Args:
+        config: the experiment.
+        method: as configured.
+        build: makes it of another configuration.
+        backend: for which; None for that of this process.
     """
     remat = config.model.remat
     if remat != "auto":
-        return {remat: build(config)}
+        return {remat: method}
     if (backend or target_platform()) == "cpu":
-        return {"none": build(config)}
+        return {"none": method}
     return {policy: build(with_remat(config, policy)) for policy in AUTOMATIC}
 
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from dit_jax import config as config_lib
+from dit_jax import experiment
 from dit_jax.configs import digits_dmd2, digits_kd, dit_xl2
 from dit_jax.evaluation import load_adm_npz
 from dit_jax.launch import evaluate, extract_features, loading, sample, train, training, wiring
@@ -74,11 +75,15 @@ def test_training_is_refused(capsys, monkeypatch, tmp_path, overrides, message):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_run_begun_with_a_key_without_effect_goes_on(capsys, trained, tmp_path):
+def test_a_run_begun_with_a_key_without_effect_goes_on(capsys, monkeypatch, trained, tmp_path):
     workdir = shutil.copytree(trained, tmp_path / "copy")
     begun = tiny_config(**{"training.num_steps": 4, "training.preview_images": 8})
     (workdir / "config.json").write_text(config_lib.to_json(begun))
+    built, build = [], experiment.METHODS["denoising"]
+    counted = lambda config: built.append(build(config)) or built[-1]  # noqa: E731
+    monkeypatch.setitem(experiment.METHODS, "denoising", counted)
     assert train.run(begun, workdir).step == 4
+    assert len(built) == 1  # from the door to the loop
     other = tiny_config(**{"training.num_steps": 4, "training.preview_images": 9})
     assert "preview_images=9 would do nothing" in refusal(capsys, train.run, other, workdir)
 

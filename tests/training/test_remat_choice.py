@@ -95,12 +95,19 @@ def tiny(**overrides):
     )
 
 
+def alternatives(config, backend):
+    method = experiment.build_method(config)
+    found = remat_choice.alternatives(config, method, experiment.build_method, backend)
+    assert len(found) > 1 or next(iter(found.values())) is method
+    return found
+
+
 def test_alternatives_go_by_backend_and_configuration():
-    found = remat_choice.alternatives(tiny(), experiment.build_method, "gpu")
+    found = alternatives(tiny(), "gpu")
     assert tuple(found) == remat_choice.AUTOMATIC
     assert [m.denoiser.network.config.remat for m in found.values()] == list(found)
-    assert list(remat_choice.alternatives(tiny(), experiment.build_method, "cpu")) == ["none"]
-    named = remat_choice.alternatives(tiny(remat="block"), experiment.build_method, "gpu")
+    assert list(alternatives(tiny(), "cpu")) == ["none"]
+    named = alternatives(tiny(remat="block"), "gpu")
     assert list(named) == ["block"]
 
 
