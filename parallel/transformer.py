@@ -1,6 +1,7 @@
-"""A DiT evaluated by many devices: slabs of rows in `jax.shard_map`, or split matrices."""
+"""A transformer evaluated by many devices: slabs of rows in `jax.shard_map`, or split matrices."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dit_jax.models import Request, Result, cpu_kernels, stack
 from dit_jax.models.attention import LocalAttention
 from dit_jax.models.attention_options import PLAIN, AttentionOptions
-from dit_jax.models.dit import DiTConfig, resolve_dtype
+from dit_jax.models.dit import DiTConfig
+from dit_jax.models.flux_config import FluxConfig
+from dit_jax.models.linear import resolve_dtype
 from dit_jax.models.step_cache import CachedCarry, CacheState, Everyone
 from dit_jax.parallel.network import PATCH_AXES, ImageNetwork, register_image_network
 from dit_jax.parallel.partitioning import Rule, place_tree
@@ -45,6 +48,11 @@ def split_rows(rows: int, devices: int) -> list[str]:
     ]
 
 
+def depth_of(config: Any) -> int:
+    """Layers of a transformer, those of all its stacks."""
+    return sum(getattr(config, "stack_depths", (config.depth,)))
+
+
 def exchange_note(config: Any, mode: str, patch_devices: int, ulysses: int, examples: int) -> str:
     """What a device receives in one evaluation of `examples`, beside the other modes' (formulas).
 
@@ -61,7 +69,7 @@ def exchange_note(config: Any, mode: str, patch_devices: int, ulysses: int, exam
     def mib(mode: str, degree: int) -> str:
         received = exchanged_bytes(
             mode,
-            depth=config.depth,
+            depth=depth_of(config),
             activation_bytes=activation,
             devices=patch_devices,
             ulysses=degree,
@@ -93,7 +101,8 @@ class ParallelTransformer(ImageNetwork):
     """A transformer over patches evaluated by many devices; see `ImageNetwork`.
 
     The network's configuration has `patch_size`, `depth`, `num_heads`, `head_dim`, `dtype`,
-    `attention` and `custom_gradients`; the leaves of its carry have a leading layer axis.
+    `attention` and `custom_gradients`; the leaves of its carry have a leading layer axis. Of a
+    network of several stacks of blocks it has `stack_depths`, and the carry is a tuple of theirs.
     """
 
     @classmethod
@@ -115,16 +124,18 @@ class ParallelTransformer(ImageNetwork):
         if self.mode != "displaced":
             return Carried()
         config, length = self.network.config, self._padded_length(size)
-        shape = (config.depth, batch, length, config.num_heads, config.head_dim)
+        shape = (batch, length, config.num_heads, config.head_dim)
         dtype = resolve_dtype(config.dtype)
-        spec = self._state_spec(batch)
 
         def zeros(shape, spec):
             sharding = NamedSharding(self.mesh, spec)
             values = jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
             return {"k": values, "v": values}
 
-        state = stack.Ahead(zeros(shape, spec.layers), zeros(shape[1:], spec.first))
+        def empty(depth, spec):
+            return stack.Ahead(zeros((depth, *shape), spec.layers), zeros(shape, spec.first))
+
+        state = self._of_stacks(empty, self._state_spec(batch))
         warmup = dataclasses.replace(self, mode="synchronous", warmup_steps=0)
         return Carried(state, warmup, self.warmup_steps)
 
@@ -186,10 +197,19 @@ class ParallelTransformer(ImageNetwork):
         custom_gradients = cpu_kernels.resolve_custom_gradients(config.custom_gradients)
         return LocalAttention(config.attention, custom_gradients)
 
-    def _state_spec(self, batch: int) -> stack.Ahead:
+    def _of_stacks(self, make: Callable[[int, Any], Any], specs: Any) -> Any:
+        """make(depth, spec) of the stack of blocks, or of each where there are several."""
+        depths = getattr(self.network.config, "stack_depths", None)
+        if depths is None:
+            return make(self.network.config.depth, specs)
+        return tuple(map(make, depths, specs))
+
+    def _state_spec(self, batch: int) -> Any:
         """Of keys and values: each device's own of all layers, everyone's of the first."""
         axes = self.batch_axes(batch)
-        return stack.Ahead(PartitionSpec(None, axes, PATCH_AXES), PartitionSpec(axes))
+        spec = stack.Ahead(PartitionSpec(None, axes, PATCH_AXES), PartitionSpec(axes))
+        depths = getattr(self.network.config, "stack_depths", None)
+        return spec if depths is None else (spec,) * len(depths)
 
     def _cache_spec(self, state: CacheState) -> CacheState:
         """Tokens lie as a device's rows do, numbers an example as the examples."""
@@ -212,3 +232,4 @@ class _SplitHeads:
 
 
 register_image_network(DiTConfig, ParallelTransformer)
+register_image_network(FluxConfig, ParallelTransformer)
