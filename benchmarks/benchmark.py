@@ -24,7 +24,6 @@ import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -37,6 +36,7 @@ import numpy as np
 
 import benchmark_distillation
 import benchmark_fastgen
+import turns
 from dit_jax import conditions as conditions_lib
 from dit_jax import evaluation, experiment
 from dit_jax.config import default_config
@@ -205,18 +205,10 @@ def prepare(case: Case, side: str) -> tuple[Callable[[], None], dict[str, Any]]:
     return {"train": jax_train, "guided": jax_guided}[case.name](case)
 
 
-def peak_resident_bytes() -> int:
-    """Peak resident memory of this program (Linux; getrusage's would include its parent's)."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-
 def peak_bytes(side: str) -> int:
     """Peak memory of this process: of the GPU if there is one, else resident."""
-    if jax.default_backend() != "gpu":
-        return peak_resident_bytes()
-    if side == "jax":
-        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    if side == "jax" or jax.default_backend() != "gpu":
+        return turns.peak_bytes()
     import torch
 
     return torch.cuda.max_memory_allocated()
@@ -230,49 +222,26 @@ def serve(case: Case, side: str) -> None:
     """
     run, facts = prepare(case, side)
     run(), run()
-    print(json.dumps(facts), flush=True)
-    for _ in sys.stdin:
+
+    def turn(_: str) -> dict[str, Any]:
         run()
         started = time.perf_counter()
         run(), run()
         seconds = (time.perf_counter() - started) / 2
-        print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes(side)}), flush=True)
+        return {"seconds": seconds, "peak_bytes": peak_bytes(side)}
+
+    turns.serve(facts, turn)
 
 
-class Side:
-    """The process of one side; the two take turns and share no threads or memory."""
-
-    def __init__(self, case: Case, side: str):
-        arguments = ["--serve", side, "--describe", json.dumps(dataclasses.asdict(case))]
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.facts = self._answer()
-
-    def run(self) -> dict[str, Any]:
-        """One turn: mean seconds of its timed runs, and the peak memory so far."""
-        self._process.stdin.write("run\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _answer(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError("a side of the benchmark ended early; its message is above")
-        return json.loads(line)
+def process_of(case: Case, side: str) -> turns.Turns:
+    """The process of one side."""
+    description = json.dumps(dataclasses.asdict(case))
+    return turns.Turns(__file__, ["--serve", side, "--describe", description])
 
 
 def compare(case: Case, rounds: int) -> dict[str, Any]:
     """Times both sides, turn by turn, each in its own process."""
-    sides = {side: Side(case, side) for side in SIDES}
+    sides = {side: process_of(case, side) for side in SIDES}
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for _ in range(rounds):
         for name, side in sides.items():

@@ -1,0 +1,233 @@
+"""The rungs of the ladder: what makes sampling fast, each a switch that is on or off."""
+
+import dataclasses
+import functools
+import importlib.util
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from dit_jax import conditions as conditions_lib
+from dit_jax import experiment
+from dit_jax.diffusion import guided
+from dit_jax.diffusion.samplers import Step
+from dit_jax.launch import loading, wiring
+from dit_jax.models import Request
+from dit_jax.programs import Programs
+from dit_jax.sampling import image_keys
+
+SWITCHES = {
+    "compiled": "all steps are one program; else one evaluation is, and Python does the rest",
+    "bfloat16": "parameters and matrix products in bfloat16 instead of float32",
+    "fused attention": "the fastest kernel there is, instead of scores in memory",
+    "quantized": "matrix products of 8-bit operands",
+    "kept program": "loaded from a file instead of compiled",
+    "step cache": "blocks are skipped where their result hardly changes",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What is sampled.
+
+    Attributes:
+        workdir: a trained run; '' where `config` is given.
+        config: a file of configs/, whose network gets random parameters; '' otherwise.
+        solver: of `sampling`.
+        steps: its steps.
+        batch_size: images at once.
+        guidance_scale: 1 for none.
+        quantization: of the switch 'quantized'.
+        threshold: of the switch 'step cache'.
+        programs: a folder, for the switch 'kept program'.
+    """
+
+    workdir: str
+    config: str
+    solver: str
+    steps: int
+    batch_size: int
+    guidance_scale: float
+    quantization: str
+    threshold: float
+    programs: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A row of the table.
+
+    Attributes:
+        name: of the row.
+        group: 'ladder', each rung on top of those before; 'alone', on the compiled sampler; 'off',
+            all but one.
+        on: the switches that are on.
+    """
+
+    name: str
+    group: str
+    on: tuple[str, ...]
+
+
+def settings(switches: tuple[str, ...]) -> dict[str, list[Setting]]:
+    """The rows by group, that which the group is compared with first."""
+    ladder = [Setting("baseline", "ladder", ())]
+    ladder += [Setting(f"+ {name}", "ladder", switches[: n + 1]) for n, name in enumerate(switches)]
+    rest = [name for name in switches if name != "compiled"]
+    alone = [Setting("compiled", "alone", ("compiled",))]
+    alone += [Setting(f"{name} alone", "alone", ("compiled", name)) for name in rest]
+    off = [Setting("all", "off", switches)]
+    off += [
+        Setting(f"all but {name}", "off", tuple(s for s in switches if s != name)) for name in rest
+    ]
+    return {"ladder": ladder, "alone": alone, "off": off}
+
+
+def overrides(work: Workload, on: tuple[str, ...]) -> dict[str, Any]:
+    """Configuration values by key."""
+    dtype = "bfloat16" if "bfloat16" in on else "float32"
+    values = {
+        "sampling.solver": work.solver,
+        "sampling.steps": work.steps,
+        "sampling.guidance_scale": work.guidance_scale,
+        "sampling.guidance_interval": (),
+        "sampling.batch_size": work.batch_size,
+        "model.dtype": dtype,
+        "model.param_dtype": dtype,
+        "model.attention": "auto" if "fused attention" in on else "einsum",
+        "model.quantization": work.quantization if "quantized" in on else "none",
+    }
+    if "step cache" in on:
+        values |= {"cache.name": "first_block", "cache.first_block.threshold": work.threshold}
+    return values
+
+
+def load(work: Workload, on: tuple[str, ...]) -> tuple[ml_collections.ConfigDict, Any]:
+    """Configuration and parameters, on the device."""
+    values = overrides(work, on)
+    if work.workdir:
+        model = loading.load_model(Path(work.workdir), overrides=values)
+        return model.config, model.params
+    config = config_of(Path(work.config))
+    config = experiment.resolve_config(wiring.override(config.to_dict(), values))
+    return config, random_parameters(experiment.build_network(config))
+
+
+def config_of(path: Path) -> ml_collections.ConfigDict:
+    """What `get_config()` of a Python file returns.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def random_parameters(network: Any) -> Any:
+    """All drawn at random: a network as it is initialised returns zeros.
+
+    Values are the same under all switches but for the dtype.
+    """
+
+    def draw(key):
+        leaves, structure = jax.tree.flatten(network.init(key))
+        keys = jax.random.split(key, len(leaves))
+        noise = [0.02 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+        drawn = [(x + n).astype(x.dtype) for x, n in zip(leaves, noise, strict=True)]
+        params = jax.tree.unflatten(structure, drawn)
+        return params if network.config.quantization == "none" else network.quantize(params)
+
+    return jax.jit(draw)(jax.random.key(0))
+
+
+def sampler(
+    work: Workload, on: tuple[str, ...]
+) -> tuple[Callable[[], np.ndarray], Callable[[], float]]:
+    """How one batch is made under some switches.
+
+    Returns:
+        A function that makes the batch, and one that tells the share of evaluations in which all
+        blocks ran.
+    """
+    config, params = load(work, on)
+    plan = experiment.build_sampling(config)
+    num_classes = config.model.num_classes
+    labels = wiring.balanced_labels(work.batch_size, num_classes) if num_classes else None
+    indices = np.arange(work.batch_size)
+    keys = image_keys(0, indices)
+
+    def computed() -> float:
+        if not plan.has_cache:
+            return 1.0
+        return float(plan.bind_counted(params)(keys, labels)[1].mean())
+
+    if "compiled" not in on:
+        draw = host_loop(plan, params)
+    elif "kept program" in on:
+        programs = Programs(Path(work.programs))
+        numbers = (0, indices.astype(np.uint32))
+        return lambda: programs.call(plan.program(params, *numbers, labels)), computed
+    else:
+        draw = plan.bind(params)
+    return lambda: draw(keys, labels), computed
+
+
+def host_loop(plan: experiment.SamplingPlan, params: Any) -> Callable[..., Any]:
+    """A sampler as it is written at first: Python takes the steps, a compiled network is called.
+
+    Between two evaluations the solver's arithmetic runs operation by operation.
+    """
+    chosen = plan.sampler
+    denoiser, solver, process = chosen.denoiser, chosen.solver, chosen.denoiser.process
+    nulls = conditions_lib.null_values(denoiser.network.conditions)
+
+    @functools.partial(jax.jit, static_argnames="with_guidance")
+    def evaluate(params, x, t, conditions, scale, with_guidance):
+        def raw(x, t, conditions, carry):
+            request = Request(x, jnp.broadcast_to(t, x.shape[:1]), conditions)
+            return denoiser.raw(params, request).out, carry
+
+        if with_guidance:
+            null = conditions_lib.without(conditions, nulls)
+            raw = guided(raw, null, scale, channels=chosen.guided_channels)
+        return raw(x, t, conditions, None)[0]
+
+    scale = plan.guidance_scale
+
+    def draw(keys, labels):
+        conditions = {} if labels is None else {"label": jnp.asarray(labels)}
+
+        def denoise(x, t, carry, r=None):
+            r = {} if r is None else {"r": jnp.broadcast_to(r, x.shape[:1])}
+            out = evaluate(params, x, t, {**conditions, **r}, scale, scale != 1.0)
+            return process.interpret(out, x, t), carry
+
+        noise_keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
+        step_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+        noise = jax.vmap(lambda key: jax.random.normal(key, chosen.sample_shape))(noise_keys)
+        times = jnp.asarray(plan.times, jnp.float32)
+        x, count = noise * process.start_scale(times[0]), len(times) - 1
+        state, carry = solver.init(process, x), None
+        for index in range(count):
+            step_key = jax.vmap(lambda key, i=index: jax.random.fold_in(key, i))(step_keys)
+            step = Step(times[index], times[index + 1], step_key, count)
+            x, state, carry = solver.step(process, denoise, x, step, state, carry)
+        return x
+
+    return draw
+
+
+def timed(draw: Callable[[], Any]) -> float:
+    """Seconds of one batch, after one that is not timed."""
+    jax.block_until_ready(draw())
+    started = time.perf_counter()
+    jax.block_until_ready(draw())
+    return time.perf_counter() - started
