@@ -41,6 +41,8 @@ class Condition:
             an empty prompt; whoever drops the condition has to give it.
         is_time: a time of the process, which the process translates to the network's as it does t.
         limits: smallest and largest integer, ends included; None for any.
+        usual: a shape that examples usually have, where an axis may have any length: what plans,
+            which see no data, count with.
     """
 
     shape: tuple[int | None, ...] = ()
@@ -50,6 +52,7 @@ class Condition:
     null_is_given: bool = False
     is_time: bool = False
     limits: tuple[int, int] | None = None
+    usual: tuple[int, ...] = ()
 
     @property
     def can_be_dropped(self) -> bool:

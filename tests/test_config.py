@@ -236,10 +236,8 @@ def test_every_experiment_resolves_and_initialises(name):
     assert config_lib.from_json(config_lib.to_json(resolved)) == resolved
     assert resolved.name == name
     # Traced faster; scanned layers are accelerators' choice besides.
-    if resolved.model.name == "dit":
-        resolved.model.dit.layer_loop = "scan"
-    else:
-        resolved.model[resolved.model.name].num_blocks = 1
+    own = resolved.model[resolved.model.name]
+    own.update({"layer_loop": "scan"} if "layer_loop" in own else {"num_blocks": 1})
     method = experiment.build_method(resolved)
     assert experiment.effect_error(resolved, method) is None
     key = jax.random.key(0)
@@ -248,8 +246,12 @@ def test_every_experiment_resolves_and_initialises(name):
     state = jax.eval_shape(method.init, key, None, frozen)
     assert jax.tree.leaves(jax.eval_shape(method.init, key)) == jax.tree.leaves(state)
     image = jax.ShapeDtypeStruct((8, *network.sample_shape), "float32")
-    label = {"label": jax.ShapeDtypeStruct((8,), "int32")}
-    batch = {"image": image, "noise": image, "conditions": label}
+    conditions = {
+        key: jax.ShapeDtypeStruct((8, *(c.usual or c.shape)), c.dtype)
+        for key, c in network.conditions.items()
+        if c.required
+    }
+    batch = {"image": image, "noise": image, "conditions": conditions}
     for phase in method.phases:
         update = functools.partial(method.update, phase=phase)
         after, metrics = jax.eval_shape(update, state, batch, key, frozen)

@@ -9,7 +9,7 @@ from dit_jax.models import cpu_kernels, stack
 from dit_jax.models.linear import Precision, precision_of
 from dit_jax.models.network_options import NetworkOptions
 from dit_jax.options import option
-from dit_jax.ranges import COUNT, PERIOD, POSITIVE
+from dit_jax.ranges import COUNT, POSITIVE
 
 ROTARY_AXES = 3  # which image (the noisy one, a reference), row, column
 ROTARY_THETA = 10_000.0
@@ -39,7 +39,7 @@ class FluxConfig(NetworkOptions):
     rotary_channels: tuple[int, ...] = option(
         (), "of a head by image, row and column; empty: an eighth, and the rest by halves", COUNT
     )
-    text_length: int = option(512, "tokens of text that operations are counted for", PERIOD)
+    text_length: int = option(512, "tokens of text in plans and counts of operations", COUNT)
     layer_loop: str = option("auto", "scan | unroll | auto: by backend")
 
     patch_size, learn_sigma = 2, False  # no options, and the same in all
@@ -173,8 +173,9 @@ class FluxConfig(NetworkOptions):
         """
         guidance = {"guidance": conditions_lib.Condition()} if self.guidance_embedding else {}
         reference = conditions_lib.Condition((None, None, self.in_channels), required=False)
+        usual = {"null_is_given": True, "usual": (self.text_length, self.text_dim)}
         return {
-            "text": conditions_lib.Condition((None, self.text_dim), null_is_given=True),
+            "text": conditions_lib.Condition((None, self.text_dim), **usual),
             "pooled": conditions_lib.Condition((self.pooled_dim,), null_is_given=True),
             **guidance,
             "reference": reference,

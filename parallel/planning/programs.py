@@ -201,19 +201,22 @@ def _sampling_needs(config, placement, plan, params) -> Needs:
     size = config.sampling.batch_size
     keys = jax.eval_shape(lambda: image_keys(0, np.arange(size)))
     keys = shaped(keys, placement.split)
-    # Their values are checked before tracing, so they are there.
-    conditions = {
+    told = needed_conditions(plan.network, size)
+    # Values of integers are checked before tracing, so they are there.
+    numbers = {
         name: np.zeros(array.shape, array.dtype)
-        for name, array in _conditions(plan.network, size).items()
+        for name, array in told.items()
+        if not np.issubdtype(array.dtype, np.floating)
     }
+    arrays = {name: array for name, array in told.items() if name not in numbers}
     held = {"parameters": bytes_per_device(params)}
 
-    def sample(params, keys):
-        return plan.bind(params)(keys, conditions)
+    def sample(params, keys, arrays):
+        return plan.bind(params)(keys, numbers | arrays)
 
     # Guidance evaluates twice as many examples at once: weights are read once all the same.
     traffic = plan.evaluations * held["parameters"]
-    lower = _lowering(placement, sample, {}, params, keys)
+    lower = _lowering(placement, sample, {}, params, keys, arrays)
     guided = 1 if plan.guidance_scale == 1.0 else 2
     return Needs(
         dict(placement.mesh.shape),
@@ -263,26 +266,26 @@ def _batch(config: ml_collections.ConfigDict, placement: DataParallel) -> dict[s
         )
         for name, (shape, dtype) in arrays.items()
     }
-    conditions = _conditions(experiment.build_network(config), size)
+    conditions = needed_conditions(experiment.build_network(config), size)
     shardings = jax.tree.map(lambda _: placement.split, conditions)
     return {**batch, "conditions": shaped(conditions, shardings)}
 
 
-def _conditions(network: Any, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+def needed_conditions(network: Any, size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of what a network has to be told of `size` examples.
 
     Raises:
-        ValueError: of a condition whose size is the data's, a text's length for instance.
+        ValueError: of a condition whose size is the data's, and that says no usual one.
     """
     needed = {name: c for name, c in network.conditions.items() if c.required}
     for name, condition in needed.items():
-        if None in condition.shape:
+        if None in condition.shape and not condition.usual:
             raise ValueError(
                 f"the condition {name!r} has the shape {condition.shape}, of which the data decide "
-                "a size: such a network cannot be planned"
+                "a size, and its declaration names no usual one: such a network cannot be planned"
             )
     return {
-        name: jax.ShapeDtypeStruct((size, *c.shape), np.dtype(c.dtype))
+        name: jax.ShapeDtypeStruct((size, *(c.usual or c.shape)), np.dtype(c.dtype))
         for name, c in needed.items()
     }
 

@@ -1,6 +1,8 @@
 """FLUX's joint sequence on many devices: text on all of them, the image's rows divided."""
 
 import dataclasses
+import importlib
+import types
 import warnings
 
 import jax
@@ -8,12 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dit_jax import experiment
+from dit_jax.conditions import Condition
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import RectifiedFlow
 from dit_jax.diffusion.samplers import make_solver, schedule
 from dit_jax.experiment import SamplingPlan
 from dit_jax.models import FluxConfig, Network, Request
+from dit_jax.models.flux_config import PRESETS
 from dit_jax.models.step_cache import CachedNetwork, StepCache
+from dit_jax.parallel.mesh import DataParallel, create_mesh
+from dit_jax.parallel.planning import programs
 from dit_jax.parallel.sampling import ImageParallel
 from dit_jax.sampling import Sampler, image_keys
 from tests.long import long, only_long
@@ -138,3 +145,26 @@ def test_a_step_cache_skips_the_same_on_many_devices(params):
     assert np.abs(expected - everything).max() > 1e-3
     parallel = ImageParallel("synchronous", patch_devices=2)
     np.testing.assert_allclose(draw(params, parallel, cache), expected, atol=1e-4)
+
+
+def test_its_sampler_is_planned_with_the_usual_length_of_a_text():
+    config = importlib.import_module("dit_jax.configs.flux_dev").get_config()
+    config.model.update(image_size=8, in_channels=4)
+    config.model.flux.update(
+        {key: value for key, value in PRESETS["flux_tiny"].items() if key in config.model.flux}
+    )
+    config = experiment.resolve_config(config)
+    network = experiment.build_network(config)
+    told = programs.needed_conditions(network, 3)
+    assert {name: array.shape for name, array in told.items()} == {
+        "text": (3, 8, 16),
+        "pooled": (3, 12),
+        "guidance": (3,),
+    }
+    (planned,) = programs.plan_sampling(
+        config, DataParallel(create_mesh(devices=jax.devices()[:1]))
+    ).programs
+    assert "while" in planned.lower().as_text()
+    endless = {"text": Condition((None, 4))}
+    with pytest.raises(ValueError, match="names no usual one"):
+        programs.needed_conditions(types.SimpleNamespace(conditions=endless), 1)
