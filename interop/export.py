@@ -23,8 +23,9 @@ from dit_jax.interop import dit, edm
 from dit_jax.interop.autoencoder_kl import load_autoencoder, save_autoencoder
 from dit_jax.interop.finiteness import Finiteness
 from dit_jax.interop.found_model import FoundModel, no_guidance
+from dit_jax.interop.kinds import KINDS, registered
 from dit_jax.interop.model_card import model_card
-from dit_jax.interop.models import CARD, FORMAT, KINDS, WEIGHTS
+from dit_jax.interop.models import CARD, FORMAT, WEIGHTS
 from dit_jax.interop.pixel_autoencoder import TOLERANCE, pixel_autoencoder
 from dit_jax.interop.schedulers import scheduler_config
 from dit_jax.interop.table import (
@@ -39,7 +40,7 @@ from dit_jax.models import DhariwalUNetConfig, DiTConfig, SongUNetConfig
 from dit_jax.nearest import one_of
 
 DESTINATIONS = tuple(kind for kind in KINDS if kind != "edm_pkl")
-_STATE_DICTS = ("dit_pt", "sit_pt", "edm_pt")
+_FOLDERS = ("dit_jax", "diffusers")
 DTYPES = ("float32", "bfloat16", "float16")
 KINDS_OF = {
     DiTConfig: ("dit_pt", "sit_pt", "diffusers"),
@@ -100,8 +101,8 @@ def write_model(
 
     Args:
         model: from `open_model`.
-        kind: 'dit_jax' and 'diffusers' make a folder, 'dit_pt' and 'sit_pt' a file (.safetensors by
-            its suffix, else .pt).
+        kind: 'dit_jax' and 'diffusers' make a folder, 'dit_pt' and 'sit_pt', and the state dicts
+            that were registered, a file (.safetensors by its suffix, else .pt).
         destination: must not exist, unless `overwrite`.
         dtype: of the tensors.
         autoencoder: the VAE of a pipeline; by default the one that came with the model.
@@ -121,8 +122,9 @@ def write_model(
             "--to=edm_pkl: such a pickle holds the code of its network; --to=edm_pt writes the "
             "state dict that EDM's network loads"
         )
-    if kind not in DESTINATIONS:
-        raise InteropError(f"--to={kind}: {one_of(kind, DESTINATIONS)}")
+    known = (*DESTINATIONS, *registered())
+    if kind not in known:
+        raise InteropError(f"--to={kind}: {one_of(kind, known)}")
     if dtype not in DTYPES:
         raise InteropError(f"--dtype={dtype}: {one_of(dtype, DTYPES)}")
     destination = Path(destination)
@@ -135,7 +137,8 @@ def write_model(
         vae, vae_note = _pipeline_autoencoder(model, autoencoder)
     elif autoencoder:
         raise InteropError(f"--vae does not apply to --to={kind}: only a pipeline holds one")
-    if kind in _STATE_DICTS and (class_names or metrics):
+    is_state_dict = kind not in _FOLDERS
+    if is_state_dict and (class_names or metrics):
         option = "class_names" if class_names else "metrics"
         raise InteropError(f"--{option} does not apply to --to={kind}: a state dict has no room")
     summary = Summary(
@@ -153,7 +156,7 @@ def write_model(
         model.finiteness.require(model.path)
         return dataclasses.replace(summary, notes=summary.notes + model.finiteness.note())
     writer = _Writer(model, plan, shapes, specs, jnp.dtype(dtype))
-    if kind in _STATE_DICTS:
+    if is_state_dict:
         with atomic_file(destination, overwrite=overwrite) as file:
             digest = writer.write(Path(file.name), destination.suffix == ".safetensors")
     else:
@@ -194,12 +197,16 @@ def _plan(model: FoundModel, kind: str, allow_inexact: bool) -> _Plan:
     process = experiment.build_process(model.config)
     if kind == "dit_jax":
         return _Plan(native_table(parameter_shapes(model.network)), ())
-    kinds = KINDS_OF.get(type(network), ())
+    outside = registered()
+    own = [name for name, known in outside.items() if known.config is type(network)]
+    kinds = (*KINDS_OF.get(type(network), ()), *own)
     if kind not in kinds:
         raise InteropError(
             f"--to={kind}: this model is a {type(network).__name__.removesuffix('Config')}, which "
             f"can be written as {', '.join(('dit_jax', *kinds))}"
         )
+    if kind in outside:
+        return _Plan(outside[kind].table(network), ())
     if kind == "edm_pt":
         return _plan_edm(model, process, allow_inexact)
     for key, value in (("second_time", network.second_time), ("augment_dim", network.augment_dim)):

@@ -21,7 +21,7 @@ class FoundModel:
     """A model on disk: what it is, and its parameters one by one.
 
     Attributes:
-        kind: one of `models.KINDS`.
+        kind: one of `kinds.KINDS`.
         path: where it is.
         config: a resolved configuration whose model and process are the file's.
         read: (path, dtype) -> our parameter of that dotted path, by default float32, in host

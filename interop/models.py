@@ -26,6 +26,7 @@ from dit_jax.interop.claims import check_counts, check_types, read_object
 from dit_jax.interop.edm_pickle import looks_like_network_pickle, open_network_pickle
 from dit_jax.interop.finiteness import Finiteness, WatchedFile
 from dit_jax.interop.found_model import FoundModel
+from dit_jax.interop.kinds import kinds, registered
 from dit_jax.interop.prefixes import RenamedFile, without_prefix
 from dit_jax.interop.recognise import (
     DIFFUSERS_DIT,
@@ -45,10 +46,10 @@ from dit_jax.interop.table import (
 )
 from dit_jax.interop.tensors import InteropError, TensorFile, open_tensors
 from dit_jax.models import network_name
+from dit_jax.nearest import one_of
 from dit_jax.training import workdir
 from dit_jax.training.saved_weights import RunWeights
 
-KINDS = ("dit_jax", "dit_pt", "sit_pt", "diffusers", "edm_pkl", "edm_pt")
 CARD = "dit_jax.json"  # what a folder of ours says about itself
 WEIGHTS = "weights.safetensors"
 FORMAT = "dit-jax-model/1"
@@ -70,7 +71,8 @@ def open_model(
 
     Args:
         source: a path, or 'hub:owner/name[@revision][:path]'; 'KIND:' may stand before it.
-        kind: one of `KINDS`, or 'auto' to tell by the content.
+        kind: one of `kinds()`, or 'auto' to tell by the content, which those that were registered
+            have to be named for.
         weights: of a run 'raw', 'ema' or an average's name, of a training checkpoint 'ema' or
             'model', of a pickle the entry's name; by default the first average where there is one.
         step: of a run's checkpoints, which one.
@@ -87,10 +89,10 @@ def open_model(
             contradict each other; everything wrong with the tensors in one list.
     """
     prefix, colon, rest = str(source).partition(":")
-    if colon and prefix in KINDS:
+    if colon and prefix in kinds():
         source, kind = rest, prefix
-    if kind not in ("auto", *KINDS):
-        raise InteropError(f"unknown kind {kind!r}: expected {', '.join(KINDS)}")
+    if kind not in ("auto", *kinds()):
+        raise InteropError(f"unknown kind {kind!r}: {one_of(kind, kinds())}")
     path = hub.resolve(str(source))
     if not path.exists():
         raise InteropError(f"{path} does not exist")
@@ -128,6 +130,10 @@ def _open(
     if is_pt:
         return _open_original(path, kind, weights, time_frequency_spacing, shape, like)
     _require(not weights, "weights", weights, kind, "holds one set of weights")
+    if kind in registered():
+        spacing = time_frequency_spacing
+        _require(not spacing, "time_frequency_spacing", spacing, kind, "knows its own")
+        return _open_registered(path, kind)
     return _open_diffusers(path, time_frequency_spacing)
 
 
@@ -380,6 +386,13 @@ def _open_edm(path: Path, kind: str, weights: str) -> FoundModel:
     named = file.metadata.get("weights")
     more = {"weights": named or "ema", "has_choice": bool(named), "notes": notes}
     return _found(kind, path, config, table, file, **more)
+
+
+def _open_registered(path: Path, kind: str) -> FoundModel:
+    known, file = registered()[kind], open_tensors(path)
+    network = known.network(file)
+    config = _configured(model_section(network), **known.sections)
+    return _found(kind, path, config, known.table(network), file)
 
 
 def _network_of_pickle(path: Path, file: TensorFile) -> edm.Preconditioned:

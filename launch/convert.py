@@ -6,12 +6,13 @@
   python launch/convert.py --to=dit_pt hub:facebook/DiT-XL-2-256 dit_xl2.pt --allow_inexact
 
 Kinds: dit_jax (a run's workdir, or a folder converted to), dit_pt (facebookresearch/DiT, fast-DiT),
-sit_pt (SiT), diffusers (a pipeline's folder or its transformer's), edm_pt (a state dict of EDM)
-and, to read only, edm_pkl (a network pickle of EDM). Parameters pass one at a time; nothing in a
-file is executed; the destination appears whole or not at all.
+sit_pt (SiT), diffusers (a pipeline's folder or its transformer's), edm_pt (a state dict of EDM),
+to read only, edm_pkl (a network pickle of EDM), and what DIT_JAX_EXTENSIONS registers. Parameters
+pass one at a time; nothing in a file is executed; the destination appears whole or not at all.
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,15 +22,27 @@ if TYPE_CHECKING:
     from dit_jax.interop.export import Summary
 
 
+def registered_kinds() -> tuple[str, ...]:
+    """The kinds of state dicts that modules from outside register, where any are named."""
+    if not os.environ.get("DIT_JAX_EXTENSIONS"):
+        return ()
+    from dit_jax.interop.kinds import registered
+
+    with command.readable_errors():
+        return tuple(registered())
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
+    outside = registered_kinds()
     parser = argument_types.Parser(description=__doc__)
     parser.add_argument("source", metavar="SRC", help="a path, or hub:owner/name[@revision][:path]")
     parser.add_argument("destination", metavar="DST", type=Path)
     parser.add_argument(
-        "--from", dest="source_kind", default="auto", choices=["auto", *arguments.KINDS]
+        "--from", dest="source_kind", default="auto", choices=["auto", *arguments.KINDS, *outside]
     )
-    parser.add_argument("--to", dest="kind", required=True, choices=arguments.DESTINATIONS)
+    destinations = (*arguments.DESTINATIONS, *outside)
+    parser.add_argument("--to", dest="kind", required=True, choices=destinations)
     parser.add_argument(
         "--dtype", default="float32", choices=arguments.DTYPES, help="of the tensors"
     )

@@ -14,7 +14,8 @@ import ml_collections
 from dit_jax import experiment
 from dit_jax.config import ConfigError, differences
 from dit_jax.data import Pairs, Source
-from dit_jax.interop.models import KINDS, FoundModel, open_model
+from dit_jax.interop.kinds import kinds
+from dit_jax.interop.models import FoundModel, open_model
 from dit_jax.training import workdir
 from dit_jax.training.checkpoints import fingerprint
 from dit_jax.training.method import Method
@@ -87,7 +88,7 @@ def _source(config: ml_collections.ConfigDict, name: str) -> tuple[str, str, str
 def _require_there(key: str, source: str) -> None:
     """Refuses a model of a path that is not there, with the command that trains it if one does."""
     kind, colon, rest = source.partition(":")
-    bare = rest if colon and kind in KINDS else source
+    bare = rest if colon and kind in kinds() else source
     path = Path(bare)
     if bare.startswith("hub:") or path.exists():
         return

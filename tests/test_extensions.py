@@ -17,9 +17,12 @@ from dit_jax import config_help, data, experiment, options
 from dit_jax.config import ConfigError, default_config, resolve
 from dit_jax.data import registry
 from dit_jax.diffusion.solvers import SOLVERS
+from dit_jax.interop import kinds
 from dit_jax.interop.export import write_model
+from dit_jax.interop.kinds import register_state_dict
 from dit_jax.interop.models import open_model
-from dit_jax.launch import pairs, training, write_pairs
+from dit_jax.interop.tensors import InteropError, open_tensors
+from dit_jax.launch import convert, pairs, training, write_pairs
 from dit_jax.models import NETWORK_CONFIGS, Network, register_network
 from dit_jax.models import network as network_lib
 from dit_jax.parallel import partitioning
@@ -29,14 +32,15 @@ from dit_jax.parallel.partitioning import ShardedPlacement, rules_for
 from dit_jax.parallel.sampling import ImageParallel
 from dit_jax.sampling import image_keys
 from tests.models.conftest import random_params
-from tests.toy import captions, network, overshoot, rules, shrunken
+from tests.toy import captions, names, network, overshoot, rules, shrunken
 
 SECTIONS = (("method", "sampling"), ("data", "timesteps"))
 TABLES = (
     (NETWORK_CONFIGS, network_lib._MODULES),
     (partitioning.TABLES, IMAGE_NETWORKS),
     (registry.SOURCES, SOLVERS),
-    (experiment.METHODS, options.sections()["model"].choices),
+    (kinds._REGISTERED, experiment.METHODS),
+    (options.sections()["model"].choices,),
     *((options.sections()[a].choices, options.sections()[b].choices) for a, b in SECTIONS),
 )
 
@@ -46,7 +50,7 @@ def registered():
     """The toy among the library's own, for the tests of this file alone."""
     tables = [table for pair in TABLES for table in pair]
     before = [dict(table) for table in tables]
-    for module in (network, rules, captions, overshoot, shrunken):
+    for module in (network, rules, names, captions, overshoot, shrunken):
         module.register()
     yield
     for table, entries in zip(tables, before, strict=True):
@@ -224,10 +228,24 @@ def test_it_is_exported_and_read_back(run, tmp_path):
     assert again.network == model.network
     jax.tree.map(np.testing.assert_array_equal, again.load(), model.load())
     for kind in ("diffusers", "dit_pt"):
-        with pytest.raises(
-            ValueError, match=r"this model is a Toy, which can be written as dit_jax$"
-        ):
+        with pytest.raises(ValueError, match=r"is a Toy, which can be written as dit_jax, toy_pt$"):
             write_model(model, kind, tmp_path / kind)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_its_table_of_names_is_one_file(run, tmp_path, monkeypatch, suffix):
+    monkeypatch.setenv(options.EXTENSIONS, "tests.toy.names:register")
+    model, file = open_model(run[0]), tmp_path / f"toy{suffix}"
+    convert.main(["--to=toy_pt", str(run[0]), str(file)])
+    found = set(open_tensors(file).specs)
+    assert {"layers.1.query.weight", "layers.0.wide.bias", "pixels.weight"} <= found
+    again = open_model(f"toy_pt:{file}")
+    assert again.network == model.network and again.config.process == model.config.process
+    jax.tree.map(np.testing.assert_array_equal, again.load(), model.load())
+    with pytest.raises(InteropError, match=r"'toy_p': expected one of dit_jax.*mean toy_pt\?$"):
+        open_model(file, "toy_p")
+    with pytest.raises(ValueError, match="there is a kind 'dit_pt' already"):
+        register_state_dict("dit_pt", network.ToyConfig, names.table, names.network)
 
 
 def test_data_that_do_not_tell_what_the_network_takes_are_refused():

@@ -14,7 +14,7 @@ from absl import logging as absl_logging
 
 from dit_jax import config as config_lib
 from dit_jax import config_help, evaluation, options
-from dit_jax.interop import export, models
+from dit_jax.interop import export, kinds
 from dit_jax.launch import arguments, command, planning, train
 from dit_jax.models import linear
 from dit_jax.parallel import sampling
@@ -99,7 +99,7 @@ def test_help_and_mistyped_flags_are_answered_before_anything_heavy_is_imported(
         (arguments.ROUNDING_RULES, evaluation.ROUNDING_RULES),
         (arguments.PROTOCOLS, evaluation.PROTOCOLS),
         (arguments.SCORES, evaluation.SCORES),
-        (arguments.KINDS, models.KINDS),
+        (arguments.KINDS, kinds.KINDS),
         (arguments.DESTINATIONS, export.DESTINATIONS),
         (arguments.DTYPES, export.DTYPES),
         (arguments.PARAM_DTYPES, linear.PARAM_DTYPES),
