@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
-ROOMS = ("configs", "distill", "interop", "launch", "parallel")
+ROOMS = ("configs", "distill", "interop", "launch", "parallel", "pipelines")
 _PACKAGE = Path(__file__).resolve().parent
 
 

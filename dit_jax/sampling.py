@@ -94,6 +94,7 @@ class Sampler:
         guidance_scale: float | Float[Array, ""] | Float[Array, " b"] = 1.0,
         guidance_interval: tuple[float, float] | None = None,
         nulls: Mapping[str, Any] | None = None,
+        noise: Float[Array | np.ndarray, "b h w c"] | None = None,
     ) -> Float[Array, "b h w c"]:
         """Samples one batch.
 
@@ -107,6 +108,7 @@ class Sampler:
             guidance_interval: (low, high) in process time outside which there is no guidance.
             nulls: "no condition" where the network does not know it by itself, as the embedding of
                 an empty prompt.
+            noise: standard normal, to start from instead of the keys' own.
 
         Returns:
             float32 images or latents. Not clipped: images may lie outside [-1, 1].
@@ -114,9 +116,16 @@ class Sampler:
         Raises:
             ConditionError: conditions that the network does not take, or lacks; a label out of
                 range; guidance of a network that knows no "no condition".
+            ValueError: noise of another shape.
         """
         inputs = (params, keys, conditions, times, guidance_scale, guidance_interval, nulls)
-        return self._run(_sample, *self._inputs(*inputs))
+        inputs = self._inputs(*inputs)
+        if noise is None:
+            return self._run(_sample, *inputs)
+        shape = (keys.shape[0], *self.sample_shape)
+        if noise.shape != shape:
+            raise ValueError(f"noise is {list(noise.shape)}, expected {list(shape)}")
+        return self._run(_sample, *inputs, _as_input(noise, np.float32))
 
     def counted(
         self,
@@ -289,7 +298,7 @@ def _sample_path(sampler, kept, guided, *inputs):
     return noise, x, path
 
 
-def _prepare(sampler, guided, params, keys, conditions, nulls, times, scale, interval):
+def _prepare(sampler, guided, params, keys, conditions, nulls, times, scale, interval, noise=None):
     """The noise, (denoise, x, times, keys) of the solver, and its carry and warm-up if any."""
     denoiser, process = sampler.denoiser, sampler.denoiser.process
     network = denoiser.network
@@ -324,9 +333,10 @@ def _prepare(sampler, guided, params, keys, conditions, nulls, times, scale, int
         if carried.warmup is not None:
             warmup = dataclasses.replace(denoiser, network=carried.warmup)
             more["warmup"] = (denoise_with(warmup), carried.warmup_steps)
-    prior_keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
     solver_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-    noise = jax.vmap(lambda key: jax.random.normal(key, shape))(prior_keys)
+    if noise is None:
+        prior_keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
+        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(prior_keys)
     x = noise * process.start_scale(times[0])
     return noise, (denoise_with(denoiser), x, times, solver_keys), more
 

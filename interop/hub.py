@@ -84,11 +84,13 @@ def parse(source: str) -> HubSource:
     return HubSource(match["repository"], match["revision"], inside)
 
 
-def resolve(source: str) -> Path:
+def resolve(source: str, folders: tuple[str, ...] = ()) -> Path:
     """A local path for a source: a path as it is, a hub source downloaded or found in the cache.
 
     Args:
         source: A path, or "hub:owner/name[@revision][:folder-or-file]".
+        folders: Of a whole repository, those to fetch, beside its JSON files; () for all. Some
+            repositories hold the same weights twice.
 
     Returns:
         The path; of a hub source, the folder or file in huggingface_hub's cache.
@@ -100,14 +102,14 @@ def resolve(source: str) -> Path:
     if not source.startswith(PREFIX):
         return Path(source)
     asked = parse(source)
-    files = fetch(asked)
+    files = fetch(asked, folders)
     if not asked.pinned:
         logging.warning("%s is not pinned; it is now %s", asked, files.source)
     return files.path
 
 
-def fetch(source: HubSource) -> HubFiles:
-    """Download the files of a source that are not in the cache yet.
+def fetch(source: HubSource, folders: tuple[str, ...] = ()) -> HubFiles:
+    """Download the files of a source that are not in the cache yet; `folders` as of `resolve`.
 
     Raises:
         InteropError: As `resolve`.
@@ -118,7 +120,9 @@ def fetch(source: HubSource) -> HubFiles:
 
     try:
         root = huggingface_hub.snapshot_download(
-            source.repository, revision=source.revision, allow_patterns=_patterns(source.inside)
+            source.repository,
+            revision=source.revision,
+            allow_patterns=_patterns(source.inside, folders),
         )
     except Exception as error:
         raise _explain(source, error) from error
@@ -134,9 +138,11 @@ def fetch(source: HubSource) -> HubFiles:
     return HubFiles(path, source.at(root.name))
 
 
-def _patterns(inside: str) -> list[str]:
+def _patterns(inside: str, folders: tuple[str, ...] = ()) -> list[str]:
     """What to download; in these patterns * also stands for slashes."""
     allowed = [f"*{suffix}" for suffix in ALLOWED_SUFFIXES]
+    if not inside and folders:
+        return ["*.json", *(f"{folder}/{pattern}" for folder in folders for pattern in allowed)]
     if not inside:
         return allowed
     name = glob.escape(inside)

@@ -1,9 +1,13 @@
 """Processes as diffusers' schedulers, and back."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from dit_jax.diffusion.process import DDPM, Process, RectifiedFlow
+from dit_jax.diffusion.schedules import schedule, shift_of_tokens
 from dit_jax.interop.claims import check_types
 from dit_jax.interop.tensors import InteropError
 from dit_jax.untrusted import shown
@@ -128,4 +132,102 @@ def process_from_scheduler(values: Mapping[str, Any], where: str) -> dict[str, A
         },
         # DiTPipeline's own way: DDIM over `leading` indices, all latent channels guided.
         "sampling": {"solver": "ddim", "steps": 250, "spacing": "leading"},
+    }
+
+
+_FLOW_EULER = "FlowMatchEulerDiscreteScheduler"
+# Options of diffusers' scheduler that FLUX does not use, by the values that mean so.
+_UNUSED = {
+    "invert_sigmas": (False,),
+    "shift_terminal": (None, 0),
+    "stochastic_sampling": (False,),
+    "time_shift_type": ("exponential",),
+    "use_beta_sigmas": (False,),
+    "use_exponential_sigmas": (False,),
+    "use_karras_sigmas": (False,),
+}
+_LINE = ("base_image_seq_len", "base_shift", "max_image_seq_len", "max_shift")
+_LINE_DEFAULTS = (256, 0.5, 4096, 1.15)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowTimes:
+    """At which times of a rectified flow FLUX and its like are evaluated.
+
+    Attributes:
+        shift: of all sizes, where there are no `points`; 1 for none, as schnell.
+        points: (tokens, log shift, other tokens, their log shift), see `schedules.shift_of_tokens`.
+    """
+
+    shift: float = 1.0
+    points: tuple[float, ...] = ()
+
+    def __call__(self, steps: int, tokens: int) -> np.ndarray:
+        """The times of so many steps for an image of so many tokens, float32 [steps + 1]."""
+        return schedule(RectifiedFlow(), steps, shift=self.shift_of(tokens))
+
+    def shift_of(self, tokens: int) -> float:
+        """The shift of images of so many tokens."""
+        return shift_of_tokens(tokens, self.points) if self.points else self.shift
+
+    def shifted(self, sigmas: Sequence[float], tokens: int) -> np.ndarray:
+        """The times for sigmas of a caller's own, as diffusers' argument of this name.
+
+        Raises:
+            ValueError: they do not fall from at most 1 to above 0.
+        """
+        given, shift = np.asarray(sigmas, np.float64), self.shift_of(tokens)
+        falls = given.ndim == 1 and given.size and given[-1] > 0 and given[0] <= 1
+        if not (falls and (np.diff(given) < 0).all()):
+            raise ValueError(
+                f"sigmas={sigmas}: expected numbers that fall from at most 1 to above 0"
+            )
+        times = shift * given / (1.0 + (shift - 1.0) * given)
+        return np.append(times, 0.0).astype(np.float32)
+
+
+def flow_times_from_scheduler(values: Mapping[str, Any], where: str) -> FlowTimes:
+    """The scheduler_config.json of a `FlowMatchEulerDiscreteScheduler` as ours.
+
+    Raises:
+        InteropError: another scheduler, or an option that is not known here.
+    """
+    check_types(
+        where,
+        values,
+        integers=("num_train_timesteps",),
+        numbers=("shift", *_LINE),
+        truths=("use_dynamic_shifting",),
+        nullable=(*_LINE, "shift"),
+    )
+    name = values.get("_class_name")
+    if name != _FLOW_EULER:
+        raise InteropError(f"{where} describes {shown(name)}; expected a {_FLOW_EULER}")
+    for key, known in _UNUSED.items():
+        if values.get(key, known[0]) not in known:
+            raise InteropError(
+                f"{where}: {key}={shown(values[key])} is not known here; expected {known[0]}"
+            )
+    if values.get("num_train_timesteps", 1000) != 1000:
+        raise InteropError(
+            f"{where}: num_train_timesteps={values['num_train_timesteps']}; FLUX is told 1000 t"
+        )
+    if values.get("use_dynamic_shifting", False):
+        found = zip(_LINE, _LINE_DEFAULTS, strict=True)
+        return FlowTimes(points=tuple(values.get(key) or default for key, default in found))
+    shift = values.get("shift")
+    if shift is not None and not shift > 0:
+        raise InteropError(f"{where}: shift={shift}; expected a number above 0")
+    return FlowTimes(1.0 if shift is None else float(shift))
+
+
+def flow_times_to_scheduler(times: FlowTimes) -> dict[str, Any]:
+    """The scheduler_config.json with which diffusers' FluxPipeline takes the same times."""
+    points = times.points or _LINE_DEFAULTS
+    return {
+        "_class_name": _FLOW_EULER,
+        **dict(zip(_LINE, points, strict=True)),
+        "num_train_timesteps": 1000,
+        "shift": times.shift,
+        "use_dynamic_shifting": bool(times.points),
     }

@@ -134,7 +134,7 @@ def table_of(config: CLIPTextConfig | T5Config) -> Table:
 
 
 def config_from_transformers(
-    values: Mapping[str, Any], *, with_projection: bool = False, where: str = CONFIG, **execution
+    values: Mapping[str, Any], *, with_projection: bool = False, where: str = CONFIG
 ) -> CLIPTextConfig | T5Config:
     """A config.json of a text encoder as ours.
 
@@ -142,7 +142,6 @@ def config_from_transformers(
         values: the JSON's; absent ones have transformers' defaults.
         with_projection: of a CLIP, which only the weights tell.
         where: for errors.
-        execution: dtype, param_dtype, layer_loop, attention of ours.
 
     Raises:
         InteropError: another model, an option our modules do not have, or a value out of range.
@@ -170,9 +169,8 @@ def config_from_transformers(
     chosen = {key: values[key] for key in keys if key in values}
     try:
         if kind == T5:
-            return T5Config(**{**_T5_DEFAULTS, **chosen}, **execution)
-        projection = {"with_projection": with_projection}
-        return CLIPTextConfig(**{**defaults, **chosen}, **projection, **execution)
+            return T5Config(**{**defaults, **chosen})
+        return CLIPTextConfig(**{**defaults, **chosen}, with_projection=with_projection)
     except ValueError as error:
         raise InteropError(f"{where}: {error}") from error
 
@@ -236,6 +234,30 @@ def load_text_encoder(
         InteropError: no text encoder there, another one, or weights that differ from the
             configuration (one error with all differences).
     """
+    config, file = _open(folder, kind, within)
+    # Older CLIPs hold positions besides, which are integers.
+    weights = {s.dtype for s in file.specs.values() if jnp.issubdtype(s.dtype, jnp.floating)}
+    stored = "bfloat16" if weights == {np.dtype(jnp.bfloat16)} else "float32"
+    stored = resolve_param_dtype(param_dtype, stored)
+    execution = {"dtype": dtype, "layer_loop": layer_loop, "attention": attention}
+    encoder = TextEncoder(dataclasses.replace(config, param_dtype=stored, **execution))
+    put = put or (lambda path, array: jax.device_put(array))
+    return encoder, load_params(table_of(config), abstract_params(encoder), file, put=put)
+
+
+def read_text_config(
+    folder: str | os.PathLike, *, kind: str = "", within: str | os.PathLike | None = None
+) -> CLIPTextConfig | T5Config:
+    """The configuration of a text encoder, without reading its weights.
+
+    Raises:
+        InteropError: as `load_text_encoder`.
+    """
+    return _open(folder, kind, within)[0]
+
+
+def _open(folder: Any, kind: str, within: Any) -> tuple[CLIPTextConfig | T5Config, TensorFile]:
+    """Configuration and tensors of what `load_text_encoder` is to read."""
     folder = Path(folder).expanduser()
     within = within or folder
     if not (folder / CONFIG).is_file():
@@ -246,19 +268,11 @@ def load_text_encoder(
         found = shown(values.get("model_type"))
         raise InteropError(f"{where} describes {found}; expected a {TITLES[kind]} ({kind})")
     file = open_tensors(find_weights(folder, TRANSFORMERS_NAMES), within=within)
-    execution = {"dtype": dtype, "layer_loop": layer_loop, "attention": attention}
-    config = config_from_transformers(
-        values, with_projection=_PROJECTION in file.specs, where=where, **execution
-    )
+    projection = _PROJECTION in file.specs
+    config = config_from_transformers(values, with_projection=projection, where=where)
     _require_kind(file, config)
     check_counts(where, {name: values.get(name) for name in (*_CLIP_KEYS, *_T5_KEYS)}, file)
-    # Older CLIPs hold positions besides, which are integers.
-    weights = {s.dtype for s in file.specs.values() if jnp.issubdtype(s.dtype, jnp.floating)}
-    stored = "bfloat16" if weights == {np.dtype(jnp.bfloat16)} else "float32"
-    stored = resolve_param_dtype(param_dtype, stored)
-    encoder = TextEncoder(dataclasses.replace(config, param_dtype=stored))
-    put = put or (lambda path, array: jax.device_put(array))
-    return encoder, load_params(table_of(config), abstract_params(encoder), file, put=put)
+    return config, file
 
 
 def _require_kind(file: TensorFile, config: CLIPTextConfig | T5Config) -> None:

@@ -67,6 +67,66 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--vae", help="VAE that decodes latents: a diffusers folder, or hub:...")
 
 
+def add_pretrained_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of a pretrained pipeline, which makes pictures of prompts."""
+    group = parser.add_argument_group("text to image (docs/text_to_image.md)")
+    group.add_argument(
+        "--pretrained",
+        metavar="DIR",
+        help="a FLUX pipeline of diffusers, or hub:owner/name[@revision]; instead of --workdir and "
+        "--init_from",
+    )
+    group.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or several prompts")
+    group.add_argument("--prompts", type=Path, metavar="FILE", help="of prompts, one a line")
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        help="of its products; default auto: bfloat16 on accelerators",
+    )
+    group.add_argument(
+        "--max_sequence_length",
+        type=argument_types.count,
+        metavar="TOKENS",
+        help="of T5; default 512, of FLUX.1 schnell 256",
+    )
+
+
+# Options of launch/sample.py that a pretrained pipeline has no use for.
+_OF_TRAINED_MODELS = (
+    *("workdir", "init_from", "step", "weights", "num_heads", "num_classes", "allow_nonfinite"),
+    *("vae", "solver", "spacing", "guidance_interval", "guidance_channels", "step_cache"),
+    *("parallel", "patch_devices", "warmup_steps", "split_guidance", "ulysses_devices"),
+    *("vae_devices", "labels", "programs"),
+)
+_OF_PIPELINES = ("prompt", "prompts", "dtype", "max_sequence_length")
+
+
+def check_pretrained(args: argparse.Namespace) -> None:
+    """Refuses what `add_pretrained_arguments`' options cannot mean, alone and with the others.
+
+    Raises:
+        ValueError: options of trained models beside --pretrained, or of pipelines without it; no
+            prompt, or both ways to give them.
+    """
+    idle = (None, False, "")
+    others = _OF_PIPELINES if args.pretrained is None else _OF_TRAINED_MODELS
+    given = [f"--{name}" for name in others if getattr(args, name) not in idle]
+    if args.pretrained is None and given:
+        raise ValueError(
+            f"{', '.join(given)}: give a pipeline that takes prompts, --pretrained=DIR"
+        )
+    if args.pretrained is None:
+        return
+    if given:
+        raise ValueError(
+            f"{', '.join(given)} would do nothing beside --pretrained, which brings its own parts"
+        )
+    if args.rounding != "nearest":
+        raise ValueError("--rounding would do nothing beside --pretrained: bytes are the nearest")
+    if (args.prompt is None) == (args.prompts is None):
+        raise ValueError("--pretrained needs either --prompt or --prompts")
+
+
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of how to sample; by default as the model was configured."""
     group = parser.add_argument_group("sampling (defaults: the model's config.sampling)")
@@ -87,12 +147,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--guidance_channels", help="all, or first3 as the original DiT", choices=["all", "first3"]
     )
-    for side in ("height", "width"):
+    for side in ("--height", "--width"):
         group.add_argument(
-            f"--{side}",
+            side,
             type=argument_types.count,
             metavar="PIXELS",
-            help=f"{side} of the images; default: what the model was trained on",
+            help=f"{side[2:]} of the images; default: what the model was trained on",
         )
     group.add_argument(
         "--step_cache",

@@ -10,6 +10,9 @@
   python launch/sample.py --workdir=runs/digits --parallel=displaced --patch_devices=4 \\
       --warmup_steps=4 --out=samples.png
 
+  python launch/sample.py --pretrained=FLUX.1-schnell --prompt="a cat holding a sign" \\
+      --height=1024 --width=1024 --steps=4 --out=cat.png
+
 What --out names decides the format: a .png (or .jpg, .webp) is a grid, a .npz the ADM evaluator's
 format (arr_0 images, arr_1 labels), anything else a folder of numbered PNG files. A .npz or folder
 is written as images are made, with a .json beside it that says how; interrupted, the same command
@@ -28,6 +31,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argument_types.Parser(description=__doc__)
     arguments.add_samples_arguments(parser)
+    arguments.add_pretrained_arguments(parser)
     arguments.add_programs_argument(parser)
     parser.add_argument(
         "--out",
@@ -44,11 +48,15 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = parse_arguments(argv)
     with command.readable_errors(traceback=args.traceback):
-        arguments.check_model(args)
-        arguments.check_parallel(args)
-        from dit_jax.launch import sampling
+        arguments.check_pretrained(args)
+        if args.pretrained is None:
+            arguments.check_model(args)
+            arguments.check_parallel(args)
+            from dit_jax.launch import sampling as work
+        else:
+            from dit_jax.launch import prompting as work
 
-        sampling.run(args)
+        work.run(args)
 
 
 def start() -> None:

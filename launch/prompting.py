@@ -1,0 +1,147 @@
+"""Pictures of prompts by a pretrained pipeline: the work of launch/sample.py --pretrained."""
+
+import argparse
+import dataclasses
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_jax import evaluation
+from dit_jax.launch import wiring
+from dit_jax.output_formats import samples_format
+from dit_jax.pipelines.flux import FluxPipeline
+from dit_jax.quantities import counted
+from dit_jax.sampling import image_keys
+
+_DEFAULT_BATCH = 4  # pictures at once
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The prompts of a file, one a line.
+
+    Raises:
+        ValueError: a line is empty, which is named; or there is none; or it is no text.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts={file} is no text: expected UTF-8") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise ValueError(
+                f"--prompts={file}, line {number} is empty: expected a prompt on every line (for "
+                "a picture of the empty prompt, --prompt='')"
+            )
+    if not lines:
+        raise ValueError(f"--prompts={file} is empty: expected a prompt on every line")
+    return lines
+
+
+def prompts_of(args: argparse.Namespace) -> list[str]:
+    """One prompt a picture: those given, in turn."""
+    prompts = args.prompt if args.prompts is None else read_prompts(args.prompts)
+    count = args.num_images or len(prompts)
+    return [prompts[i % len(prompts)] for i in range(count)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Pictures number `start` on, in batches.
+
+    Attributes:
+        pipeline: that makes them.
+        prompts: one a picture.
+        seed: picture i depends on it, on i, and on its prompt.
+        batch_size: pictures at once.
+        options: of the pipeline's call.
+    """
+
+    pipeline: FluxPipeline
+    prompts: list[str]
+    seed: int
+    batch_size: int
+    options: dict[str, Any]
+
+    def __call__(self, start: int = 0) -> Iterator[np.ndarray]:
+        """Yields them as bytes [n, h, w, 3]; the last batch is filled up, for the same program."""
+        count = len(self.prompts)
+        for first in range(start, count, self.batch_size):
+            indices = np.arange(first, first + self.batch_size)
+            prompts = [self.prompts[min(i, count - 1)] for i in indices]
+            keys = image_keys(self.seed, indices)
+            latents = self.pipeline(
+                prompts, generator=keys, output_type="latent", **self.options
+            ).images
+            kept = latents[: min(self.batch_size, count - first)]
+            yield evaluation.to_uint8(self.pipeline.decode(kept))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Samples what the command line asks for, into its --out."""
+    evaluation.check_destination(args.out, overwrite=args.overwrite)
+    prompts = prompts_of(args)
+    pipeline = FluxPipeline.from_pretrained(
+        args.pretrained,
+        dtype=args.dtype or "auto",
+        param_dtype=args.param_dtype or "auto",
+        quantization=args.quantization or "none",
+    )
+    options = {
+        "height": args.height,
+        "width": args.width,
+        "num_inference_steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "max_sequence_length": args.max_sequence_length,
+    }
+    pipeline.check(**options)  # before the first screen promises anything
+    batch_size = min(args.batch_size or _DEFAULT_BATCH, len(prompts))
+    pictures = Pictures(pipeline, prompts, args.seed, batch_size, options)
+    what = f"sampling {counted(len(prompts), 'picture')} of {args.pretrained}, {pipeline.title}"
+    print(wiring.first_screen(what, args.out, "time left: known after the first batch"), flush=True)
+    _printing_warnings(lambda: _write(args, pictures))
+    print(f"{counted(len(prompts), 'picture')}: {args.out}")
+
+
+def _write(args: argparse.Namespace, pictures: Pictures) -> None:
+    if samples_format(args.out) == "picture":
+        images = np.concatenate(list(pictures()))
+        evaluation.save_grid(args.out, images, overwrite=args.overwrite)
+        return
+    pipeline, options = pictures.pipeline, pictures.options
+    record = {
+        "pretrained": str(args.pretrained),
+        "seed": args.seed,
+        "num_images": len(pictures.prompts),
+        "prompts": pictures.prompts,
+        "param_dtype": args.param_dtype or "auto",
+        "quantization": args.quantization or "none",
+        "dtype": args.dtype or "auto",
+        **options,
+    }
+    shape = (*pipeline.picture_size(args.height, args.width), 3)
+    restart = {"restart": args.overwrite}
+    store = evaluation.SampleStore(args.out, len(pictures.prompts), shape, record, **restart)
+    if store.done:
+        print(f"going on at picture {store.done} of {len(pictures.prompts)}", flush=True)
+    for images in pictures(store.done):
+        store.append(images)
+    store.finish(None, overwrite=args.overwrite)
+
+
+def _printing_warnings(work: Callable[[], None]) -> None:
+    """Does `work`; what it warns of is printed as the commands print it, each once."""
+    said = set()
+
+    def show(message: Any, *_: Any, **__: Any) -> None:
+        if str(message) not in said:
+            said.add(str(message))
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show
+        work()

@@ -1,0 +1,220 @@
+"""FLUX pipelines in diffusers' folders: checked as a whole before any weights are read."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dit_jax.atomic import atomic_folder, check_destination
+from dit_jax.interop import hub
+from dit_jax.interop.autoencoder_kl import (
+    load_autoencoder,
+    read_autoencoder_config,
+    save_autoencoder,
+)
+from dit_jax.interop.claims import read_object
+from dit_jax.interop.flux_files import load_flux, open_flux, save_flux
+from dit_jax.interop.schedulers import (
+    FlowTimes,
+    flow_times_from_scheduler,
+    flow_times_to_scheduler,
+)
+from dit_jax.interop.tensors import InteropError
+from dit_jax.interop.text_encoders import (
+    CLIP,
+    T5,
+    load_text_encoder,
+    read_text_config,
+    save_text_encoder,
+)
+from dit_jax.interop.tokenizer_files import load_tokenizer
+from dit_jax.models import AutoencoderKL, Network
+from dit_jax.models.linear import resolve_dtype, resolve_param_dtype
+from dit_jax.pipelines.text import TextPart, check_vocabulary
+from dit_jax.untrusted import shown
+
+INDEX = "model_index.json"
+CLASSES = ("FluxPipeline", "FluxKontextPipeline")
+# Folders by what they hold, as diffusers calls them, and the classes that model_index.json names.
+COMPONENTS = {
+    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "text_encoder_2": ("transformers", "T5EncoderModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "tokenizer_2": ("transformers", "T5TokenizerFast"),
+    "transformer": ("diffusers", "FluxTransformer2DModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+}
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FluxParts:
+    """What a pipeline is made of.
+
+    Attributes:
+        transformer: the network.
+        params: its parameters.
+        clip: the encoder of the pooled vector.
+        t5: the encoder of the tokens.
+        vae: from latents to pixels and back.
+        vae_params: its parameters.
+        times: of the scheduler.
+        kontext: whether it was saved as a pipeline that edits images.
+    """
+
+    transformer: Network
+    params: Any
+    clip: TextPart
+    t5: TextPart
+    vae: AutoencoderKL
+    vae_params: Any
+    times: FlowTimes
+    kontext: bool = False
+
+
+def resolve(source: str | Path) -> Path:
+    """The folder of a path, 'hub:owner/name[@revision]', or 'owner/name' where no such path is.
+
+    Raises:
+        InteropError: it is neither, or cannot be fetched.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    text = str(source)
+    if _REPOSITORY.fullmatch(text):
+        text = f"{hub.PREFIX}{text}"
+    if not text.startswith(hub.PREFIX):
+        raise InteropError(
+            f"{source} does not exist: expected the folder of a diffusers pipeline, or "
+            "hub:owner/name"
+        )
+    return hub.resolve(text, tuple(COMPONENTS))
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: str = "auto",
+    param_dtype: str = "auto",
+    quantization: str = "none",
+    layer_loop: str = "auto",
+    attention: str = "auto",
+) -> FluxParts:
+    """Reads a pipeline; see `flux.FluxPipeline.from_pretrained`."""
+    folder = resolve(source)
+    kontext = _check_index(folder)
+    times = flow_times_from_scheduler(*_scheduler_config(folder))
+    tokenizers = {
+        name: load_tokenizer(folder / name, kind, within=folder)
+        for name, kind in (("tokenizer", "CLIP"), ("tokenizer_2", "T5"))
+    }
+    _check_configs(folder, tokenizers)
+    if param_dtype == "auto" and resolve_dtype(dtype).name == "bfloat16":
+        param_dtype = "bfloat16"
+    execution = {"dtype": dtype, "param_dtype": param_dtype}
+    loops = {"layer_loop": layer_loop, "attention": attention}
+    transformer, params = load_flux(folder, quantization=quantization, **execution, **loops)
+    if quantization != "none":
+        params = jax.jit(transformer.quantize)(params)
+    texts = [
+        TextPart(
+            title,
+            tokenizers[tokenizer],
+            *load_text_encoder(folder / encoder, kind=kind, within=folder, **execution, **loops),
+        )
+        for title, kind, encoder, tokenizer in (
+            ("CLIP", CLIP, "text_encoder", "tokenizer"),
+            ("T5", T5, "text_encoder_2", "tokenizer_2"),
+        )
+    ]
+    vae, vae_params, _ = load_autoencoder(folder / "vae", **execution)
+    return FluxParts(transformer, params, *texts, vae, vae_params, times, kontext)
+
+
+def _check_index(folder: Path) -> bool:
+    """Refuses what is no whole FLUX pipeline; tells whether it is one that edits images."""
+    if not (folder / INDEX).is_file():
+        raise InteropError(
+            f"{folder} has no {INDEX}: expected the folder of a diffusers pipeline, as "
+            "FluxPipeline.save_pretrained writes it. For other models see --init_from"
+        )
+    name = read_object(folder / INDEX, folder).get("_class_name")
+    if name not in CLASSES:
+        raise InteropError(
+            f"{folder} is a {shown(name)} ({INDEX}): FluxPipeline reads {' and '.join(CLASSES)}"
+        )
+    missing = [part for part in COMPONENTS if not (folder / part).is_dir()]
+    if missing:
+        raise InteropError(
+            f"{folder} lacks {', '.join(f'{part}/' for part in missing)}: a FLUX pipeline has "
+            f"{', '.join(f'{part}/' for part in COMPONENTS)}"
+        )
+    return name == CLASSES[1]
+
+
+def _scheduler_config(folder: Path) -> tuple[Mapping[str, Any], str]:
+    file = folder / "scheduler" / "scheduler_config.json"
+    return read_object(file, folder), str(file)
+
+
+def _check_configs(folder: Path, tokenizers: Mapping[str, Any]) -> None:
+    """Refuses components that do not go together."""
+    network = open_flux(folder).config
+    clip = read_text_config(folder / "text_encoder", kind=CLIP, within=folder)
+    t5 = read_text_config(folder / "text_encoder_2", kind=T5, within=folder)
+    vae = read_autoencoder_config(folder / "vae")
+    for theirs, part, ours, takes in (
+        (clip.hidden_size, "text_encoder's width", network.pooled_dim, "pooled_projection_dim"),
+        (t5.d_model, "text_encoder_2's width", network.text_dim, "joint_attention_dim"),
+        (vae.latent_channels, "vae's latent channels", network.in_channels, "in_channels / 4"),
+    ):
+        if theirs != ours:
+            raise InteropError(
+                f"{folder}: the {part} is {theirs}, the transformer's {takes} {ours}: they are not "
+                "of the same pipeline"
+            )
+    check_vocabulary(folder, "CLIP", tokenizers["tokenizer"], clip.vocab_size)
+    check_vocabulary(folder, "T5", tokenizers["tokenizer_2"], t5.vocab_size)
+    longest = tokenizers["tokenizer"].max_length
+    if longest != clip.max_length:
+        raise InteropError(
+            f"{folder}: CLIP's tokenizer makes prompts of {longest} tokens (model_max_length), its "
+            f"encoder has positions for {clip.max_length}"
+        )
+
+
+def save(folder: str | Path, parts: FluxParts, *, overwrite: bool = False) -> None:
+    """Writes a pipeline; see `flux.FluxPipeline.save_pretrained`."""
+    folder = Path(folder)
+    check_destination(folder, overwrite=overwrite)
+    if parts.transformer.config.quantization != "none":
+        raise InteropError(
+            "a pipeline of quantised weights is for sampling: load it with quantization='none' to "
+            "save it"
+        )
+    vae_dtype = resolve_param_dtype(parts.vae.config.param_dtype)
+    with atomic_folder(folder, overwrite=overwrite) as temporary:
+        save_flux(temporary / "transformer", parts.transformer, parts.params)
+        for text, encoder, tokenizer in (
+            (parts.clip, "text_encoder", "tokenizer"),
+            (parts.t5, "text_encoder_2", "tokenizer_2"),
+        ):
+            save_text_encoder(temporary / encoder, text.encoder, text.params)
+            text.tokenizer.save(temporary / tokenizer)
+        save_autoencoder(
+            temporary / "vae", parts.vae, parts.vae_params, dtype=jax.numpy.dtype(vae_dtype)
+        )
+        (temporary / "scheduler").mkdir()
+        index = {"_class_name": CLASSES[parts.kontext], "_diffusers_version": "0.32.0"}
+        index |= {name: list(classes) for name, classes in sorted(COMPONENTS.items())}
+        for file, values in (
+            ("scheduler/scheduler_config.json", flow_times_to_scheduler(parts.times)),
+            (INDEX, index),
+        ):
+            (temporary / file).write_text(json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,83 @@
+"""A text encoder with its tokenizer: prompts in, states out, one compiled program."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.interop.tensors import InteropError
+from dit_jax.interop.tokenizer_files import Prompts, PromptTokenizer
+from dit_jax.models.text import TextEncoder, TextStates
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextPart:
+    """An encoder of prompts.
+
+    Attributes:
+        title: for messages, as 'CLIP'.
+        tokenizer: of its prompts.
+        encoder: the architecture.
+        params: its parameters.
+    """
+
+    title: str
+    tokenizer: PromptTokenizer
+    encoder: TextEncoder
+    params: Any
+
+    def __call__(self, prompts: Sequence[str], max_length: int | None = None) -> TextStates:
+        """The states of prompts, each padded or cut to `max_length` tokens, which a warning tells.
+
+        Nothing is masked: what FLUX and Stable Diffusion were trained with attends to the padding.
+        """
+        found = self.tokenizer(prompts, max_length)
+        for prompt, cut in zip(prompts, found.cut, strict=True):
+            if cut:
+                warnings.warn(
+                    f"{self.title} takes {found.ids.shape[1]} tokens of a prompt; of "
+                    f"{_beginning(prompt)} this was cut off: {cut!r}",
+                    stacklevel=2,
+                )
+        # One by one: a program serves any number of prompts, and 512 tokens keep a device busy.
+        states = {
+            ids.tobytes(): _encode(self.encoder, self.params, ids[None]) for ids in _unlike(found)
+        }
+        each = [states[ids.tobytes()] for ids in found.ids]
+        return each[0] if len(each) == 1 else jax.tree.map(_joined, *each)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(encoder: TextEncoder, params: Any, ids: np.ndarray) -> TextStates:
+    return encoder.encode(params, ids)
+
+
+def _unlike(prompts: Prompts) -> list[np.ndarray]:
+    """The ids of prompts, of equal ones once."""
+    return list({ids.tobytes(): ids for ids in prompts.ids}.values())
+
+
+def _joined(*arrays: jax.Array) -> jax.Array:
+    return jnp.concatenate(arrays)
+
+
+def _beginning(prompt: str) -> str:
+    return repr(prompt if len(prompt) <= 40 else f"{prompt[:40]}...")
+
+
+def check_vocabulary(where: Any, title: str, tokenizer: PromptTokenizer, vocab_size: int) -> None:
+    """Refuses a tokenizer whose ids the encoder has no embedding for.
+
+    Raises:
+        InteropError: they are not of the same model.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise InteropError(
+            f"{where}: {title}'s tokenizer has ids up to {tokenizer.vocab_size - 1}, its encoder "
+            f"embeddings for {vocab_size} of them: they are not of the same model"
+        )

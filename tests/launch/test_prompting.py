@@ -1,0 +1,94 @@
+"""launch/sample.py --pretrained: pictures of prompts."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit_jax import FluxPipeline
+from dit_jax.launch import arguments, sample
+from tests.references import diffusers_flux_pipeline as reference
+
+SMALL = ("--height=8", "--width=12", "--steps=2", "--max_sequence_length=24", "--seed=3")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flux") / "tiny"
+    reference.create().save_pretrained(folder)
+    return folder
+
+
+def run(folder, *options):
+    sample.main([f"--pretrained={folder}", *SMALL, *options])
+
+
+def refusal(capsys, *options):
+    with pytest.raises(SystemExit) as ended:
+        sample.main([*SMALL, *options])
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_prompts_of_a_file_become_a_folder_a_grid_and_those_of_python(folder, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a cat\nStraße, 猫\n", encoding="utf-8")
+    prompts = f"--prompts={tmp_path / 'prompts.txt'}"
+    run(folder, prompts, "--num_images=3", "--batch_size=2", f"--out={tmp_path / 'made'}")
+    assert "sampling 3 pictures of" in capsys.readouterr().out
+    made = [np.asarray(Image.open(file)) for file in sorted((tmp_path / "made").glob("*.png"))]
+    pipe = FluxPipeline.from_pretrained(folder)
+    sizes = {"height": 8, "width": 12, "num_inference_steps": 2, "max_sequence_length": 24}
+    wanted = pipe(["a cat", "Straße, 猫"], seed=3, **sizes).images
+    for found, image in zip(made[:2], wanted, strict=True):
+        assert np.abs(found.astype(int) - np.asarray(image)).max() <= 1
+    assert len(made) == 3 and np.abs(made[2].astype(int) - made[0]).max() > 20  # another number
+    record = json.loads((tmp_path / "made.json").read_text())
+    assert record["prompts"] == ["a cat", "Straße, 猫", "a cat"] and record["height"] == 8
+    run(folder, "--prompt", "a cat", "a dog " * 40, "--num_images=2", f"--out={tmp_path / 'a.png'}")
+    assert "warning: T5 takes 24 tokens" in capsys.readouterr().err
+    assert np.asarray(Image.open(tmp_path / "a.png")).std() > 10
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--prompt=a cat"],
+            "--prompt, --max_sequence_length: give a pipeline that takes prompts, --pretrained=DIR",
+        ),
+        (["--pretrained=FOLDER"], "--pretrained needs either --prompt or --prompts"),
+        (
+            ["--pretrained=FOLDER", "--prompt=a", "--labels=3", "--vae=x"],
+            "--vae, --labels would do",
+        ),
+        (["--pretrained=FOLDER", "--prompt=a", "--height=10"], "expected multiples of 4"),
+        (["--pretrained=FOLDER", "--prompt=a", "--max_sequence_length=600"], "expected 2 to 512"),
+        (["--pretrained=none/of/these", "--prompt=a"], "none/of/these does not exist"),
+        (["--pretrained=FOLDER/vae", "--prompt=a"], "has no model_index.json"),
+        (["--pretrained=FOLDER", "--prompts=FILE"], "prompts.txt, line 2 is empty"),
+        (["--pretrained=FOLDER", "--prompts=EMPTY"], "empty.txt is empty"),
+        (["--pretrained=FOLDER", "--prompts=BYTES"], "bytes.txt is no text"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(folder, tmp_path, capsys, options, message):
+    for name, content in (
+        ("prompts", b"a cat\n\na dog"),
+        ("empty", b""),
+        ("bytes", b"\xff\xfe\xfa"),
+    ):
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    files = {"FOLDER": folder, "FILE": tmp_path / "prompts.txt", "EMPTY": tmp_path / "empty.txt"}
+    files["BYTES"] = tmp_path / "bytes.txt"
+    for name, path in files.items():
+        options = [option.replace(name, str(path)) for option in options]
+    assert message in refusal(capsys, *options, f"--out={tmp_path / 'a.png'}")
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_every_option_of_a_sample_is_for_one_kind_of_model_or_both():
+    parser_options = set(vars(sample.parse_arguments(["--out=a.png"])))
+    known = {*arguments._OF_TRAINED_MODELS, *arguments._OF_PIPELINES}
+    both = {"pretrained", "steps", "guidance_scale", "height", "width", "batch_size", "seed"}
+    both |= {"num_images", "out", "rounding", "overwrite", "traceback", "param_dtype"}
+    assert parser_options == known | both | {"quantization"}
