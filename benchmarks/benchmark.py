@@ -61,6 +61,7 @@ class Case:
         dtype: of the matrix products, 'float32' or 'bfloat16' (PyTorch: autocast).
         remat: rematerialisation on the JAX side.
         layer_loop: 'auto', 'scan' or 'unroll' on the JAX side.
+        quantization: of the JAX side's products.
         torch_compile: whether PyTorch is compiled.
         goal: time over PyTorch's (or seconds, for 'compile') aimed at; 0 for none.
         fastgen: for 'dmd2_student' FastGen's checkout.
@@ -73,6 +74,7 @@ class Case:
     dtype: str = "float32"
     remat: str = "none"
     layer_loop: str = "auto"
+    quantization: str = "none"
     torch_compile: bool = False
     goal: float = 0.0
     fastgen: str = ""
@@ -93,6 +95,7 @@ def method_of(case: Case):
     config.model.dtype = case.dtype
     config.model.remat = case.remat
     config.model.dit.layer_loop = case.layer_loop
+    config.model.quantization = case.quantization
     return experiment.build_method(experiment.resolve_config(config))
 
 
@@ -310,6 +313,7 @@ def table(results: list[dict[str, Any]]) -> str:
     for result in results:
         case = result["case"]
         name = f"{case['name']} {case['model']}, batch {case['batch_size']}, {case['dtype']}"
+        name += "" if case["quantization"] == "none" else f", {case['quantization']}"
         if case["name"] == "compile":
             goal = f"<= {result['goal']:.0f} s" if result["goal"] else ""
             lines.append(f"| {name} | | | | {goal} | | {result['compile_seconds']:.1f} |")
@@ -354,6 +358,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--remat", default="none", choices=["none", "activations", "dots", "block"])
     parser.add_argument("--layer_loop", default="auto", choices=["auto", "scan", "unroll"])
+    parser.add_argument(
+        "--quantization", default="none", choices=["none", "fp8", "fp8_rowwise"], help="of JAX's"
+    )
     parser.add_argument("--torch_compile", action="store_true")
     parser.add_argument("--rounds", type=argument_types.count, default=11)
     benchmark_distillation.add_arguments(parser)
