@@ -37,6 +37,7 @@ from dit_jax.interop.table import (
 )
 from dit_jax.interop.tensors import InteropError, TensorFile, open_tensors, write_safetensors
 from dit_jax.models import FluxConfig, Network
+from dit_jax.models.apart import Apart
 from dit_jax.models.linear import resolve_param_dtype
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -138,12 +139,13 @@ def load_flux(
         path: see `open_flux`.
         param_dtype: what parameters are stored in; 'auto' is bfloat16 for a file that holds nothing
             else, and float32 for any other.
-        put: (path, array) -> leaf, for instance onto sharded devices, one parameter at a time;
-            default: the first device.
+        put: (path, array) -> leaf, for instance onto sharded devices, one parameter at a time, or
+            one layer's, without the axis of layers, where `Network.is_apart`; default: the first
+            device.
         execution: dtype, quantization, layer_loop, remat, attention of the network.
 
     Returns:
-        The network and its parameters.
+        The network and its parameters, as `Network.as_sampled` gives them.
 
     Raises:
         InteropError: see `open_flux`; weights that differ from the configuration (one error with
@@ -156,9 +158,16 @@ def load_flux(
     shapes, dtypes = flat_shapes(abstract), flat_dtypes(abstract)
     reader = ParameterReader(found.table, shapes, WatchedFile(found.file, seen))
     put = put or (lambda path, array: jax.device_put(array))
+
+    def placed(path: str) -> Any:
+        array = reader(path, dtypes[path])
+        if network.is_apart and path.partition(".")[0] in network.config.stacks:
+            return Apart(tuple(put(path, layer) for layer in array))
+        return put(path, array)
+
     # A parameter is held twice while it is placed: last, when all others are there, a small one.
     largest_first = sorted(reader.paths(), key=lambda path: -np.prod(shapes[path]))
-    leaves = [(path, put(path, reader(path, dtypes[path]))) for path in largest_first]
+    leaves = [(path, placed(path)) for path in largest_first]
     seen.require(found.file.path)
     return network, unflatten(leaves)
 

@@ -179,6 +179,10 @@ TABLES: dict[str, tuple[Rule, ...]] = {
 }
 
 
+# What a path ends in where a stack's layers have arrays of their own (`models.apart`).
+_OF_LAYER = re.compile(r"/layers/\d+$")
+
+
 class RuleError(ValueError):
     """A table of rules and the parameters of a model that do not belong together."""
 
@@ -225,7 +229,7 @@ def place_tree(
     rules = tuple(rules)
     used, unknown, placed = set(), [], []
     for entries, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        path = path_of(entries)
+        path = _OF_LAYER.sub("", path_of(entries))
         if not leaf.ndim or not path or path.endswith("/kernel_scale"):
             placed.append(Placed(path, leaf.shape, leaf.dtype.itemsize, PartitionSpec()))
             continue

@@ -43,6 +43,7 @@ class FluxConfig(NetworkOptions):
     layer_loop: str = option("auto", "scan | unroll | auto: by backend")
 
     patch_size, learn_sigma = 2, False  # no options, and the same in all
+    stacks = ("double_blocks", "single_blocks")
 
     def __post_init__(self):
         for name in ("hidden_size", "depth", "single_depth", "num_heads", "text_dim", "pooled_dim"):

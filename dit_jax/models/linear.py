@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
+from dit_jax.models.apart import of_layers
 from dit_jax.models.batch_axes import divided_by_examples, is_training_mesh
 from dit_jax.models.quantization import (
     quantize_kernel,
@@ -227,7 +228,9 @@ class Linear(nnx.Module):
         quantization = self.precision.quantization_of(self.role)
         if quantization == "none" or self.kernel_scale is not None:
             return
-        values, scale = quantize_kernel(self.kernel[...], quantization)
+        values, scale = of_layers(
+            lambda kernel: quantize_kernel(kernel, quantization), self.kernel.get_value()
+        )
         self.kernel, self.kernel_scale = nnx.Param(values), nnx.Param(scale)
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Key
 
 from dit_jax import conditions as conditions_lib
 from dit_jax.models import dit, edm, flux, flux_config
+from dit_jax.models.apart import take_apart
 from dit_jax.models.call import Request, Result
 from dit_jax.models.linear import Linear, converted_to, products_dtypes, resolve_dtype
 from dit_jax.options import register
@@ -87,6 +88,29 @@ class Network:
         The network computes the same with them: for calling it repeatedly.
         """
         return converted_to(params, self._products_dtypes)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether `as_sampled` gives every layer arrays of its own: where the configuration says
+        itself, not by 'auto', that layers are unrolled, and which `stacks` it has."""
+        return bool(self._stacks) and self.config.layer_loop == "unroll"
+
+    @property
+    def _stacks(self) -> tuple[str, ...]:
+        return getattr(self.config, "stacks", ())
+
+    def as_sampled(self, params: Params) -> Params:
+        """`params` as sampling on GPUs reads them fastest: of unrolled layers each on its own.
+
+        `apply` computes the same with them. Parameters are for inference alone then, and whoever
+        goes on to hold those that were given holds them twice.
+        """
+        if not self.is_apart:
+            return params
+        return {
+            name: take_apart(part) if name in self._stacks else part
+            for name, part in params.items()
+        }
 
     def _create(self, key: Key[Array, ""]) -> nnx.Module:
         return _MODULES[type(self.config)](self.config, rngs=nnx.Rngs(params=key))
@@ -208,7 +232,7 @@ class Network:
 def is_quantized(params: Params) -> bool:
     """Whether parameters are of `Network.quantize`."""
     return any(
-        path[-1] == jax.tree_util.DictKey("kernel_scale")
+        jax.tree_util.DictKey("kernel_scale") in path
         for path, _ in jax.tree_util.tree_leaves_with_path(params)
     )
 

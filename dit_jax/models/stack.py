@@ -2,7 +2,8 @@
 
 Parameters of the `depth` blocks share one tree whose leaves have a leading layer axis. A scan
 compiles one block whatever the depth (accelerators, big models); the unrolled loop lets CPU XLA
-schedule across blocks and is markedly faster there. Rematerialisation is a policy around the block.
+schedule across blocks and is markedly faster there, and GPUs read parameters that are taken apart
+for it where they are. Rematerialisation is a policy around the block.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from dit_jax.models.apart import is_apart
 from dit_jax.models.linear import converted_to, products_dtypes
 from dit_jax.models.recomputation import activations_saveable, converted, resolve_remat
 from dit_jax.nearest import one_of
@@ -87,9 +89,14 @@ class Ahead:
 
 def _unstack(tree: Any, depth: int) -> list[Any]:
     """Splits the leading axis; the gradient is one concatenation, not `depth` padded sums."""
-    leaves, treedef = jax.tree.flatten(tree)
-    split = [jax.lax.split(leaf, (1,) * depth, axis=0) for leaf in leaves]
-    return [treedef.unflatten([parts[i][0] for parts in split]) for i in range(depth)]
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_apart)
+    split = [
+        leaf.layers
+        if is_apart(leaf)
+        else [part[0] for part in jax.lax.split(leaf, (1,) * depth, axis=0)]
+        for leaf in leaves
+    ]
+    return [treedef.unflatten([parts[i] for parts in split]) for i in range(depth)]
 
 
 def run_stack(
@@ -109,7 +116,7 @@ def run_stack(
     """Runs `x, state_l = call(block_l, x, state_l, *args)` through the layers in order.
 
     Args:
-        blocks: the stacked module of `create_stack`.
+        blocks: the stacked module of `create_stack`, its parameters perhaps `Apart`.
         call: applies one block.
         x: the activations carried from layer to layer.
         *args: inputs every layer shares (conditioning).
@@ -139,7 +146,8 @@ def run_stack(
     if dtypes:  # see `converted`
         stopped = jax.tree.map(jax.lax.stop_gradient, parameters)
         parameters = (stopped, converted_to(parameters, dtypes))
-    scanned = resolve_layer_loop(layer_loop, remat=remat) == "scan"
+    apart = any(map(is_apart, jax.tree.leaves(parameters, is_leaf=is_apart)))
+    scanned = resolve_layer_loop(layer_loop, remat=remat) == "scan" and not apart
 
     @functools.partial(rematerialised, remat=remat, prevent_cse=not scanned)
     def layer(x, parameters, state, args):
@@ -316,10 +324,14 @@ def _unroll_part(layer, fetch, x, layers, args, first, end):
 
 
 def _at(tree: Any, index: Any) -> Any:
-    """The layer number `index` of stacked leaves."""
-    return jax.tree.map(
-        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree
-    )
+    """The layer number `index` of stacked leaves, or of those `Apart`, where it is no tracer."""
+
+    def at(leaf):
+        if is_apart(leaf):
+            return leaf.layers[index]
+        return jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
+
+    return jax.tree.map(at, tree, is_leaf=is_apart)
 
 
 def _put(tree: Any, values: Any, index: Any) -> Any:

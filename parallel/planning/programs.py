@@ -192,9 +192,9 @@ def plan_parallel_sampling(
 def _sampled_params(config: ml_collections.ConfigDict, plan: experiment.SamplingPlan) -> Any:
     """The shapes of parameters as they are sampled with: quantised, if their products are."""
     params = jax.eval_shape(plan.network.init, jax.random.key(config.seed))
-    if config.model.quantization == "none":
-        return params
-    return jax.eval_shape(plan.network.quantize, params)
+    if config.model.quantization != "none":
+        params = jax.eval_shape(plan.network.quantize, params)
+    return jax.eval_shape(plan.network.as_sampled, params)
 
 
 def _sampling_needs(config, placement, plan, params) -> Needs:

@@ -115,6 +115,16 @@ def test_shards_are_read_and_what_is_written_diffusers_loads(saved, tmp_path):
     assert all((theirs[name] == ours[name]).all() for name in theirs)
 
 
+def test_layers_apart_are_read_and_written_as_stacked_ones(saved, tmp_path):
+    network, params = load_flux(saved[1], layer_loop="unroll")
+    stacked = load_flux(saved[1])[1]
+    kernel = params["double_blocks"]["text"]["mlp"]["fc1"]["kernel"]
+    assert len(kernel.layers) == 2 and isinstance(stacked["x_embedder"]["kernel"], jax.Array)
+    for name, held in (("one", params), ("two", stacked)):
+        save_flux(tmp_path / name, network, held)
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
+
+
 def test_the_original_layout_is_the_one_that_diffusers_reads(saved, tmp_path):
     from diffusers.loaders.single_file_utils import (
         convert_flux_transformer_checkpoint_to_diffusers as convert,

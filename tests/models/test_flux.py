@@ -9,6 +9,8 @@ import pytest
 
 from dit_jax.interop.flux_files import load_flux
 from dit_jax.models import FluxConfig, Network, Request
+from dit_jax.models.apart import Apart, is_apart
+from dit_jax.models.network import is_quantized
 from dit_jax.models.step_cache import CachedNetwork, StepCache
 from tests.references import diffusers_flux
 
@@ -114,6 +116,26 @@ def test_a_step_cache_skips_all_blocks_but_the_first(dev):
     np.testing.assert_array_equal(again.carry.cache.reuses, [1, 1])
     with pytest.raises(ValueError, match="with a step cache"):
         cached.apply(params, request.replace(carry=first.carry, features=(0,)))
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_layers_with_arrays_of_their_own_are_the_same(dev, quantization):
+    _, params, request, expected = dev
+    network = Network(dataclasses.replace(DEV, layer_loop="unroll", quantization=quantization))
+    apart = network.as_sampled(params)
+    assert isinstance(apart["single_blocks"]["linear1"]["kernel"], Apart)
+    again = jax.tree.map(np.asarray, apart, is_leaf=is_apart)
+    assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
+    assert network.as_sampled(apart) == apart
+    if quantization == "none":
+        out = jax.jit(network.apply)(apart, request).out
+        np.testing.assert_allclose(out, expected, atol=1e-5)
+        return
+    one, other = (network.quantize(given) for given in (params, apart))
+    assert is_quantized(one) and is_quantized(other)
+    assert jax.tree.all(
+        jax.tree.map(np.array_equal, jax.tree.map(np.asarray, other, is_leaf=is_apart), one)
+    )
 
 
 def test_bfloat16_is_close_and_parameters_can_be_stored_in_it(dev):

@@ -1,5 +1,6 @@
 """Partition rules: every parameter has one, every rule a parameter, whatever the configuration."""
 
+import dataclasses
 import importlib
 
 import jax
@@ -99,6 +100,10 @@ def test_the_rules_fit_flux_and_divide_it_evenly():
         placed = place_tree(state, rules_for("flux"), SIZES)
         whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         assert sum(p.bytes_per_device(SIZES) for p in placed) < 1.01 * whole / 8, name
+    unrolled = Network(dataclasses.replace(network.config, layer_loop="unroll"))
+    apart = place_tree(jax.eval_shape(unrolled.as_sampled, state), rules_for("flux"), SIZES)
+    of_first = next(p for p in apart if p.path == "double_blocks/text/mlp/fc2/kernel")
+    assert of_first.spec == P("tensor", "fsdp")
     specs = {p.path: p.spec for p in placed}
     assert specs["double_blocks/text/mlp/fc2/kernel"] == P(None, "tensor", "fsdp")
     assert specs["single_blocks/linear1/kernel"] == P(None, "fsdp", "tensor")
