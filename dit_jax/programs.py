@@ -35,6 +35,7 @@ from dit_jax.untrusted import parse_json
 SUFFIX = ".program"
 _FORMAT = 1
 _HEADER_LIMIT = 2**22  # bytes
+_COMPUTING = ("dit_jax", "dit_jax.parallel", "dit_jax.pipelines")  # whose code programs are of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +166,7 @@ def _plugins(platform: str) -> dict[str, str]:
 def _sources() -> str:
     """A hash of the library's code: what it computes may change without its version."""
     # Found, not imported: wherever the checkout or installation has them.
-    found = (importlib.util.find_spec(name) for name in ("dit_jax", "dit_jax.parallel"))
+    found = (importlib.util.find_spec(name) for name in _COMPUTING)
     folders = [Path(spec.origin).parent for spec in found]
     files = sorted({path for folder in folders for path in folder.rglob("*.py")})
     digest = hashlib.sha256()

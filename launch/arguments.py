@@ -84,6 +84,17 @@ def add_pretrained_arguments(parser: argparse.ArgumentParser) -> None:
         help="of its products; default auto: bfloat16 on accelerators",
     )
     group.add_argument(
+        "--offload",
+        action="store_true",
+        help="keep the text encoders' weights in host memory but while prompts are encoded",
+    )
+    group.add_argument(
+        "--vae_tile",
+        type=argument_types.count,
+        metavar="LATENTS",
+        help="decode in tiles of so many latents a side: less memory, other pixels",
+    )
+    group.add_argument(
         "--max_sequence_length",
         type=argument_types.count,
         metavar="TOKENS",
@@ -91,18 +102,21 @@ def add_pretrained_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# Options of launch/sample.py that a pretrained pipeline has no use for.
+# Options of launch/sample.py and compile.py that a pretrained pipeline has no use for.
 _OF_TRAINED_MODELS = (
     *("workdir", "init_from", "step", "weights", "num_heads", "num_classes", "allow_nonfinite"),
-    *("vae", "solver", "spacing", "guidance_interval", "guidance_channels", "step_cache"),
-    *("parallel", "patch_devices", "warmup_steps", "split_guidance", "ulysses_devices"),
-    *("vae_devices", "labels", "programs"),
+    *("vae", "solver", "spacing", "guidance_interval", "guidance_channels", "split_guidance"),
+    "labels",
 )
-_OF_PIPELINES = ("prompt", "prompts", "dtype", "max_sequence_length")
+_OF_PIPELINES = ("prompt", "prompts", "dtype", "offload", "vae_tile", "max_sequence_length")
 
 
-def check_pretrained(args: argparse.Namespace) -> None:
+def check_pretrained(args: argparse.Namespace, *, prompts: bool = True) -> None:
     """Refuses what `add_pretrained_arguments`' options cannot mean, alone and with the others.
+
+    Args:
+        args: the command line.
+        prompts: whether they are needed.
 
     Raises:
         ValueError: options of trained models beside --pretrained, or of pipelines without it; no
@@ -121,9 +135,10 @@ def check_pretrained(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{', '.join(given)} would do nothing beside --pretrained, which brings its own parts"
         )
-    if args.rounding != "nearest":
+    if getattr(args, "rounding", "nearest") != "nearest":
         raise ValueError("--rounding would do nothing beside --pretrained: bytes are the nearest")
-    if (args.prompt is None) == (args.prompts is None):
+    check_parallel(args)
+    if prompts and (args.prompt is None) == (args.prompts is None):
         raise ValueError("--pretrained needs either --prompt or --prompts")
 
 

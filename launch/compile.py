@@ -11,6 +11,10 @@ and dit_jax; where one is missing sample.py says what differs, compiles and keep
 For NVIDIA GPUs that are not here (the extra 'plan'; --devices of them):
 
   python launch/compile.py --workdir=runs/digits --programs=programs --accelerator=h100
+
+Of a pretrained pipeline, for so many pictures at once:
+
+  python launch/compile.py --pretrained=FLUX.1-dev --steps=28 --num_images=1 --programs=programs
 """
 
 import argparse
@@ -22,6 +26,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argument_types.Parser(description=__doc__)
     arguments.add_samples_arguments(parser)
+    arguments.add_pretrained_arguments(parser)
     arguments.add_programs_argument(parser, required=True)
     parser.add_argument(
         "--accelerator",
@@ -38,8 +43,14 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = parse_arguments(argv)
     with command.readable_errors(traceback=args.traceback):
-        arguments.check_model(args)
-        arguments.check_parallel(args)
+        arguments.check_pretrained(args, prompts=False)
+        if args.pretrained is None:
+            arguments.check_model(args)
+            arguments.check_parallel(args)
+        elif args.accelerator:
+            raise ValueError(
+                "--accelerator does not apply to --pretrained: compile where it is to run"
+            )
         if args.devices and not args.accelerator:
             raise ValueError(
                 f"--devices={args.devices} is of --accelerator; a program for this machine is for "
@@ -51,9 +62,12 @@ def main(argv: list[str] | None = None) -> None:
             compiling_elsewhere.set_environment()  # before JAX loads
             compiling_elsewhere.run(args)
             return
-        from dit_jax.launch import sampling
+        if args.pretrained is None:
+            from dit_jax.launch import sampling as work
+        else:
+            from dit_jax.launch import prompting as work
 
-        sampling.compile_programs(args)
+        work.compile_programs(args)
 
 
 def start() -> None:

@@ -11,13 +11,19 @@ from typing import Any
 import numpy as np
 
 from dit_jax import evaluation
-from dit_jax.launch import wiring
+from dit_jax.launch import sampling, wiring
+from dit_jax.named_options import options_named
 from dit_jax.output_formats import samples_format
 from dit_jax.pipelines.flux import FluxPipeline
 from dit_jax.quantities import counted
-from dit_jax.sampling import image_keys
+from dit_jax.training import memory
 
 _DEFAULT_BATCH = 4  # pictures at once
+# What makes weights smaller, or keeps them elsewhere.
+SMALLER = (
+    "--param_dtype=bfloat16 halves float32 weights, --quantization=int8 or fp8 the transformer's "
+    "again, --offload keeps the encoders' on the host"
+)
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -70,40 +76,80 @@ class Pictures:
         """Yields them as bytes [n, h, w, 3]; the last batch is filled up, for the same program."""
         count = len(self.prompts)
         for first in range(start, count, self.batch_size):
-            indices = np.arange(first, first + self.batch_size)
-            prompts = [self.prompts[min(i, count - 1)] for i in indices]
-            keys = image_keys(self.seed, indices)
-            latents = self.pipeline(
-                prompts, generator=keys, output_type="latent", **self.options
-            ).images
+            places = range(first, first + self.batch_size)
+            prompts = [self.prompts[min(i, count - 1)] for i in places]
+            options = {**self.options, "seed": self.seed, "first_image": first}
+            latents = self.pipeline(prompts, output_type="latent", **options).images
             kept = latents[: min(self.batch_size, count - first)]
             yield evaluation.to_uint8(self.pipeline.decode(kept))
 
 
-def run(args: argparse.Namespace) -> None:
-    """Samples what the command line asks for, into its --out."""
-    evaluation.check_destination(args.out, overwrite=args.overwrite)
-    prompts = prompts_of(args)
-    pipeline = FluxPipeline.from_pretrained(
-        args.pretrained,
-        dtype=args.dtype or "auto",
-        param_dtype=args.param_dtype or "auto",
-        quantization=args.quantization or "none",
-    )
+def open_pipeline(args: argparse.Namespace) -> FluxPipeline:
+    """The pipeline that the options choose, and how it runs."""
     options = {
+        "dtype": args.dtype or "auto",
+        "param_dtype": args.param_dtype or "auto",
+        "quantization": args.quantization or "none",
+        "offload": args.offload,
+        "parallel": wiring.image_parallel(args),
+        "vae_devices": args.vae_devices,
+        "vae_tile": args.vae_tile,
+        "step_cache": args.step_cache or 0.0,
+        "programs": sampling.open_programs(args.programs),
+    }
+    with memory.exhaustion_explained(f"loading {args.pretrained}", SMALLER):
+        return FluxPipeline.from_pretrained(args.pretrained, **options)
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of the pipeline's call."""
+    return {
         "height": args.height,
         "width": args.width,
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance_scale,
         "max_sequence_length": args.max_sequence_length,
     }
-    pipeline.check(**options)  # before the first screen promises anything
+
+
+def compile_programs(args: argparse.Namespace) -> None:
+    """Keeps the programs of a command line of prompts: the work of launch/compile.py."""
+    given = args.prompt is not None or args.prompts is not None
+    count = len(prompts_of(args)) if given else args.num_images or 1
+    batch_size = min(args.batch_size or _DEFAULT_BATCH, count)
+    options = settings(args)
+    del options["guidance_scale"]  # an input
+    pipeline = open_pipeline(args)
+    _printing_warnings(lambda: pipeline.compile(num_images=batch_size, **options))
+    made = counted(batch_size, "picture")
+    print(f"{made} at once of {pipeline.title} start from {args.programs}")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Samples what the command line asks for, into its --out."""
+    evaluation.check_destination(args.out, overwrite=args.overwrite)
+    prompts, options = prompts_of(args), settings(args)
+    pipeline = open_pipeline(args)
     batch_size = min(args.batch_size or _DEFAULT_BATCH, len(prompts))
-    pictures = Pictures(pipeline, prompts, args.seed, batch_size, options)
-    what = f"sampling {counted(len(prompts), 'picture')} of {args.pretrained}, {pipeline.title}"
-    print(wiring.first_screen(what, args.out, "time left: known after the first batch"), flush=True)
-    _printing_warnings(lambda: _write(args, pictures))
+
+    def work() -> None:
+        with options_named(wiring.PARALLEL_FLAGS):
+            notes = pipeline.check(batch_size, **options)  # before the first screen promises
+        pictures = Pictures(pipeline, prompts, args.seed, batch_size, options)
+        what = f"sampling {counted(len(prompts), 'picture')} of {args.pretrained}, {pipeline.title}"
+        for line in (*(f"note: {note}" for note in notes), _screen(what, args)):
+            print(line, flush=True)
+        remedy = f"lower --batch_size={batch_size}, --height or --width, or give --vae_tile=64; "
+        what = f"sampling {counted(batch_size, 'picture')} at once"
+        with memory.exhaustion_explained(what, remedy + SMALLER):
+            _write(args, pictures)
+
+    _printing_warnings(work)
     print(f"{counted(len(prompts), 'picture')}: {args.out}")
+
+
+def _screen(what: str, args: argparse.Namespace) -> str:
+    return wiring.first_screen(what, args.out, "time left: known after the first batch")
 
 
 def _write(args: argparse.Namespace, pictures: Pictures) -> None:
@@ -120,6 +166,9 @@ def _write(args: argparse.Namespace, pictures: Pictures) -> None:
         "param_dtype": args.param_dtype or "auto",
         "quantization": args.quantization or "none",
         "dtype": args.dtype or "auto",
+        "step_cache": args.step_cache or 0.0,
+        "parallel": args.parallel,
+        "patch_devices": args.patch_devices,
         **options,
     }
     shape = (*pipeline.picture_size(args.height, args.width), 3)

@@ -1,4 +1,4 @@
-"""FLUX.1 from a diffusers checkpoint: prompts in, pictures out, three compiled programs.
+"""FLUX.1 from a diffusers checkpoint: prompts in, pictures out, four compiled programs.
 
     from dit_jax import FluxPipeline
     pipe = FluxPipeline.from_pretrained("FLUX.1-schnell", dtype="bfloat16")
@@ -10,29 +10,25 @@ diffusers' pipeline of the same name.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion.process import RectifiedFlow
-from dit_jax.diffusion.solvers import Euler
 from dit_jax.evaluation import to_uint8
-from dit_jax.models import AutoencoderKL
-from dit_jax.pipelines import flux_files
-from dit_jax.sampling import Sampler, image_keys
+from dit_jax.parallel.sampling import ImageParallel
+from dit_jax.pipelines import flux_files, flux_inputs
+from dit_jax.pipelines.execution import Draw, Execution, Latents, Pixels
+from dit_jax.programs import Programs
 
 PROCESS = RectifiedFlow(network_convention="flux", time_scale=1000.0)
 OUTPUT_TYPES = ("pil", "np", "latent")
 MAX_PROMPT = 512  # tokens of T5; schnell was trained with half as many
 _DEFAULT_LATENTS = 128  # a side: 1024 pixels
-_PACKED = 2  # a token is 2 x 2 latents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +48,13 @@ class FluxPipeline:
 
     Args:
         parts: what it is made of, see `from_pretrained`.
+        execution: how it runs.
     """
 
-    def __init__(self, parts: flux_files.FluxParts):
-        self.parts = parts
+    def __init__(self, parts: flux_files.FluxParts, execution: Execution = Execution()):  # noqa: B008
+        self.parts, self.execution = parts, execution
+        self.latents = Latents(parts.transformer, parts.params, PROCESS, execution)
+        self.pixels = Pixels(parts.vae, parts.vae_params, execution)
 
     @classmethod
     def from_pretrained(
@@ -67,6 +66,12 @@ class FluxPipeline:
         quantization: str = "none",
         layer_loop: str = "auto",
         attention: str = "auto",
+        offload: bool = False,
+        parallel: ImageParallel | None = None,
+        vae_devices: int | None = None,
+        vae_tile: int | None = None,
+        step_cache: float = 0.0,
+        programs: Programs | str | Path | None = None,
     ) -> "FluxPipeline":
         """Reads a pipeline that diffusers, or `save_pretrained`, saved.
 
@@ -78,14 +83,27 @@ class FluxPipeline:
             quantization: of the transformer's products, see docs/precision.md.
             layer_loop: of the transformer and the encoders, 'scan', 'unroll' or 'auto'.
             attention: their kernel, see `models.attention.IMPLEMENTATIONS`.
+            offload: whether the encoders' weights stay in host memory, from which they are copied
+                to the device for as long as prompts are encoded.
+            parallel: see `Execution`, as what follows.
+            vae_devices: devices that decode an image.
+            vae_tile: side of tiles that are decoded one by one.
+            step_cache: threshold under which blocks are skipped.
+            programs: a folder of compiled programs. They are code: name only one that you trust.
 
         Raises:
             InteropError: a component or a tokenizer's file is missing, is another model's, or does
                 not go with the others; nothing is read before that is known.
+            ValueError: ways of execution that exclude each other.
         """
+        if programs is not None and not isinstance(programs, Programs):
+            programs = Programs(programs, lambda line: None)
+        execution = Execution(parallel, vae_devices, vae_tile, step_cache, programs)
         dtype = str(dtype).removeprefix("torch.")
         options = {"layer_loop": layer_loop, "attention": attention, "quantization": quantization}
-        return cls(flux_files.load(source, dtype=dtype, param_dtype=param_dtype, **options))
+        storage = {"param_dtype": param_dtype, "offload": offload}
+        parts = flux_files.load(source, dtype=dtype, **storage, **options)
+        return cls(parts, execution)
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Writes the folder that diffusers' `FluxPipeline.from_pretrained` loads.
@@ -108,14 +126,19 @@ class FluxPipeline:
         """Which FLUX it is, as 'FLUX.1 dev'."""
         return self.parts.transformer.config.title
 
+    @property
+    def side_multiple(self) -> int:
+        """What the sides of pictures are multiples of, in pixels: 16."""
+        return self.parts.vae.downsampling_factor * flux_inputs.PACKED
+
     def picture_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """(height, width) in pixels, 1024 where None is given.
 
         Raises:
             ValueError: no multiples of 16.
         """
-        factor = self.parts.vae.downsampling_factor
-        multiple, default = factor * _PACKED, _DEFAULT_LATENTS * factor
+        multiple = self.side_multiple
+        default = _DEFAULT_LATENTS * self.parts.vae.downsampling_factor
         height, width = height or default, width or default
         if min(height, width) < multiple or height % multiple or width % multiple:
             near = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
@@ -124,24 +147,6 @@ class FluxPipeline:
                 f"{near[0]} and {near[1]}"
             )
         return height, width
-
-    def check(
-        self,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        sigmas: Sequence[float] | None = None,
-        guidance_scale: float | None = None,
-        max_sequence_length: int | None = None,
-    ) -> None:
-        """Refuses what a call would refuse of these arguments, without doing anything.
-
-        Raises:
-            ValueError: as a call.
-        """
-        self._times(num_inference_steps, sigmas, self._latent_size(height, width))
-        self._guidance(guidance_scale)
-        self._text_length(max_sequence_length)
 
     def encode_prompt(
         self,
@@ -161,12 +166,12 @@ class FluxPipeline:
         Raises:
             ValueError: as a call.
         """
-        prompts = _as_list("prompt", prompt)
-        others = prompts if prompt_2 is None else _as_list("prompt_2", prompt_2)
-        if len(others) != len(prompts):
-            raise ValueError(f"{len(prompts)} of prompt and {len(others)} of prompt_2")
         length = self._text_length(max_sequence_length)
-        return self.parts.t5(others, length).tokens, self.parts.clip(prompts).pooled
+        flux_inputs.check_prompts(prompt, prompt_2, None, None)
+        prompts = flux_inputs.as_list("prompt", prompt)
+        others = prompts if prompt_2 is None else flux_inputs.as_list("prompt_2", prompt_2)
+        programs = self.execution.programs
+        return self.parts.t5(others, length, programs), self.parts.clip(prompts, None, programs)
 
     def __call__(
         self,
@@ -184,6 +189,7 @@ class FluxPipeline:
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         seed: int = 0,
+        first_image: int = 0,
         generator: Key[Array, "*n"] | None = None,
         latents: Any = None,
         prompt_embeds: Any = None,
@@ -210,6 +216,7 @@ class FluxPipeline:
             guidance_scale: of which dev and Kontext are told; default 3.5. Not for schnell.
             num_images_per_prompt: pictures of each prompt, one after another.
             seed: picture i depends on it, and on i.
+            first_image: the number i of the first one.
             generator: a key of `jax.random`, or one a picture, instead.
             latents: standard normal noise, instead of the seed's: [n, h, w, channels], or as
                 diffusers packs it [n, tokens, 4 channels].
@@ -226,73 +233,139 @@ class FluxPipeline:
             raise ValueError(f"output_type={output_type!r}: expected one of {OUTPUT_TYPES}")
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt}: expected at least 1")
-        reference = self._reference_pixels(image)
-        size = self._latent_size(height, width)
-        guidance = self._guidance(guidance_scale)
-        times = self._times(num_inference_steps, sigmas, size)
-        _check_embeds(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds)
-        guided = true_cfg_scale > 1
-        if not guided and (negative_prompt, negative_prompt_2) != (None, None):
+        if true_cfg_scale <= 1 and (negative_prompt, negative_prompt_2) != (None, None):
             raise ValueError("a negative_prompt needs a true_cfg_scale above 1")
-        length = {"max_sequence_length": max_sequence_length}
+        size, times, guidance, length = self._settings(
+            height, width, num_inference_steps, sigmas, guidance_scale, max_sequence_length
+        )
+        count = num_images_per_prompt * flux_inputs.check_prompts(
+            prompt, prompt_2, prompt_embeds, pooled_prompt_embeds
+        )
+        keys = flux_inputs.keys_of(generator, seed, first_image, count)
+        noise = None
+        if latents is not None:
+            channels = self.parts.transformer.config.in_channels
+            noise = flux_inputs.unpacked(latents, count, size, channels)
+        reference = flux_inputs.reference_pixels(image, self.side_multiple)
+
+        embeds = prompt_embeds, pooled_prompt_embeds
         if prompt_embeds is None:
-            embeds = self.encode_prompt(prompt, prompt_2, **length)
-        else:
-            embeds = prompt_embeds, pooled_prompt_embeds
-        text, pooled = (_repeated(array, num_images_per_prompt) for array in embeds)
-        count = len(text)
+            embeds = self.encode_prompt(prompt, prompt_2, max_sequence_length=length)
+        text, pooled = (flux_inputs.repeated(e, num_images_per_prompt) for e in embeds)
         conditions = {"text": text, "pooled": pooled}
         if guidance is not None:
             conditions["guidance"] = np.full(count, guidance, np.float32)
         if reference is not None:
-            encoded = _encode(self.parts.vae, self.parts.vae_params, reference)
-            conditions["reference"] = _repeated(encoded, count)
-        nulls = None
-        if guided:
-            against = self.encode_prompt(negative_prompt or "", negative_prompt_2, **length)
-            nulls = dict(zip(("text", "pooled"), (array[0] for array in against), strict=True))
-        made = self.sampler(size)(
-            self.parts.params,
-            _keys(generator, seed, count),
-            conditions,
-            times,
-            true_cfg_scale if guided else 1.0,
-            nulls=nulls,
-            noise=None if latents is None else self._unpacked(latents, count, size),
-        )
+            encoded = self.pixels.encode(reference)
+            conditions["reference"] = flux_inputs.repeated(encoded, count)
+        draw = Draw(size, times, conditions)
+        if true_cfg_scale > 1:
+            against = (negative_prompt or "", negative_prompt_2)
+            states = self.encode_prompt(*against, max_sequence_length=length)
+            nulls = {"text": states[0][0], "pooled": states[1][0]}
+            draw = dataclasses.replace(draw, scale=true_cfg_scale, nulls=nulls)
+        if self.execution.programs is not None and generator is None and latents is None:
+            made = self.latents.by_number(draw, seed, first_image)
+        else:
+            made = self.latents.by_keys(draw, keys, noise)
         return FluxOutput(made if output_type == "latent" else self._pictures(made, output_type))
 
-    def sampler(self, size: tuple[int, int]) -> Sampler:
-        """From noise to latents of (height, width), the one compiled program."""
-        return Sampler(Denoiser(self.parts.transformer, PROCESS), Euler(), size=size)
+    def compile(
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        *,
+        num_images: int = 1,
+        num_inference_steps: int | None = None,
+        max_sequence_length: int | None = None,
+    ) -> tuple[str, ...]:
+        """Compiles ahead of time what calls of these sizes need, into the folder `programs`.
+
+        Args:
+            height: as of a call, like what is not named here.
+            width: likewise.
+            num_images: pictures at once.
+            num_inference_steps: likewise.
+            max_sequence_length: likewise.
+
+        Returns:
+            How an image is split over devices, in words.
+
+        Raises:
+            ValueError: there is no folder; what cannot be done.
+        """
+        if self.execution.programs is None:
+            raise ValueError("nowhere to keep what is compiled: from_pretrained(programs=FOLDER)")
+        size, times, guidance, length = self._settings(
+            height, width, num_inference_steps, None, None, max_sequence_length
+        )
+        config, ready = self.parts.transformer.config, self.execution.programs.ready
+        for program in (self.parts.t5.program(length), self.parts.clip.program()):
+            ready(program)
+        conditions = {
+            "text": jax.numpy.zeros((num_images, length, config.text_dim)),
+            "pooled": jax.numpy.zeros((num_images, config.pooled_dim)),
+        }
+        if guidance is not None:
+            conditions["guidance"] = np.full(num_images, guidance, np.float32)
+        draw = Draw(size, times, conditions)
+        ready(self.latents.program(draw))
+        ready(self.pixels.program(self._blank(size)))
+        return self.latents.notes(draw)
+
+    def check(self, draws: int = 1, **settings: Any) -> tuple[str, ...]:
+        """Refuses what a call of so many pictures would refuse, without compiling anything.
+
+        Args:
+            draws: pictures at once.
+            settings: height, width, num_inference_steps, sigmas, guidance_scale and
+                max_sequence_length of a call.
+
+        Returns:
+            How an image is split over devices, in words.
+
+        Raises:
+            ValueError: as a call.
+        """
+        names = ("height", "width", "num_inference_steps", "sigmas", "guidance_scale")
+        size, times, _, _ = self._settings(
+            *(settings.get(name) for name in (*names, "max_sequence_length"))
+        )
+        return self.latents.notes(Draw(size, times, {"pooled": np.zeros((draws, 1))}))
 
     def decode(self, latents: Any) -> Float[np.ndarray, "n h w 3"]:
         """The pixels of latents, in about [-1, 1]; one at a time, so that memory does not grow."""
-        vae, params = self.parts.vae, self.parts.vae_params
-        return np.concatenate([np.asarray(_decode(vae, params, one[None])) for one in latents])
+        return self.pixels.decode(latents)
 
-    def _pictures(self, latents: Array, output_type: str) -> Any:
-        pixels = self.decode(latents)
-        if output_type == "np":
-            return np.clip(pixels / 2 + 0.5, 0.0, 1.0)
-        from PIL import Image
-
-        return [Image.fromarray(image) for image in to_uint8(pixels)]
-
-    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+    def _settings(
+        self,
+        height: int | None,
+        width: int | None,
+        steps: int | None,
+        sigmas: Sequence[float] | None,
+        guidance_scale: float | None,
+        max_sequence_length: int | None,
+    ) -> tuple[tuple[int, int], np.ndarray, float | None, int]:
+        """(size of the latents, times, what the network is told of guidance, T5's tokens)."""
         factor = self.parts.vae.downsampling_factor
         height, width = self.picture_size(height, width)
-        return height // factor, width // factor
+        size = (height // factor, width // factor)
+        return (
+            size,
+            self._times(steps, sigmas, size[0] * size[1] // flux_inputs.PACKED**2),
+            self._guidance(guidance_scale),
+            self._text_length(max_sequence_length),
+        )
 
-    def _text_length(self, length: int | None) -> int:
-        """T5's tokens."""
-        length = length or (MAX_PROMPT if self.is_guided else MAX_PROMPT // 2)
-        if not 1 < length <= MAX_PROMPT:
-            raise ValueError(f"max_sequence_length={length}: expected 2 to {MAX_PROMPT}")
-        return length
+    def _times(self, steps: int | None, sigmas: Sequence[float] | None, tokens: int) -> np.ndarray:
+        if sigmas is None:
+            default = 28 if self.is_guided else 4
+            return self.parts.times(default if steps is None else steps, tokens)
+        if steps not in (None, len(sigmas)):
+            raise ValueError(f"num_inference_steps={steps}, but {len(sigmas)} sigmas are given")
+        return self.parts.times.shifted(sigmas, tokens)
 
     def _guidance(self, scale: float | None) -> float | None:
-        """What the network is told of guidance."""
         if self.is_guided:
             return 3.5 if scale is None else float(scale)
         if scale:
@@ -302,93 +375,20 @@ class FluxPipeline:
             )
         return None
 
-    def _times(
-        self, steps: int | None, sigmas: Sequence[float] | None, size: tuple[int, int]
-    ) -> np.ndarray:
-        tokens = size[0] * size[1] // _PACKED**2
-        if sigmas is None:
-            default = 28 if self.is_guided else 4
-            return self.parts.times(default if steps is None else steps, tokens)
-        if steps not in (None, len(sigmas)):
-            raise ValueError(f"num_inference_steps={steps}, but {len(sigmas)} sigmas are given")
-        return self.parts.times.shifted(sigmas, tokens)
+    def _text_length(self, length: int | None) -> int:
+        length = length or (MAX_PROMPT if self.is_guided else MAX_PROMPT // 2)
+        if not 1 < length <= MAX_PROMPT:
+            raise ValueError(f"max_sequence_length={length}: expected 2 to {MAX_PROMPT}")
+        return length
 
-    def _reference_pixels(self, image: Any) -> np.ndarray | None:
-        """[1, h, w, 3] in [-1, 1] of an image to be edited."""
-        if image is None:
-            return None
-        pixels = np.asarray(image)
-        factor = self.parts.vae.downsampling_factor * _PACKED
-        shape = pixels.shape
-        if pixels.ndim != 3 or shape[2] != 3 or shape[0] % factor or shape[1] % factor:
-            raise ValueError(
-                f"image of shape {list(shape)}: expected [height, width, 3] with sides that are "
-                f"multiples of {factor}: resize it"
-            )
-        pixels = pixels.astype(np.float32) / (255 if pixels.dtype == np.uint8 else 1)
-        return (2 * pixels - 1)[None]
+    def _blank(self, size: tuple[int, int]) -> Any:
+        blank = np.zeros((1, *size, self.parts.transformer.config.in_channels), np.float32)
+        return self.pixels.placed(blank)
 
-    def _unpacked(self, latents: Any, count: int, size: tuple[int, int]) -> np.ndarray:
-        """Noise as [n, h, w, channels], from that or from diffusers' tokens."""
-        noise, (h, w) = np.asarray(latents, np.float32), size
-        channels = self.parts.transformer.config.in_channels
-        tokens = (count, h // _PACKED * (w // _PACKED), channels * _PACKED**2)
-        if noise.shape == tokens:
-            noise = noise.reshape(count, h // _PACKED, w // _PACKED, channels, _PACKED, _PACKED)
-            noise = noise.transpose(0, 1, 4, 2, 5, 3).reshape(count, h, w, channels)
-        if noise.shape != (count, h, w, channels):
-            raise ValueError(
-                f"latents of shape {list(noise.shape)}: expected {[count, h, w, channels]}, or "
-                f"packed {list(tokens)}"
-            )
-        return noise
+    def _pictures(self, latents: Array, output_type: str) -> Any:
+        pixels = self.decode(latents)
+        if output_type == "np":
+            return np.clip(pixels / 2 + 0.5, 0.0, 1.0)
+        from PIL import Image
 
-
-@functools.partial(jax.jit, static_argnums=0)
-def _decode(vae: AutoencoderKL, params: Any, latents: Array) -> Array:
-    return vae.decode(params, vae.from_latents(latents))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(vae: AutoencoderKL, params: Any, pixels: np.ndarray) -> Array:
-    return vae.to_latents(vae.encode(params, pixels)[0])
-
-
-def _repeated(array: Any, count: int) -> Any:
-    """Every example so many times, one after another."""
-    return array if count == 1 else jnp.repeat(jnp.asarray(array), count, axis=0)
-
-
-def _as_list(name: str, prompts: str | Sequence[str]) -> list[str]:
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts or not all(isinstance(text, str) for text in prompts):
-        raise ValueError(f"{name}: expected a string or a list of strings")
-    return prompts
-
-
-def _check_embeds(prompt: Any, prompt_2: Any, embeds: Any, pooled: Any) -> None:
-    """Refuses anything but prompts, or both of their embeddings."""
-    if (embeds is None) != (pooled is None):
-        raise ValueError("prompt_embeds and pooled_prompt_embeds: expected both, or neither")
-    if (prompt is None) == (embeds is None):
-        raise ValueError("expected either a prompt, or prompt_embeds and pooled_prompt_embeds")
-    if embeds is not None and prompt_2 is not None:
-        raise ValueError("prompt_2 would do nothing beside prompt_embeds")
-
-
-def _keys(generator: Any, seed: int, count: int) -> Array:
-    """One key a picture."""
-    if generator is None:
-        return image_keys(seed, np.arange(count))
-    if not (
-        hasattr(generator, "dtype") and jax.dtypes.issubdtype(generator.dtype, jax.dtypes.prng_key)
-    ):
-        raise ValueError(
-            f"generator is a {type(generator).__name__}: expected a key (jax.random.key(0)), or "
-            "give seed"
-        )
-    if generator.ndim == 0:
-        return jax.vmap(lambda i: jax.random.fold_in(generator, i))(np.arange(count))
-    if generator.shape != (count,):
-        raise ValueError(f"generator of {generator.shape} keys: expected one, or {count}")
-    return generator
+        return [Image.fromarray(image) for image in to_uint8(pixels)]

@@ -105,6 +105,7 @@ def load(
     quantization: str = "none",
     layer_loop: str = "auto",
     attention: str = "auto",
+    offload: bool = False,
 ) -> FluxParts:
     """Reads a pipeline; see `flux.FluxPipeline.from_pretrained`."""
     folder = resolve(source)
@@ -122,15 +123,20 @@ def load(
     transformer, params = load_flux(folder, quantization=quantization, **execution, **loops)
     if quantization != "none":
         params = jax.jit(transformer.quantize)(params)
+    # Left where they are read, they are on the device while they are the inputs of a program.
+    place = {"put": lambda path, array: array} if offload else {}
     texts = [
         TextPart(
             title,
+            output,
             tokenizers[tokenizer],
-            *load_text_encoder(folder / encoder, kind=kind, within=folder, **execution, **loops),
+            *load_text_encoder(
+                folder / encoder, kind=kind, within=folder, **execution, **loops, **place
+            ),
         )
-        for title, kind, encoder, tokenizer in (
-            ("CLIP", CLIP, "text_encoder", "tokenizer"),
-            ("T5", T5, "text_encoder_2", "tokenizer_2"),
+        for title, output, kind, encoder, tokenizer in (
+            ("CLIP", "pooled", CLIP, "text_encoder", "tokenizer"),
+            ("T5", "tokens", T5, "text_encoder_2", "tokenizer_2"),
         )
     ]
     vae, vae_params, _ = load_autoencoder(folder / "vae", **execution)

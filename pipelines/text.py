@@ -9,10 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from dit_jax.interop.tensors import InteropError
 from dit_jax.interop.tokenizer_files import Prompts, PromptTokenizer
-from dit_jax.models.text import TextEncoder, TextStates
+from dit_jax.models.text import TextEncoder
+from dit_jax.programs import Program, Programs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,20 +23,28 @@ class TextPart:
 
     Attributes:
         title: for messages, as 'CLIP'.
+        output: which of its states are wanted, a field of `TextStates`.
         tokenizer: of its prompts.
         encoder: the architecture.
         params: its parameters.
     """
 
     title: str
+    output: str
     tokenizer: PromptTokenizer
     encoder: TextEncoder
     params: Any
 
-    def __call__(self, prompts: Sequence[str], max_length: int | None = None) -> TextStates:
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        max_length: int | None = None,
+        programs: Programs | None = None,
+    ) -> Array:
         """The states of prompts, each padded or cut to `max_length` tokens, which a warning tells.
 
         Nothing is masked: what FLUX and Stable Diffusion were trained with attends to the padding.
+        The compiled program is found or kept in `programs`, if given.
         """
         found = self.tokenizer(prompts, max_length)
         for prompt, cut in zip(prompts, found.cut, strict=True):
@@ -45,25 +55,35 @@ class TextPart:
                     stacklevel=2,
                 )
         # One by one: a program serves any number of prompts, and 512 tokens keep a device busy.
-        states = {
-            ids.tobytes(): _encode(self.encoder, self.params, ids[None]) for ids in _unlike(found)
-        }
+        states = {ids.tobytes(): self._encode(ids[None], programs) for ids in _unlike(found)}
         each = [states[ids.tobytes()] for ids in found.ids]
-        return each[0] if len(each) == 1 else jax.tree.map(_joined, *each)
+        return each[0] if len(each) == 1 else jnp.concatenate(each)
+
+    def program(self, length: int | None = None) -> Program:
+        """What is compiled for prompts of so many tokens (None: the tokenizer's own limit)."""
+        return self._program(self.tokenizer([""], length).ids)
+
+    def _program(self, ids: np.ndarray) -> Program:
+        function = functools.partial(_encode, self.encoder, self.output)
+        compiled_in = {"encoder": self.encoder.config, "output": self.output}
+        return Program(
+            f"encode-{self.title}", function, compiled_in, {"params": self.params, "ids": ids}
+        )
+
+    def _encode(self, ids: np.ndarray, programs: Programs | None) -> Array:
+        if programs is not None:
+            return programs.call(self._program(ids))
+        return _encode(self.encoder, self.output, self.params, ids)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(encoder: TextEncoder, params: Any, ids: np.ndarray) -> TextStates:
-    return encoder.encode(params, ids)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _encode(encoder: TextEncoder, output: str, params: Any, ids: np.ndarray) -> Array:
+    return getattr(encoder.encode(params, ids), output)
 
 
 def _unlike(prompts: Prompts) -> list[np.ndarray]:
     """The ids of prompts, of equal ones once."""
     return list({ids.tobytes(): ids for ids in prompts.ids}.values())
-
-
-def _joined(*arrays: jax.Array) -> jax.Array:
-    return jnp.concatenate(arrays)
 
 
 def _beginning(prompt: str) -> str:

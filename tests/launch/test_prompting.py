@@ -2,12 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from dit_jax import FluxPipeline
 from dit_jax.launch import arguments, sample
+from dit_jax.launch import compile as compile_command
 from tests.references import diffusers_flux_pipeline as reference
 
 SMALL = ("--height=8", "--width=12", "--steps=2", "--max_sequence_length=24", "--seed=3")
@@ -34,8 +36,15 @@ def refusal(capsys, *options):
 def test_prompts_of_a_file_become_a_folder_a_grid_and_those_of_python(folder, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a cat\nStraße, 猫\n", encoding="utf-8")
     prompts = f"--prompts={tmp_path / 'prompts.txt'}"
-    run(folder, prompts, "--num_images=3", "--batch_size=2", f"--out={tmp_path / 'made'}")
-    assert "sampling 3 pictures of" in capsys.readouterr().out
+    programs = ("--num_images=3", "--batch_size=2", f"--programs={tmp_path / 'programs'}")
+    compile_command.main([f"--pretrained={folder}", *SMALL, *programs])
+    kept = sorted(file.name.partition("-")[0] for file in (tmp_path / "programs").iterdir())
+    assert kept == ["decode", "encode", "encode", "sample"]
+    assert "2 pictures at once of FLUX" in capsys.readouterr().out
+    run(folder, prompts, *programs, f"--out={tmp_path / 'made'}")
+    said = capsys.readouterr().out
+    assert "sampling 3 pictures of" in said and said.count(" is ready: ") == 4
+    assert "compiling" not in said
     made = [np.asarray(Image.open(file)) for file in sorted((tmp_path / "made").glob("*.png"))]
     pipe = FluxPipeline.from_pretrained(folder)
     sizes = {"height": 8, "width": 12, "num_inference_steps": 2, "max_sequence_length": 24}
@@ -64,6 +73,12 @@ def test_prompts_of_a_file_become_a_folder_a_grid_and_those_of_python(folder, tm
         ),
         (["--pretrained=FOLDER", "--prompt=a", "--height=10"], "expected multiples of 4"),
         (["--pretrained=FOLDER", "--prompt=a", "--max_sequence_length=600"], "expected 2 to 512"),
+        (["--pretrained=FOLDER", "--prompt=a", "--patch_devices=2"], "without --parallel"),
+        (["--pretrained=FOLDER", "--prompt=a", "--step_cache=0.1"], "cannot pay in 2 evaluations"),
+        (
+            ["--pretrained=FOLDER", "--prompt=a", "--parallel=ring", "--patch_devices=9"],
+            "--patch_devices=9 needs 9 devices; there are 8",
+        ),
         (["--pretrained=none/of/these", "--prompt=a"], "none/of/these does not exist"),
         (["--pretrained=FOLDER/vae", "--prompt=a"], "has no model_index.json"),
         (["--pretrained=FOLDER", "--prompts=FILE"], "prompts.txt, line 2 is empty"),
@@ -86,9 +101,32 @@ def test_what_cannot_be_done_is_refused(folder, tmp_path, capsys, options, messa
     assert not (tmp_path / "a.png").exists()
 
 
+def test_memory_that_runs_out_names_what_would_fit(folder, tmp_path, capsys, monkeypatch):
+    def exhaust(*arguments, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setattr(FluxPipeline, "__call__", exhaust)
+    options = (f"--pretrained={folder}", "--prompt=a", f"--out={tmp_path / 'a.png'}")
+    error = refusal(capsys, *options)
+    assert "memory ran out while sampling 1 picture at once: lower --batch_size=1" in error
+    assert "--vae_tile=64; --param_dtype=bfloat16" in error and "--offload" in error
+
+
 def test_every_option_of_a_sample_is_for_one_kind_of_model_or_both():
     parser_options = set(vars(sample.parse_arguments(["--out=a.png"])))
     known = {*arguments._OF_TRAINED_MODELS, *arguments._OF_PIPELINES}
     both = {"pretrained", "steps", "guidance_scale", "height", "width", "batch_size", "seed"}
-    both |= {"num_images", "out", "rounding", "overwrite", "traceback", "param_dtype"}
-    assert parser_options == known | both | {"quantization"}
+    both |= {
+        "num_images",
+        "out",
+        "parallel",
+        "patch_devices",
+        "warmup_steps",
+        "ulysses_devices",
+        "rounding",
+        "overwrite",
+        "traceback",
+        "param_dtype",
+    }
+    both |= {"quantization", "vae_devices", "step_cache", "programs"}
+    assert parser_options == known | both

@@ -13,6 +13,8 @@ import torch
 
 from dit_jax import FluxPipeline
 from dit_jax.interop.tensors import InteropError
+from dit_jax.parallel.sampling import ImageParallel
+from dit_jax.pipelines.execution import Execution
 from tests.long import only_long
 from tests.references import diffusers_flux_pipeline as reference
 
@@ -157,6 +159,42 @@ def test_guidance_by_two_evaluations_is_that_of_diffusers(dev):
     wanted = theirs(dev[0], NOISE[:1], PROMPTS[0], **options)
     found = dev[2](PROMPTS[0], latents=NOISE[:1], output_type="np", **SHORT, **options).images
     assert psnr(found, wanted) > 50
+
+
+def test_one_image_on_several_devices_is_the_same(dev, made):
+    parallel = ImageParallel("synchronous", patch_devices=2, devices=tuple(jax.devices()[:2]))
+    pipe = FluxPipeline(dev[2].parts, Execution(parallel, vae_devices=2))
+    options = {"guidance_scale": 3.0, "output_type": "np", **SHORT}
+    found = pipe(PROMPTS, latents=NOISE, **options).images
+    np.testing.assert_allclose(found, made, atol=1e-4)
+    assert "a device receives" in " ".join(pipe.check(2, height=8, width=12))
+    with pytest.raises(ValueError, match="rows of patches do not go over"):
+        pipe.check(height=4, width=12)
+
+
+def test_offloaded_encoders_stay_in_host_memory(dev):
+    pipe = FluxPipeline.from_pretrained(dev[1], offload=True)
+    weights = jax.tree.leaves(pipe.parts.t5.params) + jax.tree.leaves(pipe.parts.clip.params)
+    assert all(type(array) is np.ndarray for array in weights)
+    found, wanted = (p.encode_prompt("a cat", max_sequence_length=24) for p in (pipe, dev[2]))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+@only_long
+def test_a_step_cache_and_tiles_change_little(dev):
+    options = {"latents": NOISE, "output_type": "np", **SHORT, "num_inference_steps": 12}
+    wanted = dev[2](PROMPTS, **options).images
+    cached = FluxPipeline(dev[2].parts, Execution(step_cache=0.9))(PROMPTS, **options).images
+    tiled = FluxPipeline(dev[2].parts, Execution(vae_tile=4))(PROMPTS, **options).images
+    for found in (cached, tiled):
+        assert 15 < psnr(found, wanted) < 100
+
+
+def test_ways_that_exclude_each_other_and_missing_folders_are_errors(dev):
+    with pytest.raises(ValueError, match="several small programs on one device"):
+        Execution(vae_tile=4, vae_devices=2)
+    with pytest.raises(ValueError, match="nowhere to keep what is compiled"):
+        dev[2].compile(8, 12)
 
 
 def test_what_does_not_fit_is_cut_and_said(dev):

@@ -1,0 +1,119 @@
+"""What callers give a FLUX pipeline, checked and in the shape it computes with."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from dit_jax.sampling import image_keys
+
+PACKED = 2  # a token is 2 x 2 latents
+
+
+def as_list(name: str, prompts: str | Sequence[str]) -> list[str]:
+    """One prompt or several, as a list.
+
+    Raises:
+        ValueError: something else.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(prompts, Sequence) or not prompts:
+        raise ValueError(f"{name}: expected a string or a list of strings")
+    if not all(isinstance(text, str) for text in prompts):
+        raise ValueError(f"{name}: expected a string or a list of strings")
+    return list(prompts)
+
+
+def check_prompts(prompt: Any, prompt_2: Any, embeds: Any, pooled: Any) -> int:
+    """How many prompts there are; refuses anything but prompts, or both of their embeddings.
+
+    Raises:
+        ValueError: says what was expected.
+    """
+    if (embeds is None) != (pooled is None):
+        raise ValueError("prompt_embeds and pooled_prompt_embeds: expected both, or neither")
+    if (prompt is None) == (embeds is None):
+        raise ValueError("expected either a prompt, or prompt_embeds and pooled_prompt_embeds")
+    if embeds is not None and prompt_2 is not None:
+        raise ValueError("prompt_2 would do nothing beside prompt_embeds")
+    if embeds is None:
+        count = len(as_list("prompt", prompt))
+        others = count if prompt_2 is None else len(as_list("prompt_2", prompt_2))
+        if others != count:
+            raise ValueError(f"{count} of prompt and {others} of prompt_2: expected as many")
+        return count
+    if len(embeds) != len(pooled):
+        raise ValueError(
+            f"{len(embeds)} of prompt_embeds and {len(pooled)} of pooled_prompt_embeds: expected "
+            "as many"
+        )
+    return len(embeds)
+
+
+def keys_of(generator: Any, seed: int, first: int, count: int) -> Array:
+    """One key a picture, of those number `first` on.
+
+    Raises:
+        ValueError: `generator` is no key of JAX, or not one a picture.
+    """
+    if generator is None:
+        return image_keys(seed, np.arange(first, first + count))
+    dtype = getattr(generator, "dtype", None)
+    if not isinstance(generator, jax.Array) or not jax.dtypes.issubdtype(
+        dtype, jax.dtypes.prng_key
+    ):
+        raise ValueError(
+            f"generator is a {type(generator).__name__}: expected a key (jax.random.key(0)), or "
+            "give seed"
+        )
+    if generator.ndim == 0:
+        return jax.vmap(lambda i: jax.random.fold_in(generator, i))(np.arange(count))
+    if generator.shape != (count,):
+        raise ValueError(f"generator of {generator.shape} keys: expected one, or {count}")
+    return generator
+
+
+def unpacked(latents: Any, count: int, size: tuple[int, int], channels: int) -> np.ndarray:
+    """Noise as [n, h, w, channels], from that or from diffusers' tokens.
+
+    Raises:
+        ValueError: of another shape.
+    """
+    noise, (h, w) = np.asarray(latents, np.float32), size
+    tokens = (count, h // PACKED * (w // PACKED), channels * PACKED**2)
+    if noise.shape == tokens:
+        noise = noise.reshape(count, h // PACKED, w // PACKED, channels, PACKED, PACKED)
+        noise = noise.transpose(0, 1, 4, 2, 5, 3).reshape(count, h, w, channels)
+    if noise.shape != (count, h, w, channels):
+        raise ValueError(
+            f"latents of shape {list(noise.shape)}: expected {[count, h, w, channels]}, or packed "
+            f"{list(tokens)}"
+        )
+    return noise
+
+
+def reference_pixels(image: Any, multiple: int) -> np.ndarray | None:
+    """[1, h, w, 3] in [-1, 1] of an image to be edited; None for none.
+
+    Raises:
+        ValueError: it has not three channels, or sides that are no multiples.
+    """
+    if image is None:
+        return None
+    pixels = np.asarray(image)
+    shape = pixels.shape
+    if pixels.ndim != 3 or shape[2] != 3 or shape[0] % multiple or shape[1] % multiple:
+        raise ValueError(
+            f"image of shape {list(shape)}: expected [height, width, 3] with sides that are "
+            f"multiples of {multiple}: resize it"
+        )
+    pixels = pixels.astype(np.float32) / (255 if pixels.dtype == np.uint8 else 1)
+    return (2 * pixels - 1)[None]
+
+
+def repeated(array: Any, count: int) -> Any:
+    """Every example so many times, one after another."""
+    return array if count == 1 else jnp.repeat(jnp.asarray(array), count, axis=0)
