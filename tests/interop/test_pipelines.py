@@ -207,6 +207,9 @@ def test_the_model_card_says_what_it_is(tmp_path):
     write_model(model, "diffusers", tmp_path / "out", metrics={"scores": {"fid": 12.5}})
     text = (tmp_path / "out/README.md").read_text()
     assert "| training steps | 400 |" in text and "12.5" in text and "latents" in text
+    write_model(model, "dit_jax", tmp_path / "own")
+    text = (tmp_path / "own/README.md").read_text()
+    assert "\ndit-jax sample --init_from=path/to/this/folder --out=samples.png\n" in text
 
 
 def test_randomise_covers_everything():
