@@ -45,7 +45,7 @@ from dit_jax.distill.student import (
     nulls_of,
 )
 from dit_jax.models.call import Request
-from dit_jax.models.dit import resolve_dtype
+from dit_jax.models.linear import resolve_dtype
 from dit_jax.training.denoising import require_augmentation
 from dit_jax.training.method import Batch, Metrics, OnePhase, accumulated_gradients
 

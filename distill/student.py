@@ -18,7 +18,7 @@ from dit_jax.diffusion import guidance
 from dit_jax.diffusion.process import Prediction
 from dit_jax.diffusion.solvers import SOLVERS
 from dit_jax.models.call import Request
-from dit_jax.models.dit import resolve_dtype
+from dit_jax.models.linear import resolve_dtype
 from dit_jax.options import option, register_section
 from dit_jax.ranges import GUIDANCE, NOT_NEGATIVE
 from dit_jax.target import target_platform

@@ -20,6 +20,7 @@ A strategy may offer three methods more, which the networks look for:
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -65,6 +66,26 @@ def own_tokens(attention: Attention, values: Array | np.ndarray, count: int) -> 
     """Of `values` [L, ...] for all tokens, those of the `count` that `attention` is given."""
     select = getattr(attention, "own_tokens", None)
     return values if select is None else select(values, count)
+
+
+def own_positions(
+    attention: Attention,
+    own: tuple[int, int],
+    of_grid: Callable[[tuple[int, int]], Array | np.ndarray],
+) -> Array | np.ndarray:
+    """Positions of the tokens that `attention` is given, made of all of the image's.
+
+    Args:
+        attention: the strategy.
+        own: (rows, columns) of the tokens it is given.
+        of_grid: (rows, columns) -> [L, ...], for all tokens of such a grid.
+    """
+    return own_tokens(attention, of_grid(whole_grid(attention, own)), own[0] * own[1])
+
+
+def prefetching(attention: Attention) -> dict[str, Callable | None]:
+    """What `stack.run_stack` has to know of a strategy: its `prefetch` and `prefetch_next`."""
+    return {name: getattr(attention, name, None) for name in ("prefetch", "prefetch_next")}
 
 
 def einsum_attention(

@@ -17,8 +17,8 @@ from dit_jax.models import attention as attention_lib
 from dit_jax.models import cpu_kernels, layers, stack, step_cache
 from dit_jax.models.batch_axes import divided_by_rows
 from dit_jax.models.call import Request, Result
-from dit_jax.models.linear import ZEROS, Linear, Precision, precision_of, resolve_dtype
-from dit_jax.models.network_options import NetworkOptions
+from dit_jax.models.linear import ZEROS, Linear, Precision
+from dit_jax.models.transformer_config import TransformerConfig
 from dit_jax.nearest import one_of
 from dit_jax.options import option
 from dit_jax.ranges import COUNT, POSITIVE
@@ -28,7 +28,7 @@ SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 
 
 
 @dataclasses.dataclass(frozen=True)
-class DiTConfig(NetworkOptions):
+class DiTConfig(TransformerConfig):
     """Shape and execution of a DiT, of any height and width that are multiples of the patch's.
 
     `null_class`: a DiT trained without label dropout has no row of its class table for "no class".
@@ -99,40 +99,6 @@ class DiTConfig(NetworkOptions):
         )
 
     @property
-    def input_size(self) -> tuple[int, int]:
-        """(height, width) of the input."""
-        size = self.image_size
-        return (size, size) if isinstance(size, int) else tuple(size)
-
-    @property
-    def side_multiple(self) -> int:
-        """What both sides of an input are multiples of."""
-        return self.patch_size
-
-    def at_size(self, size: tuple[int, int]) -> "DiTConfig":
-        """The same network for inputs of another (height, width).
-
-        Raises:
-            ValueError: the patch size does not divide both.
-        """
-        return dataclasses.replace(self, image_size=size)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of patches."""
-        return tuple(side // self.patch_size for side in self.input_size)
-
-    @property
-    def precision(self) -> Precision:
-        """What is computed and stored in what."""
-        return precision_of(self.dtype, self.param_dtype, self.quantization)
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of one attention head."""
-        return self.hidden_size // self.num_heads
-
-    @property
     def out_channels(self) -> int:
         """Channels of the output: twice the input's when the variance is learned."""
         return self.in_channels * (2 if self.learn_sigma else 1)
@@ -145,16 +111,6 @@ class DiTConfig(NetworkOptions):
             **(conditions_lib.second_time() if self.second_time != "none" else {}),
             **conditions_lib.augmentation(self.augment_dim),
         }
-
-    @property
-    def feature_kind(self) -> str:
-        """'tokens': the feature maps are grids of tokens."""
-        return "tokens"
-
-    @property
-    def feature_shapes(self) -> tuple[tuple[int, int, int], ...]:
-        """(rows, columns, width) of the tokens after each block."""
-        return ((*self.grid, self.hidden_size),) * self.depth
 
     @property
     def flops_per_example(self) -> float:
@@ -319,14 +275,8 @@ class DiT(nnx.Module):
         attention = request.attention or attention_lib.LocalAttention(
             config.attention, cpu_kernels.resolve_custom_gradients(config.custom_gradients)
         )
-        dtype = resolve_dtype(config.dtype)
-        tokens = self.x_embedder(layers.patchify(x, config.patch_size))
-        own = tuple(side // config.patch_size for side in x.shape[1:3])
-        grid = attention_lib.whole_grid(attention, own)
-        positions = layers.sincos_position_embedding(config.hidden_size, grid)
-        positions = attention_lib.own_tokens(attention, positions, tokens.shape[1])
-        tokens = tokens + positions[None].astype(dtype)
-        condition = self._condition(request.t, request.conditions).astype(dtype)
+        tokens, own = layers.embed_patches(self.x_embedder, x, config.patch_size, attention)
+        condition = self._condition(request.t, request.conditions).astype(tokens.dtype)
 
         tokens, carry, captured = step_cache.run_stack(
             request,
@@ -337,8 +287,7 @@ class DiT(nnx.Module):
             depth=config.depth,
             layer_loop=config.layer_loop,
             remat=config.remat,
-            prefetch=getattr(attention, "prefetch", None),
-            prefetch_next=getattr(attention, "prefetch_next", None),
+            **attention_lib.prefetching(attention),
         )
         patches = self.final_layer(tokens, condition)
         maps = (x.shape[0], *own, config.hidden_size)

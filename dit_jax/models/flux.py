@@ -275,15 +275,16 @@ class Flux(nnx.Module):
         def table(ids):
             return rotary.rotary_table(ids, config.axes_channels, ROTARY_THETA)
 
-        grid = attention_lib.whole_grid(strategy, own)
-        image = table(rotary.grid_ids(grid, axes=ROTARY_AXES))
+        def of_grid(grid):
+            return table(rotary.grid_ids(grid, axes=ROTARY_AXES))
+
         parts = [table(rotary.grid_ids((text,), axes=ROTARY_AXES) * 0)]
         if reference is not None:
             grid = tuple(side // config.patch_size for side in reference.shape[1:3])
             ids = rotary.grid_ids(grid, axes=ROTARY_AXES)
             ids[:, 0] = 1
             parts.append(table(ids))
-        parts.append(attention_lib.own_tokens(strategy, image, own[0] * own[1]))
+        parts.append(attention_lib.own_positions(strategy, own, of_grid))
         return jnp.concatenate(parts, axis=0)
 
     def _condition(self, t: Array, conditions: dict[str, Array]) -> Float[Array, "b d"]:
@@ -378,7 +379,6 @@ class _Stacks:
             depth=depth,
             layer_loop=self.config.layer_loop,
             remat=self.config.remat,
-            prefetch=getattr(self.attention.strategy, "prefetch", None),
-            prefetch_next=getattr(self.attention.strategy, "prefetch_next", None),
+            **attention_lib.prefetching(self.attention.strategy),
             **options,
         )

@@ -6,8 +6,7 @@ from typing import Any
 from dit_jax import conditions as conditions_lib
 from dit_jax.models import attention as attention_lib
 from dit_jax.models import cpu_kernels, stack
-from dit_jax.models.linear import Precision, precision_of
-from dit_jax.models.network_options import NetworkOptions
+from dit_jax.models.transformer_config import TransformerConfig
 from dit_jax.options import option
 from dit_jax.ranges import COUNT, POSITIVE
 
@@ -16,7 +15,7 @@ ROTARY_THETA = 10_000.0
 
 
 @dataclasses.dataclass(frozen=True)
-class FluxConfig(NetworkOptions):
+class FluxConfig(TransformerConfig):
     """Shape and execution of a FLUX transformer, by default FLUX.1 schnell's.
 
     Latents of any height and width go that are multiples of 2. `layer_loop`: see
@@ -111,40 +110,6 @@ class FluxConfig(NetworkOptions):
         return self.hidden_size, self.depth, self.single_depth, self.num_heads
 
     @property
-    def input_size(self) -> tuple[int, int]:
-        """(height, width) of the latents."""
-        size = self.image_size
-        return (size, size) if isinstance(size, int) else tuple(size)
-
-    @property
-    def side_multiple(self) -> int:
-        """What both sides of the latents are multiples of."""
-        return self.patch_size
-
-    def at_size(self, size: tuple[int, int]) -> "FluxConfig":
-        """The same network for latents of another (height, width).
-
-        Raises:
-            ValueError: a side is not a multiple of 2.
-        """
-        return dataclasses.replace(self, image_size=size)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of patches."""
-        return tuple(side // self.patch_size for side in self.input_size)
-
-    @property
-    def precision(self) -> Precision:
-        """What is computed and stored in what."""
-        return precision_of(self.dtype, self.param_dtype, self.quantization)
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of one attention head."""
-        return self.hidden_size // self.num_heads
-
-    @property
     def mlp_hidden(self) -> int:
         """Width of a block's MLP."""
         return int(self.hidden_size * self.mlp_ratio)
@@ -181,11 +146,6 @@ class FluxConfig(NetworkOptions):
             **guidance,
             "reference": reference,
         }
-
-    @property
-    def feature_kind(self) -> str:
-        """'tokens': the feature maps are grids of tokens."""
-        return "tokens"
 
     @property
     def feature_shapes(self) -> tuple[tuple[int, int, int], ...]:

@@ -4,6 +4,7 @@ What products are computed in is told by a `linear.Precision`. Normalisation and
 are float32 always.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dit_jax.models import cpu_kernels, recomputation
+from dit_jax.models.attention import Attention, own_positions
 from dit_jax.models.batch_axes import divided_by_examples
 from dit_jax.models.linear import FLOAT32, ZEROS, Initialization, Linear, Precision
 
@@ -265,6 +267,22 @@ def patchify(x: Float[Array, "b h w c"], patch_size: int) -> Float[Array, "b l d
     p = patch_size
     x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, (h // p) * (w // p), p * p * c)
+
+
+def embed_patches(
+    embed: Linear, x: Float[Array, "b h w c"], patch_size: int, attention: Attention
+) -> tuple[Float[Array, "b l d"], tuple[int, int]]:
+    """Tokens of an image with sine-cosine positions, and the (rows, columns) that they are.
+
+    Args:
+        embed: of a patch.
+        x: the rows that `attention` is given.
+        patch_size: side of a patch.
+        attention: the strategy, which knows how many rows the whole image has.
+    """
+    tokens, own = embed(patchify(x, patch_size)), tuple(n // patch_size for n in x.shape[1:3])
+    of_grid = functools.partial(sincos_position_embedding, tokens.shape[-1])
+    return tokens + own_positions(attention, own, of_grid)[None].astype(tokens.dtype), own
 
 
 def unpatchify(

@@ -19,6 +19,7 @@ from dit_jax.models import DiTConfig, Network, Request
 from dit_jax.models.edm import SongUNetConfig
 from tests.distill.float64 import in_float64
 from tests.long import long
+from tests.models.conftest import perturbed
 
 BATCH, SIZE, CHANNELS = 8, 8, 2
 SIGMA_DATA = 0.5
@@ -69,9 +70,7 @@ def _denoiser(name, process, **changes):
 
 def _params(denoiser):
     """Every parameter random, also those that start at zero."""
-    leaves, treedef = jax.tree.flatten(denoiser.network.init(jax.random.key(0)))
-    noisy = [leaf + 0.05 * _normal(i, *leaf.shape) for i, leaf in enumerate(leaves)]
-    return treedef.unflatten(noisy)
+    return perturbed(denoiser.network.init(jax.random.key(0)), jax.random.key(1), 0.05)
 
 
 def _examples():

@@ -1,6 +1,7 @@
 """MeanFlow and improved MeanFlow: losses number for number, and what they learn on the bench."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from dit_jax.distill.student import Student, Teacher
 from dit_jax.models import DiTConfig, Network, Request
 from tests.distill import mixture as bench
 from tests.long import long
+from tests.models.conftest import random_like
 from tests.references import torch_mean_flow
 
 FLOW = RectifiedFlow(network_convention="flux")
@@ -27,12 +29,7 @@ UNIFORM = Uniform(FLOW)
 B, INTERVALS = 12, 8
 
 
-def randomised(params, seed, scale=0.4):
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return tree.unflatten(
-        [scale * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    )
+randomised = functools.partial(random_like, scale=0.4)
 
 
 def create(student=None, **options):

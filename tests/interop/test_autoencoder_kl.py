@@ -26,6 +26,7 @@ from dit_jax.interop.autoencoder_tables import original_table
 from dit_jax.interop.table import abstract_params, export_specs, flat_shapes
 from dit_jax.interop.tensors import InteropError
 from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from tests.models.conftest import random_params
 from tests.references import diffusers_autoencoder as reference
 
 SMALL = AutoencoderKLConfig(
@@ -37,11 +38,9 @@ SMALL = AutoencoderKLConfig(
 )
 
 
-def random_params(config, seed=0):
+def random_numbers(config, seed=0):
     """Every parameter random, with values that float32 rounding of any kind would change."""
-    random = np.random.default_rng(seed)
-    shapes = abstract_params(AutoencoderKL(config))
-    return jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(np.float32), shapes)
+    return jax.tree.map(np.asarray, random_params(AutoencoderKL(config), seed, 1.0))
 
 
 def assert_identical(found, expected):
@@ -67,7 +66,7 @@ def rewritten(folder, tensors):
 @pytest.fixture
 def saved(tmp_path):
     """A saved small autoencoder: (folder, parameters)."""
-    params = random_params(SMALL)
+    params = random_numbers(SMALL)
     save_autoencoder(tmp_path / "vae", AutoencoderKL(SMALL), params)
     return tmp_path / "vae", params
 
@@ -98,7 +97,7 @@ configurations = st.fixed_dictionaries(
 def test_round_trips_are_the_identity_bit_for_bit(tmp_path_factory, values, layout):
     config = AutoencoderKLConfig(**values)
     folder = tmp_path_factory.mktemp("round") / "vae"
-    params = random_params(config)
+    params = random_numbers(config)
     sha256 = save_autoencoder(folder, AutoencoderKL(config), params, layout=layout)
     autoencoder, found, read_sha256 = load_autoencoder(folder)
     assert autoencoder.config == config and read_sha256 == sha256
@@ -137,7 +136,7 @@ def test_what_diffusers_saves_is_loaded_alone_and_in_a_pipeline(tmp_path):
 
 
 def test_bfloat16_files_are_stored_as_bfloat16_to_the_same_bits(tmp_path):
-    params = random_params(SMALL)
+    params = random_numbers(SMALL)
     save_autoencoder(tmp_path / "vae", AutoencoderKL(SMALL), params, dtype=ml_dtypes.bfloat16)
     assert diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae", torch_dtype=torch.bfloat16)
     wide, found, _ = load_autoencoder(tmp_path / "vae", dtype="bfloat16", param_dtype="float32")
@@ -184,7 +183,7 @@ def test_the_published_files_have_the_original_names():
 def test_bare_weights_are_read_alone_and_inside_a_whole_model(tmp_path, monkeypatch):
     config = dataclasses.replace(SMALL, block_out_channels=(8, 8, 16, 12), layers_per_block=2)
     monkeypatch.setitem(KNOWN, "sd", config)
-    params = random_params(config)
+    params = random_numbers(config)
     save_autoencoder(tmp_path / "vae", AutoencoderKL(config), params, layout="original")
     tensors = saved_tensors(tmp_path / "vae")
     whole = {f"first_stage_model.{name}": array for name, array in tensors.items()}
@@ -203,7 +202,7 @@ def test_the_original_layout_means_the_same_to_diffusers(tmp_path):
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     config = dataclasses.replace(SMALL, block_out_channels=(8, 16, 12), layers_per_block=2)
-    params = random_params(config)
+    params = random_numbers(config)
     for layout in ("original", "diffusers"):
         save_autoencoder(tmp_path / layout, AutoencoderKL(config), params, layout=layout)
     original = {k: torch.tensor(v) for k, v in saved_tensors(tmp_path / "original").items()}
@@ -308,7 +307,7 @@ def test_other_files_are_refused(saved, tmp_path):
 
 
 def test_a_failed_export_leaves_nothing(tmp_path):
-    params = random_params(SMALL)
+    params = random_numbers(SMALL)
     params["decoder"]["conv_out"]["bias"] = object()
     with pytest.raises(Exception):  # noqa: B017
         save_autoencoder(tmp_path / "vae", AutoencoderKL(SMALL), params)

@@ -22,6 +22,7 @@ from dit_jax.interop.models import FoundModel, open_model
 from dit_jax.interop.table import flatten
 from dit_jax.interop.tensors import InteropError, open_tensors, write_pt, write_safetensors
 from dit_jax.models import DiTConfig, Network, Request
+from tests.models.conftest import random_params
 from tests.references import torch_dit
 
 TINY = DiTConfig(
@@ -33,13 +34,6 @@ TINY = DiTConfig(
     num_heads=4,
     num_classes=5,
 )
-
-
-def random_params(network, seed=0):
-    """Every parameter random, as numpy."""
-    generator = np.random.default_rng(seed)
-    abstract = jax.eval_shape(network.init, jax.random.key(0))
-    return jax.tree.map(lambda a: generator.normal(0, 0.1, a.shape).astype(np.float32), abstract)
 
 
 def in_memory(config: DiTConfig, seed=0, process=None, **fields):
@@ -55,7 +49,7 @@ def in_memory(config: DiTConfig, seed=0, process=None, **fields):
     if not config.null_class:
         full.method.label_dropout = 0.0
     full = experiment.resolve_config(full)
-    params = random_params(Network(config), seed)
+    params = jax.tree.map(np.asarray, random_params(Network(config), seed, 0.1))
     leaves = dict(flatten(params))
     model = FoundModel(
         "dit_jax", Path("/nowhere"), full, leaves.__getitem__, tuple(leaves), **fields
@@ -278,13 +272,13 @@ def test_a_workdir_is_a_source(tmp_path):
 def test_the_wrong_architecture_is_named_error(tmp_path):
     from tests.interop.test_table import Tensors
 
-    names = {"joint_blocks.0.x_block.attn.qkv.weight": np.zeros((2, 2), np.float32)}
+    names = {"double_blocks.0.img_attn.qkv.weight": np.zeros((2, 2), np.float32)}
     specs = Tensors(names).specs
-    write_safetensors(tmp_path / "sd3.safetensors", specs, iter(names.values()))
-    with pytest.raises(InteropError, match=r"EDM U-Net or FLUX: it looks like a Stable Diffusion"):
-        open_model(tmp_path / "sd3.safetensors")
+    write_safetensors(tmp_path / "flux.safetensors", specs, iter(names.values()))
+    with pytest.raises(InteropError, match=r"holds no DiT or EDM U-Net: it looks like a FLUX"):
+        open_model(tmp_path / "flux.safetensors")
     write_pt(tmp_path / "other.pt", specs, iter(names.values()))
-    with pytest.raises(InteropError, match="looks like a Stable Diffusion"):
+    with pytest.raises(InteropError, match="looks like a FLUX"):
         open_model(tmp_path / "other.pt", "dit_pt")
 
 
@@ -300,8 +294,8 @@ def test_a_configuration_that_contradicts_the_tensors_is_refused(tmp_path):
     file.write_text(json.dumps(values | {"activation_fn": "geglu"}))
     with pytest.raises(InteropError, match="activation_fn='geglu'"):
         open_model(tmp_path)
-    file.write_text(json.dumps(values | {"_class_name": "SD3Transformer2DModel"}))
-    with pytest.raises(InteropError, match="describes a SD3Transformer2DModel"):
+    file.write_text(json.dumps(values | {"_class_name": "FluxTransformer2DModel"}))
+    with pytest.raises(InteropError, match="describes a FluxTransformer2DModel"):
         open_model(tmp_path)
     for name in ("in_channels", "attention_head_dim", "num_layers", "sample_size", "norm_eps"):
         file.write_text(json.dumps(values | {name: None}))

@@ -8,16 +8,20 @@ from dit_jax.models import DiTConfig, Network
 SMALL = {"image_size": 8, "hidden_size": 48, "depth": 3, "num_heads": 3, "num_classes": 7}
 
 
-def random_params(network, seed=0, scale=None):
-    """Every parameter random (the initial gates are zero), of a size that keeps signals alive."""
-    shapes = jax.eval_shape(network.init, jax.random.key(0))
+def random_like(tree, seed=0, scale=None):
+    """Something random in place of every array or shape, by default such that signals live on."""
     random = np.random.default_rng(seed)
 
     def draw(leaf):
         spread = leaf.shape[-2] ** -0.5 if len(leaf.shape) > 1 else 0.2
         return jnp.asarray(random.normal(size=leaf.shape) * (scale or spread), jnp.float32)
 
-    return jax.tree.map(draw, shapes)
+    return jax.tree.map(draw, tree)
+
+
+def random_params(network, seed=0, scale=None):
+    """Every parameter random: the initial gates are zero."""
+    return random_like(jax.eval_shape(network.init, jax.random.key(0)), seed, scale)
 
 
 def perturbed(params, key, scale):

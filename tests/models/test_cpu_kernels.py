@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dit_jax.models import DiTConfig, Network, Request, attention, cpu_kernels, layers
+from tests.models.conftest import random_params
 
 SMALL = DiTConfig(
     image_size=16, hidden_size=32, depth=2, num_heads=4, num_classes=10, custom_gradients="off"
@@ -85,9 +86,7 @@ def test_whole_network(remat, layer_loop):
             SMALL, custom_gradients="on", attention="cpu", remat=remat, layer_loop=layer_loop
         )
     )
-    params = jax.tree.map(
-        lambda leaf: 0.2 * normal(leaf.size, *leaf.shape), plain.init(jax.random.key(0))
-    )
+    params = random_params(plain, scale=0.2)
     x, t, label = normal(1, 4, 16, 16, 4), jnp.arange(4.0) * 100, jnp.arange(4)
 
     def loss(network):

@@ -11,6 +11,7 @@ from jax.extend import core
 
 from dit_jax.models import DhariwalUNetConfig, DiTConfig, Network, Request, SongUNetConfig
 from dit_jax.models.linear import ZEROS, Initialization, Linear, Precision, product
+from tests.models.conftest import random_params
 
 COMMON = {"image_size": 8, "in_channels": 3, "num_classes": 5, "augment_dim": 4}
 UNET = {"channel_mult": (1, 1), "num_blocks": 1, "attn_resolutions": (4,), "second_time": "r"}
@@ -36,16 +37,6 @@ SUMS = {
 
 def stored(config, compute="bfloat16", storage="float32"):
     return Network(dataclasses.replace(config, dtype=compute, param_dtype=storage))
-
-
-def random_params(network):
-    """Every parameter drawn, none of them zero."""
-    leaves, tree = jax.tree.flatten(jax.eval_shape(network.init, jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    drawn = [
-        0.2 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    return tree.unflatten(drawn)
 
 
 def as_stored(network, params):
@@ -82,7 +73,7 @@ def converted(jaxpr, is_parameter):
 def test_nothing_stored_as_it_is_computed_is_converted(config):
     def conversions(storage):
         network = stored(config, storage=storage)
-        params = as_stored(network, random_params(network))
+        params = as_stored(network, random_params(network, scale=0.2))
         program = jax.make_jaxpr(lambda params: evaluate(network, params))(params).jaxpr
         return converted(program, [True] * len(program.invars))
 
@@ -93,7 +84,7 @@ def test_nothing_stored_as_it_is_computed_is_converted(config):
 @NAMED
 def test_stored_bfloat16_gives_the_bits_of_a_conversion_at_each_call(config):
     wide, narrow = stored(config), stored(config, storage="bfloat16")
-    params = random_params(wide)
+    params = random_params(wide, scale=0.2)
     expected = jax.jit(lambda params: evaluate(wide, params))(params)
     assert np.std(expected) > 0.1
     out = jax.jit(lambda params: evaluate(narrow, params))(as_stored(narrow, params))

@@ -12,6 +12,7 @@ from dit_jax.parallel.mesh import AXES, DataParallel, create_mesh
 from dit_jax.parallel.partitioning import ShardedPlacement, rules_for
 from tests.launch.conftest import tiny_config
 from tests.long import long
+from tests.models.conftest import perturbed
 
 STEPS = 5
 DIT = {
@@ -63,11 +64,7 @@ def shape_on(leaf, sharding):
 
 def moved(params):
     """Parameters away from their start: gates of zero would hide what a mesh computes wrongly."""
-    random = np.random.default_rng(5)
-    return jax.tree.map(
-        lambda leaf: np.asarray(leaf) + 0.1 * random.normal(size=leaf.shape).astype(np.float32),
-        params,
-    )
+    return perturbed(jax.tree.map(np.asarray, params), jax.random.key(5), 0.1)
 
 
 def run(values, placement):

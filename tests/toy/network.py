@@ -7,28 +7,23 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dit_jax.conditions import Condition
-from dit_jax.models import Request, Result, attention, layers, register_network, stack
+from dit_jax.models import Request, Result, attention, layers, register_network, stack, step_cache
 from dit_jax.models.attention_options import AttentionOptions
 from dit_jax.models.linear import Linear
+from dit_jax.models.transformer_config import TransformerConfig
 from dit_jax.options import option
 from dit_jax.ranges import COUNT
 
 
 @dataclasses.dataclass(frozen=True)
-class ToyConfig:
+class ToyConfig(TransformerConfig):
     image_size: int = 8
     in_channels: int = 1
+    num_classes: int = 0
     text_dim: int = option(4, "width of a token of the text", COUNT)
     hidden_size: int = option(16, "width of the blocks", COUNT)
-    attention: str = "auto"
-    custom_gradients: str = "off"
-    dtype: str = "float32"
     patch_size, depth, num_heads, learn_sigma = 2, 2, 2, False
-    feature_kind, title, flops_per_example = "tokens", "a toy", 1e5
-    head_dim = property(lambda self: self.hidden_size // self.num_heads)
-    input_size = property(lambda self: (self.image_size,) * 2)
-    grid = property(lambda self: (self.image_size // self.patch_size,) * 2)
-    feature_shapes = property(lambda self: ((*self.grid, self.hidden_size),) * self.depth)
+    title, flops_per_example = "a toy", 1e5
 
     @property
     def conditions(self):
@@ -64,21 +59,16 @@ class Toy(nnx.Module):
     def __call__(self, request: Request) -> Result:
         config, x, told = self.config, request.x, request.conditions
         attend = request.attention or attention.LocalAttention(config.attention)
-        own = tuple(side // config.patch_size for side in x.shape[1:3])
-        image = self.x_embedder(layers.patchify(x, config.patch_size))
-        grid = attention.whole_grid(attend, own)
-        positions = layers.sincos_position_embedding(config.hidden_size, grid)
-        image = image + attention.own_tokens(attend, positions, image.shape[1])[None]
+        image, own = layers.embed_patches(self.x_embedder, x, config.patch_size, attend)
         text = self.text_embedder(told["text"].astype(jnp.float32))
         options = AttentionOptions(key_mask=told["text_mask"], replicated=text.shape[1])
-        tokens, carry, maps = stack.run_stack(
+        tokens, carry, maps = step_cache.run_stack(
+            request,
             self.blocks,
             lambda block, x, state, *rest: block(x, state, *rest, attend),
             jnp.concatenate([text, image], axis=1),
             *(jax.nn.silu(self.t_embedder(request.t)), options),
-            **{"state": request.carry, "depth": config.depth, "capture": request.features},
-            prefetch=getattr(attend, "prefetch", None),
-            prefetch_next=getattr(attend, "prefetch_next", None),
+            **{"depth": config.depth, **attention.prefetching(attend)},
         )
         tokens, *maps = (a[:, text.shape[1] :] for a in (tokens, *maps))
         out = layers.unpatchify(self.out(layers.layer_norm(tokens)), config.patch_size, own)
