@@ -19,7 +19,7 @@ from dit_jax import __version__, experiment
 from dit_jax import config as config_lib
 from dit_jax.atomic import atomic_file, atomic_folder, check_destination
 from dit_jax.diffusion.process import DDPM, EDM, RectifiedFlow
-from dit_jax.interop import dit, edm
+from dit_jax.interop import dit, edm, flux
 from dit_jax.interop.autoencoder_kl import load_autoencoder, save_autoencoder
 from dit_jax.interop.finiteness import Finiteness
 from dit_jax.interop.found_model import FoundModel, no_guidance
@@ -36,7 +36,7 @@ from dit_jax.interop.table import (
     parameter_shapes,
 )
 from dit_jax.interop.tensors import InteropError, TensorSpec, write_pt, write_safetensors
-from dit_jax.models import DhariwalUNetConfig, DiTConfig, SongUNetConfig
+from dit_jax.models import DhariwalUNetConfig, DiTConfig, FluxConfig, SongUNetConfig
 from dit_jax.nearest import one_of
 
 DESTINATIONS = tuple(kind for kind in KINDS if kind != "edm_pkl")
@@ -46,6 +46,7 @@ KINDS_OF = {
     DiTConfig: ("dit_pt", "sit_pt", "diffusers"),
     SongUNetConfig: ("edm_pt",),
     DhariwalUNetConfig: ("edm_pt",),
+    FluxConfig: ("flux_pt", "diffusers"),
 }
 """The formats of others that can hold a network, by its configuration's type."""
 TRANSFORMER_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -133,7 +134,8 @@ def write_model(
     shapes = parameter_shapes(model.network)
     specs = export_specs(plan.table, shapes, jnp.dtype(dtype))
     vae, vae_note = None, ()
-    if kind == "diffusers":
+    is_pipeline = kind == "diffusers" and isinstance(model.network.config, DiTConfig)
+    if is_pipeline:
         vae, vae_note = _pipeline_autoencoder(model, autoencoder)
     elif autoencoder:
         raise InteropError(f"--vae does not apply to --to={kind}: only a pipeline holds one")
@@ -168,6 +170,10 @@ def write_model(
         with atomic_folder(destination, overwrite=overwrite) as folder:
             if kind == "dit_jax":
                 digest = writer.write(folder / WEIGHTS, True)
+            elif not is_pipeline:
+                values = flux.config_to_diffusers(model.network.config)
+                _write_json(folder / "config.json", values)
+                digest = writer.write(folder / TRANSFORMER_WEIGHTS, True)
             else:
                 digest = _write_pipeline(folder, model, plan, writer, vae, names)
             _write_json(folder / CARD, card | {"sha256": digest})
@@ -209,6 +215,8 @@ def _plan(model: FoundModel, kind: str, allow_inexact: bool) -> _Plan:
         return _Plan(outside[kind].table(network), ())
     if kind == "edm_pt":
         return _plan_edm(model, process, allow_inexact)
+    if isinstance(network, FluxConfig):
+        return _plan_flux(network, process, kind, allow_inexact)
     for key, value in (("second_time", network.second_time), ("augment_dim", network.augment_dim)):
         if value not in ("none", 0):
             raise InteropError(
@@ -235,6 +243,24 @@ def _plan(model: FoundModel, kind: str, allow_inexact: bool) -> _Plan:
     elif reason := no_guidance(model):
         notes.append(f"guidance would mean nothing: {reason}")
     return _Plan(dit.original_table(network), tuple(notes))
+
+
+def _plan_flux(network: FluxConfig, process: Any, kind: str, allow_inexact: bool) -> _Plan:
+    differences = flux.differences(network, process)
+    if differences and not allow_inexact:
+        raise InteropError(
+            f"others would compute something else with these weights: {differences[0]}\n"
+            "--allow_inexact writes them all the same"
+        )
+    notes = [f"not what others compute: {line}" for line in differences]
+    if kind == "flux_pt":
+        return _Plan(flux.original_table(network), tuple(notes))
+    flux.config_to_diffusers(network)  # whether the class can have this shape
+    notes.append(
+        "this is the transformer alone: put it into a pipeline's transformer/, or give it as "
+        "FluxPipeline.from_pretrained(pipeline, transformer=...)"
+    )
+    return _Plan(flux.diffusers_table(network), tuple(notes))
 
 
 def _plan_edm(model: FoundModel, process: Any, allow_inexact: bool) -> _Plan:

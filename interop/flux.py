@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from dit_jax.diffusion.process import RectifiedFlow
 from dit_jax.interop.claims import check_types
 from dit_jax.interop.dit import mlp_ratio
+from dit_jax.interop.schedulers import FLUX_SHIFT, FlowTimes
 from dit_jax.interop.table import Row, Table, Transform, affine, identity, linear, swap_halves
 from dit_jax.interop.tensors import InteropError, TensorFile
 from dit_jax.models import FluxConfig
 from dit_jax.untrusted import shown
 
+FLUX_CLASS = "FluxTransformer2DModel"
 _PACKED = 4  # latents of a token: 2 x 2
 _STREAMS = ("image", "text")
 
@@ -180,9 +183,9 @@ def config_from_diffusers(
     Raises:
         InteropError: a model class or shape that this network does not have.
     """
-    if values.get("_class_name", "FluxTransformer2DModel") != "FluxTransformer2DModel":
+    if values.get("_class_name", FLUX_CLASS) != FLUX_CLASS:
         found = shown(values.get("_class_name")).strip("'")
-        raise InteropError(f"{where} describes a {found}; expected a FluxTransformer2DModel")
+        raise InteropError(f"{where} describes a {found}; expected a {FLUX_CLASS}")
     if values.get("patch_size", 1) != 1:
         raise InteropError(
             f"{where}: patch_size={values['patch_size']}; a FLUX transformer is given packed "
@@ -243,7 +246,7 @@ def config_to_diffusers(config: FluxConfig) -> dict[str, Any]:
             f"{config.mlp_ratio}"
         )
     return {
-        "_class_name": "FluxTransformer2DModel",
+        "_class_name": FLUX_CLASS,
         "attention_head_dim": config.head_dim,
         "axes_dims_rope": list(config.axes_channels),
         "guidance_embeds": config.guidance_embedding,
@@ -280,7 +283,11 @@ def config_from_original(file: TensorFile) -> tuple[FluxConfig, tuple[str, ...]]
             1 + max(int(n.split(".")[1]) for n in shapes if n.startswith(f"{blocks}."))
             for blocks in ("double_blocks", "single_blocks")
         )
-    except (KeyError, ValueError, IndexError) as error:
+    except KeyError as error:
+        raise InteropError(
+            f"{file.path} has no tensor {error}: it is no whole FLUX in the original layout"
+        ) from error
+    except (ValueError, IndexError) as error:
         raise InteropError(f"{file.path} is no FLUX in the original layout: {error}") from error
     _check_channels(file.path, in_channels, out_channels)
     if head_dim < 1 or hidden_size < 1 or hidden_size % head_dim:
@@ -308,3 +315,30 @@ def config_from_original(file: TensorFile) -> tuple[FluxConfig, tuple[str, ...]]
         f"and column: taken as {config.axes_channels}"
     )
     return config, (note,)
+
+
+def default_flow_times(config: FluxConfig) -> FlowTimes:
+    """At which times the published networks are sampled: shifted by size, schnell as they are."""
+    return FlowTimes(points=FLUX_SHIFT) if config.guidance_embedding else FlowTimes()
+
+
+def flux_sections(config: FluxConfig, times: FlowTimes) -> dict[str, dict[str, Any]]:
+    """The sections of a configuration, beside config.model, of a network read from outside."""
+    return {
+        "process": {"name": "flow", "flow": {"network_convention": "flux", "time_scale": 1e3}},
+        "method": {"label_dropout": 0.0},
+        "sampling": {
+            "solver": "euler",
+            "steps": 28 if config.guidance_embedding else 4,
+            "shift": 1.0 if times.points else times.shift,
+            "shift_by_tokens": times.points,
+        },
+    }
+
+
+def differences(config: FluxConfig, process: Any) -> list[str]:
+    """What others would compute differently with a network's weights, [] for nothing."""
+    published = RectifiedFlow(network_convention="flux", time_scale=1000.0)
+    if process == published:
+        return []
+    return [f"it denoises {process}, FLUX {published}"]

@@ -13,7 +13,7 @@ from dit_jax import options
 from dit_jax.interop.table import Table
 from dit_jax.interop.tensor_file import TensorFile
 
-KINDS = ("dit_jax", "dit_pt", "sit_pt", "diffusers", "edm_pkl", "edm_pt")
+KINDS = ("dit_jax", "dit_pt", "sit_pt", "diffusers", "edm_pkl", "edm_pt", "flux_pt")
 
 
 @dataclasses.dataclass(frozen=True)

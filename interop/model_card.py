@@ -17,10 +17,14 @@ def model_card(
     """Markdown that names data, training steps, measured scores and what differs."""
     config, network = model.config, model.network.config
     height, width = network.input_size
+    told_text = "text" in network.conditions
+    use = _OWN_USE
+    if kind == "diffusers":
+        use = _FLUX_USE if told_text else _diffusers_use(1 if no_guidance(model) else 1.5)
     lines = [
         "---",
         "library_name: " + ("diffusers" if kind == "diffusers" else "dit-jax"),
-        "pipeline_tag: unconditional-image-generation",
+        f"pipeline_tag: {'text-to-image' if told_text else 'unconditional-image-generation'}",
         "---",
         "",
         f"# {config.name or 'A diffusion model'}",
@@ -48,7 +52,7 @@ def model_card(
         "",
         "## Use",
         "",
-        *(_diffusers_use(1 if no_guidance(model) else 1.5) if kind == "diffusers" else _OWN_USE),
+        *use,
     ]
     return "\n".join(lines) + "\n"
 
@@ -91,6 +95,15 @@ def _diffusers_use(guidance_scale: float) -> list[str]:
         "```",
     ]
 
+
+_FLUX_USE = [
+    "```python",
+    "from diffusers import FluxPipeline, FluxTransformer2DModel",
+    "",
+    'transformer = FluxTransformer2DModel.from_pretrained("path/to/this/folder")',
+    'pipeline = FluxPipeline.from_pretrained("path/to/a/pipeline", transformer=transformer)',
+    "```",
+]
 
 # A card goes where there is no checkout: by the command of an installation.
 _OWN_USE = [

@@ -7,7 +7,8 @@
 Kinds: 'dit_jax' (a training run's workdir, or a folder that `launch/convert.py --to=dit_jax`
 wrote), 'dit_pt' and 'sit_pt' (state dicts of the original code, fast-DiT and SiT, as .pt or
 .safetensors), 'diffusers' (a pipeline or the folder of its transformer), 'edm_pkl' (a network
-pickle of EDM's training loop) and 'edm_pt' (a state dict of such a network).
+pickle of EDM's training loop), 'edm_pt' (a state dict of such a network) and 'flux_pt' (FLUX.1 in
+the original layout; 'diffusers' is FLUX's folders, too).
 """
 
 import dataclasses
@@ -25,17 +26,21 @@ from dit_jax.interop import dit, edm, hub
 from dit_jax.interop.claims import check_counts, check_types, read_object
 from dit_jax.interop.edm_pickle import looks_like_network_pickle, open_network_pickle
 from dit_jax.interop.finiteness import Finiteness, WatchedFile
+from dit_jax.interop.flux import FLUX_CLASS, default_flow_times, flux_sections
+from dit_jax.interop.flux_files import open_flux
 from dit_jax.interop.found_model import FoundModel
 from dit_jax.interop.kinds import kinds, registered
 from dit_jax.interop.prefixes import RenamedFile, without_prefix
 from dit_jax.interop.recognise import (
     DIFFUSERS_DIT,
+    DIFFUSERS_FLUX,
     EDM_UNET,
     ORIGINAL_DIT,
+    ORIGINAL_FLUX,
     description,
     find_architectures,
 )
-from dit_jax.interop.schedulers import process_from_scheduler
+from dit_jax.interop.schedulers import flow_times_from_scheduler, process_from_scheduler
 from dit_jax.interop.sharded import find_weights
 from dit_jax.interop.table import (
     ParameterReader,
@@ -130,6 +135,10 @@ def _open(
     if is_pt:
         return _open_original(path, kind, weights, time_frequency_spacing, shape, like)
     _require(not weights, "weights", weights, kind, "holds one set of weights")
+    if kind == "flux_pt":
+        spacing = time_frequency_spacing
+        _require(not spacing, "time_frequency_spacing", spacing, kind, "has one spacing")
+        return _open_flux(path, kind)
     if kind in registered():
         spacing = time_frequency_spacing
         _require(not spacing, "time_frequency_spacing", spacing, kind, "knows its own")
@@ -164,14 +173,16 @@ def _tell_kind(path: Path) -> str:
     if ORIGINAL_DIT in found:
         arguments = file.metadata.get("args") or {}
         return "sit_pt" if {"path_type", "prediction"} <= set(arguments) else "dit_pt"
-    if DIFFUSERS_DIT in found:
+    if ORIGINAL_FLUX in found:
+        return "flux_pt"
+    if {DIFFUSERS_DIT, DIFFUSERS_FLUX} & found:
         if (path.parent / workdir.CONFIG_FILE).is_file():
             return "diffusers"
         raise InteropError(
             f"{path} is a transformer of diffusers, whose config.json is not beside it: download "
             "that, too, and give the folder"
         )
-    raise InteropError(f"{path} holds no DiT or EDM U-Net: {description(file.specs)}")
+    raise InteropError(f"{path} holds no DiT, EDM U-Net or FLUX: {description(file.specs)}")
 
 
 def _configured(model: Mapping[str, Any], **sections: Mapping[str, Any]) -> Any:
@@ -423,6 +434,9 @@ def _open_diffusers(path: Path, spacing: str) -> FoundModel:
     folder = path / "transformer" if is_pipeline else path
     card = read_card(path)
     values = read_object(folder / "config.json", path)
+    if values.get("_class_name") == FLUX_CLASS:
+        _require(not spacing, "time_frequency_spacing", spacing, "FLUX", "has one spacing")
+        return _open_flux(given or path, "diffusers")
     dit.check_diffusers_types(values, folder / "config.json")
     file = open_tensors(given or find_weights(folder), within=path, keep_names=True)
     check_counts(folder / "config.json", values, file)
@@ -478,14 +492,45 @@ def _open_diffusers(path: Path, spacing: str) -> FoundModel:
     )
 
 
+def _open_flux(path: Path, kind: str) -> FoundModel:
+    found = open_flux(path)
+    if (found.layout == "original") != (kind == "flux_pt"):
+        raise InteropError(f"{path} is FLUX in the {found.layout} layout, not a {kind}")
+    folder = path if path.is_dir() else path.parent
+    card = read_card(folder) if kind == "diffusers" else {}
+    if card:
+        config = _agree(folder, _card_config(folder, card, found.file), found.config, "")
+    else:
+        times = default_flow_times(found.config)
+        scheduler = folder / "scheduler" / "scheduler_config.json"
+        if kind == "diffusers" and scheduler.is_file():
+            values = read_object(scheduler, folder)
+            times = flow_times_from_scheduler(values, str(scheduler))
+        config = _configured(model_section(found.config), **flux_sections(found.config, times))
+    vae = folder / "vae"
+    return _found(
+        kind,
+        path,
+        config,
+        found.table,
+        found.file,
+        weights=card.get("weights", "ema"),
+        has_choice="weights" in card,
+        step=card.get("step", 0),
+        autoencoder=vae if kind == "diffusers" and vae.is_dir() else None,
+        notes=found.notes,
+    )
+
+
 def _agree(path: Path, config: Any, network: Any, spacing: str) -> Any:
     """The card's configuration, whose model must be the transformer's."""
     config = config.copy_and_resolve_references()
     if spacing:
         config.model.dit.time_frequency_spacing = spacing
     found = dict(config_flatten(config.model))
+    sizes = ("image_size", "flux.text_length") if config.model.name == "flux" else ()
     for name, value in config_flatten(model_section(network)):
-        if found[name] != value:
+        if found[name] != value and name not in sizes:  # of FLUX its config.json says no size
             raise InteropError(
                 f"{path}: {CARD} says model.{name}={found[name]!r}, transformer/config.json "
                 f"{value!r}: which one is right? Correct it, or remove {CARD}"

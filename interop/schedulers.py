@@ -147,7 +147,7 @@ _UNUSED = {
     "use_karras_sigmas": (False,),
 }
 _LINE = ("base_image_seq_len", "base_shift", "max_image_seq_len", "max_shift")
-_LINE_DEFAULTS = (256, 0.5, 4096, 1.15)
+FLUX_SHIFT = (256, 0.5, 4096, 1.15)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +213,7 @@ def flow_times_from_scheduler(values: Mapping[str, Any], where: str) -> FlowTime
             f"{where}: num_train_timesteps={values['num_train_timesteps']}; FLUX is told 1000 t"
         )
     if values.get("use_dynamic_shifting", False):
-        found = zip(_LINE, _LINE_DEFAULTS, strict=True)
+        found = zip(_LINE, FLUX_SHIFT, strict=True)
         return FlowTimes(points=tuple(values.get(key) or default for key, default in found))
     shift = values.get("shift")
     if shift is not None and not shift > 0:
@@ -223,7 +223,7 @@ def flow_times_from_scheduler(values: Mapping[str, Any], where: str) -> FlowTime
 
 def flow_times_to_scheduler(times: FlowTimes) -> dict[str, Any]:
     """The scheduler_config.json with which diffusers' FluxPipeline takes the same times."""
-    points = times.points or _LINE_DEFAULTS
+    points = times.points or FLUX_SHIFT
     return {
         "_class_name": _FLOW_EULER,
         **dict(zip(_LINE, points, strict=True)),

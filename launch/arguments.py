@@ -17,7 +17,15 @@ PARALLEL_MODES = (  # parallel.sampling.MODES
     *("displaced", "synchronous", "naive", "ulysses", "ring", "tensor"),
     *("full_sync", "corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "no_sync"),
 )
-KINDS = ("dit_jax", "dit_pt", "sit_pt", "diffusers", "edm_pkl", "edm_pt")  # interop.kinds.KINDS
+KINDS = (
+    "dit_jax",
+    "dit_pt",
+    "sit_pt",
+    "diffusers",
+    "edm_pkl",
+    "edm_pt",
+    "flux_pt",
+)  # interop.kinds
 DESTINATIONS = tuple(kind for kind in KINDS if kind != "edm_pkl")  # of interop.export
 DTYPES = ("float32", "bfloat16", "float16")  # of interop.export
 PARAM_DTYPES = ("auto", "float32", "bfloat16")  # of dit_jax.models.linear

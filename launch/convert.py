@@ -6,9 +6,10 @@
   python launch/convert.py --to=dit_pt hub:facebook/DiT-XL-2-256 dit_xl2.pt --allow_inexact
 
 Kinds: dit_jax (a run's workdir, or a folder converted to), dit_pt (facebookresearch/DiT, fast-DiT),
-sit_pt (SiT), diffusers (a pipeline's folder or its transformer's), edm_pt (a state dict of EDM),
-to read only, edm_pkl (a network pickle of EDM), and what DIT_JAX_EXTENSIONS registers. Parameters
-pass one at a time; nothing in a file is executed; the destination appears whole or not at all.
+sit_pt (SiT), diffusers (a pipeline's folder or its transformer's, of DiT or FLUX), edm_pt (a state
+dict of EDM), flux_pt (flux1-*.safetensors), to read only, edm_pkl (a network pickle of EDM), and
+what DIT_JAX_EXTENSIONS registers. Parameters pass one at a time; nothing in a file is executed; the
+destination appears whole or not at all.
 """
 
 import argparse

@@ -252,6 +252,12 @@ def test_every_experiment_resolves_and_initialises(name):
         if c.required
     }
     batch = {"image": image, "noise": image, "conditions": conditions}
+    nulls = {
+        key: jax.ShapeDtypeStruct(conditions[key].shape[1:], c.dtype)
+        for key, c in network.conditions.items()
+        if c.null_is_given
+    }
+    frozen |= {"nulls": nulls} if nulls else {}
     for phase in method.phases:
         update = functools.partial(method.update, phase=phase)
         after, metrics = jax.eval_shape(update, state, batch, key, frozen)

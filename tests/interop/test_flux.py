@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_jax.interop import flux
+from dit_jax.interop.export import write_model
 from dit_jax.interop.flux_files import load_flux, open_flux, save_flux, save_flux_original
+from dit_jax.interop.models import open_model
 from dit_jax.interop.table import export_arrays, export_specs, flatten
 from dit_jax.interop.tensors import InteropError, TensorSpec, open_tensors, write_safetensors
 from dit_jax.models import FluxConfig, Network
@@ -57,7 +59,7 @@ def test_round_trips_bit_for_bit_between_the_layouts(tmp_path, param_dtype):
     assert names["double_blocks.0.txt_attn.norm.key_norm.scale"].shape == (16,)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     heads=st.integers(1, 3),
     head_dim=st.sampled_from([8, 12, 16]),
@@ -214,3 +216,42 @@ def test_errors_of_other_families_name_them(saved, tmp_path):
     with pytest.raises(InteropError, match="NaN"):
         save_flux(tmp_path / "nan", Network(TINY), nan)
     assert not (tmp_path / "nan").exists() and not (tmp_path / "wide").exists()
+
+
+def test_models_are_opened_and_written_as_all_others(saved, tmp_path):
+    folder = saved[1]
+    (folder.parent / "scheduler").mkdir()
+    values = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}
+    file = folder.parent / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(values | {"max_shift": 1.0}))
+    model = open_model(folder.parent)
+    assert model.kind == "diffusers" and model.network.config.guidance_embedding
+    assert model.config.sampling.shift_by_tokens == (256, 0.5, 4096, 1.0)
+    assert model.config.process.flow.time_scale == 1000
+    params = model.load()
+    write_model(model, "flux_pt", tmp_path / "flux1.safetensors")
+    original = open_model(tmp_path / "flux1.safetensors")
+    assert original.kind == "flux_pt" and original.config.sampling.steps == 28
+    assert "no tensor tells" in original.notes[0]
+    assert_same(original.load(), params)
+    for kind in ("diffusers", "dit_jax"):
+        write_model(original, kind, tmp_path / kind, dtype="bfloat16")
+        again = open_model(tmp_path / kind)
+        assert again.kind == kind and again.param_dtype == "bfloat16"
+        assert again.network.config == original.network.config
+        assert_same(
+            again.load(), jax.tree.map(lambda a: a.astype("bfloat16").astype("float32"), params)
+        )
+    assert "text-to-image" in (tmp_path / "diffusers" / "README.md").read_text()
+    card = json.loads((tmp_path / "diffusers" / "dit_jax.json").read_text())
+    card["config"]["model"]["flux"]["depth"] = 1
+    (tmp_path / "diffusers" / "dit_jax.json").write_text(json.dumps(card))
+    with pytest.raises(InteropError, match=r"model\.flux\.depth=1, transformer/config.json 2"):
+        open_model(tmp_path / "diffusers")
+    with pytest.raises(InteropError, match="can be written as dit_jax, flux_pt, diffusers"):
+        write_model(original, "dit_pt", tmp_path / "other.pt")
+    other = dataclasses.replace(original, config=original.config.copy_and_resolve_references())
+    other.config.process.flow.network_convention = "sit"
+    with pytest.raises(InteropError, match="others would compute something else"):
+        write_model(other, "flux_pt", tmp_path / "other.safetensors")
+    assert write_model(other, "flux_pt", tmp_path / "o.safetensors", allow_inexact=True).sha256

@@ -272,13 +272,13 @@ def test_a_workdir_is_a_source(tmp_path):
 def test_the_wrong_architecture_is_named_error(tmp_path):
     from tests.interop.test_table import Tensors
 
-    names = {"double_blocks.0.img_attn.qkv.weight": np.zeros((2, 2), np.float32)}
+    names = {"joint_blocks.0.x_block.attn.qkv.weight": np.zeros((2, 2), np.float32)}
     specs = Tensors(names).specs
-    write_safetensors(tmp_path / "flux.safetensors", specs, iter(names.values()))
-    with pytest.raises(InteropError, match=r"holds no DiT or EDM U-Net: it looks like a FLUX"):
-        open_model(tmp_path / "flux.safetensors")
+    write_safetensors(tmp_path / "sd3.safetensors", specs, iter(names.values()))
+    with pytest.raises(InteropError, match=r"EDM U-Net or FLUX: it looks like a Stable Diffusion"):
+        open_model(tmp_path / "sd3.safetensors")
     write_pt(tmp_path / "other.pt", specs, iter(names.values()))
-    with pytest.raises(InteropError, match="looks like a FLUX"):
+    with pytest.raises(InteropError, match="looks like a Stable Diffusion"):
         open_model(tmp_path / "other.pt", "dit_pt")
 
 
@@ -294,8 +294,8 @@ def test_a_configuration_that_contradicts_the_tensors_is_refused(tmp_path):
     file.write_text(json.dumps(values | {"activation_fn": "geglu"}))
     with pytest.raises(InteropError, match="activation_fn='geglu'"):
         open_model(tmp_path)
-    file.write_text(json.dumps(values | {"_class_name": "FluxTransformer2DModel"}))
-    with pytest.raises(InteropError, match="describes a FluxTransformer2DModel"):
+    file.write_text(json.dumps(values | {"_class_name": "SD3Transformer2DModel"}))
+    with pytest.raises(InteropError, match="describes a SD3Transformer2DModel"):
         open_model(tmp_path)
     for name in ("in_channels", "attention_head_dim", "num_layers", "sample_size", "norm_eps"):
         file.write_text(json.dumps(values | {name: None}))

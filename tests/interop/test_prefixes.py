@@ -112,7 +112,7 @@ def test_a_prefix_that_is_the_cause_is_named_error(plain, tmp_path):
     torch.save(broken, tmp_path / "broken.pt")
     with pytest.raises(InteropError, match=r"(?s)missing: x_embedder\.proj\.bias.*'model\.'"):
         open_model(tmp_path / "broken.pt", **HEADS)
-    flux = {"model.double_blocks.0.img_attn.qkv.weight": torch.ones(2, 2)}
-    torch.save(flux, tmp_path / "flux.pt")
-    with pytest.raises(InteropError, match=r"a FLUX .* begin with 'model\.'"):
-        open_model(tmp_path / "flux.pt")
+    other = {"model.joint_blocks.0.x_block.attn.qkv.weight": torch.ones(2, 2)}
+    torch.save(other, tmp_path / "sd3.pt")
+    with pytest.raises(InteropError, match=r"a Stable Diffusion 3 .* begin with 'model\.'"):
+        open_model(tmp_path / "sd3.pt")
