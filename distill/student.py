@@ -23,8 +23,8 @@ from dit_jax.options import option, register_section
 from dit_jax.ranges import GUIDANCE, NOT_NEGATIVE
 from dit_jax.target import target_platform
 from dit_jax.training import ema as ema_lib
-from dit_jax.training.denoising import drop_conditions, require_null_class
-from dit_jax.training.method import Batch, Metrics
+from dit_jax.training.learner import Learner
+from dit_jax.training.method import Metrics
 
 
 @jax.tree_util.register_dataclass
@@ -97,7 +97,7 @@ def merge_params(fresh: Any, given: Any, path: str = "") -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Student:
+class Student(Learner):
     """The network being distilled and how it is trained.
 
     Attributes:
@@ -113,11 +113,6 @@ class Student:
     averages: tuple[ema_lib.EMA, ...] = ()
     label_dropout: float = 0.0
     num_microbatches: int = 1
-
-    def __post_init__(self):
-        if not 0 <= self.label_dropout <= 1:
-            raise ValueError(f"method.label_dropout={self.label_dropout}: expected 0 to 1")
-        require_null_class(self.denoiser.network, self.label_dropout)
 
     def start(self, key: Key[Array, ""], params: Any = None) -> Any:
         """Fresh parameters, with those of `params` in their places."""
@@ -140,25 +135,6 @@ class Student:
             optimizer=self.optimizer.init(params),
             players=players or {},
         )
-
-    def apply_gradients(self, state: DistillState, gradients: Any) -> DistillState:
-        """The student after one update; counts the step and updates the averages."""
-        updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        step = state.step + 1
-        averages = ema_lib.update(self.averages, state.ema, params, step)
-        return DistillState(step, params, averages, optimizer, state.players)
-
-    def weights(self, state: DistillState) -> dict[str, Any]:
-        """'raw' and every average by its name."""
-        return {**state.ema, "raw": state.params}
-
-    def draw_conditions(
-        self, batch: Batch, key: Key[Array, ""], frozen: Any = None
-    ) -> dict[str, Array]:
-        """The conditions of a batch, some examples' dropped."""
-        declared = self.denoiser.network.conditions
-        return drop_conditions(declared, batch, self.label_dropout, key, frozen)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key
 
-from dit_jax import conditions as conditions_lib
 from dit_jax.data.augmentation import Augmentation
 from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import losses
@@ -16,6 +15,7 @@ from dit_jax.diffusion.timesteps import TimeDistribution
 from dit_jax.models.call import Request
 from dit_jax.training import ema as ema_lib
 from dit_jax.training import remat_choice
+from dit_jax.training.learner import Learner
 from dit_jax.training.method import (
     Batch,
     Metrics,
@@ -23,31 +23,6 @@ from dit_jax.training.method import (
     TrainState,
     accumulated_gradients,
 )
-
-
-def drop_conditions(
-    declared: conditions_lib.Declared,
-    batch: Batch,
-    rate: float,
-    key: Key[Array, ""],
-    frozen: Any = None,
-) -> dict[str, Array]:
-    """The conditions of a batch, all of an example's together dropped at `rate`.
-
-    Args:
-        declared: the network's.
-        batch: of data.
-        rate: probability; 0 draws nothing.
-        key: of the draw.
-        frozen: what a method reads and never trains; its "nulls", if any, stand for "no condition"
-            where the network does not know it by itself.
-    """
-    conditions = conditions_lib.select(declared, batch)
-    if not rate or not conditions_lib.can_guide(declared):
-        return conditions
-    nulls = conditions_lib.null_values(declared, (frozen or {}).get("nulls"))
-    dropped = jax.random.bernoulli(key, rate, batch["image"].shape[:1])
-    return conditions_lib.drop(conditions, nulls, dropped)
 
 
 def require_augmentation(network: Any, augmentation: Augmentation | None) -> None:
@@ -68,23 +43,8 @@ def require_augmentation(network: Any, augmentation: Augmentation | None) -> Non
         )
 
 
-def require_null_class(network: Any, label_dropout: float) -> None:
-    """Refuses to drop labels for a network that has no class to put in their place.
-
-    Raises:
-        ValueError: with the values to set.
-    """
-    label = network.conditions.get("label")
-    if label_dropout and label is not None and not label.can_be_dropped:
-        raise ValueError(
-            f"method.label_dropout={label_dropout}, but model.dit.null_class=False: the network "
-            "has no class that stands for none. Set method.label_dropout=0, or "
-            "model.dit.null_class=True"
-        )
-
-
 @dataclasses.dataclass(frozen=True)
-class Denoising(OnePhase):
+class Denoising(Learner, OnePhase):
     """Regression of the process's target at random times (DDPM, flow matching or EDM).
 
     Attributes:
@@ -110,9 +70,7 @@ class Denoising(OnePhase):
     augmentation: Augmentation | None = None
 
     def __post_init__(self):
-        if not 0 <= self.label_dropout <= 1:
-            raise ValueError(f"method.label_dropout={self.label_dropout}: expected 0 to 1")
-        require_null_class(self.denoiser.network, self.label_dropout)
+        super().__post_init__()
         require_augmentation(self.denoiser.network, self.augmentation)
 
     @property
@@ -130,10 +88,6 @@ class Denoising(OnePhase):
             optimizer=self.optimizer.init(params),
         )
 
-    def weights(self, state: TrainState) -> dict[str, Any]:
-        """'raw' and every average by its name."""
-        return {**state.ema, "raw": state.params}
-
     def draw_examples(
         self, batch: Batch, key: Key[Array, ""], frozen: Any = None
     ) -> dict[str, Any]:
@@ -148,8 +102,7 @@ class Denoising(OnePhase):
         }
         if self.denoiser.network.has_dropout:
             examples["dropout_keys"] = jax.random.split(jax.random.fold_in(key, 3), n)
-        declared = self.denoiser.network.conditions
-        conditions = drop_conditions(declared, batch, self.label_dropout, label_key, frozen)
+        conditions = self.draw_conditions(batch, label_key, frozen)
         if self.augmentation is not None:
             keys = jax.random.split(jax.random.fold_in(key, 4), n)
             examples["x0"], conditions["augment"] = self.augmentation(keys, x0)
@@ -204,9 +157,5 @@ class Denoising(OnePhase):
         metrics, gradients = accumulated_gradients(
             self.loss, state.params, examples, self.num_microbatches, as_computed
         )
-        updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        step = state.step + 1
         metrics["gradient_norm"] = optax.global_norm(gradients)
-        ema = ema_lib.update(self.averages, state.ema, params, step)
-        return TrainState(step=step, params=params, ema=ema, optimizer=optimizer), metrics
+        return self.apply_gradients(state, gradients), metrics
