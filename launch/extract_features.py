@@ -4,6 +4,11 @@
       --vae=hub:stabilityai/sd-vae-ft-mse --image_size=256 --flip=pairs --out=latents/imagenet256
   python launch/extract_features.py --data=tfds --dataset=imagenet2012 --path=TFDS_DIR ...
   python launch/extract_features.py --data=jpeg_npz --path='cifar10_{split}.npz' ...
+  python launch/extract_features.py --data=captioned_folder --path=pictures --image_size=512 \\
+      --vae=FLUX.1-dev --text_encoders=FLUX.1-dev --compute_dtype=bfloat16 --out=features
+
+Of a captioned_folder (pictures with metadata.jsonl, docs/data.md) the embeddings of the captions
+are written beside the latents, T5's states and CLIP's vector, and those of the empty prompt.
 
 The latents of a split go to OUT/SPLIT. Interrupted or killed, the same command goes on where it
 was, and ends with the same bits. Then train with
@@ -23,7 +28,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argument_types.Parser(description=__doc__)
     images = parser.add_argument_group("images")
     images.add_argument(
-        "--data", required=True, choices=["image_folder", "tfds", "jpeg_npz", "digits"]
+        "--data",
+        required=True,
+        choices=["image_folder", "captioned_folder", "tfds", "jpeg_npz", "digits"],
     )
     images.add_argument("--path", default="", help="folder, .npz with {split}, or TFDS data_dir")
     images.add_argument("--dataset", default="", help="the TFDS data set")
@@ -31,7 +38,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     images.add_argument(
         "--test_fraction",
         type=argument_types.share_below_one,
-        help="of image_folder: share held out",
+        help="of folders: share held out",
     )
     images.add_argument(
         "--image_size",
@@ -42,7 +49,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     images.add_argument(
         "--buckets",
         default="",
-        help="of image_folder: sizes of which each image gets the one of nearest aspect ratio, "
+        help="of folders: sizes of which each image gets the one of nearest aspect ratio, "
         "'192x320,256x256,320x192', or auto:64 (docs/data.md)",
     )
     vae = parser.add_argument_group("VAE")
@@ -54,11 +61,27 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     vae.add_argument(
         "--compute_dtype", default="float32", help="bfloat16, float16 or auto (bfloat16 on GPUs)"
     )
+    text = parser.add_argument_group("captions, of captioned_folder")
+    text.add_argument(
+        "--text_encoders", help="a FLUX pipeline's folder or hub:owner/name, of which CLIP and T5"
+    )
+    text.add_argument(
+        "--text_length", type=argument_types.count, help="of T5's states in tokens; default 512"
+    )
+    text.add_argument(
+        "--text_dtype",
+        choices=["bfloat16", "float16", "float32"],
+        help="of T5's states on disk; default bfloat16",
+    )
     out = parser.add_argument_group("latents")
     out.add_argument(
         "--out", type=argument_types.folder, required=True, help="folder; a split's go to OUT/SPLIT"
     )
-    out.add_argument("--flip", default="pairs", choices=["pairs", "none"], help="mirror images too")
+    out.add_argument(
+        "--flip",
+        choices=["pairs", "none"],
+        help="mirror images too; default pairs, with captions none, which tell left from right",
+    )
     out.add_argument("--kind", default="moments", choices=["moments", "samples"])
     out.add_argument("--dtype", default="float16", choices=["float16", "float32"])
     out.add_argument(
@@ -106,12 +129,16 @@ def extract(args: argparse.Namespace) -> None:
     height, width, channels = max(shapes, key=math.prod)
     square = height == width and len(set(shapes)) == 1
     size = f"image_size={height}" if square else f"input_size={height},{width}"
-    train = ["python", "launch/train.py", "--config=configs/dit_b2.py"]
+    config = "dit_b2" if args.text_encoders is None else "flux_dev_sft"
+    train = ["python", "launch/train.py", f"--config=configs/{config}.py"]
     train += ["--workdir=runs/latents"]
     train += [f"--config.data.latents.path={args.out}", f"--config.model.{size}"]
     train.append(f"--config.model.in_channels={channels}")
-    train.append(f"--config.model.num_classes={header.num_classes}")
-    if args.flip != "pairs":
+    if args.text_encoders is None:
+        train.append(f"--config.model.num_classes={header.num_classes}")
+    else:
+        train.append("--init_from=FLUX.1-dev")
+    if extraction.flip_of(args) != "pairs" and args.text_encoders is None:
         train.append("--config.data.horizontal_flip=False")
     print(f"next: {spelling.spelled(shlex.join(train))}")
 

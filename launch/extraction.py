@@ -12,16 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax import data as data_lib
+from dit_jax.data.captioned_folder import CAPTION, CaptionedFolder, open_captioned_folder
 from dit_jax.data.images import as_size
 from dit_jax.data.records import check_destination
 from dit_jax.data.records.header import LABEL
 from dit_jax.interop import hub
 from dit_jax.interop.autoencoder_kl import load_autoencoder
 from dit_jax.launch import recording, wiring
+from dit_jax.launch.text_extraction import MAX_LENGTH, TextFeatures, open_texts
 from dit_jax.models.autoencoder_kl import AutoencoderKL
 from dit_jax.models.linear import resolve_dtype
 from dit_jax.named_options import options_named
+from dit_jax.parallel import distributed
 from dit_jax.parallel.mesh import DataParallel, create_mesh, put_whole
+from dit_jax.quantities import counted
 
 DEFAULT_BATCH = 32  # images a device
 
@@ -48,6 +52,7 @@ def source_options(args: argparse.Namespace, channels: int) -> dict[str, Any]:
     """
     takes = {
         "image_folder": {"path", "image_size", "buckets", "test_fraction"},
+        "captioned_folder": {"path", "image_size", "buckets", "test_fraction"},
         "tfds": {"path", "dataset", "image_size"},
         "jpeg_npz": {"path", "image_size"},
         "digits": {"image_size"},
@@ -58,7 +63,8 @@ def source_options(args: argparse.Namespace, channels: int) -> dict[str, Any]:
     useless = [name for name, value in given.items() if value is not None and name not in takes]
     if useless:
         raise ValueError(f"--{useless[0]} does nothing with --data={args.data}: leave it out")
-    needed = {"image_folder": "path", "jpeg_npz": "path", "tfds": "dataset"}.get(args.data)
+    folders = dict.fromkeys(("image_folder", "captioned_folder", "jpeg_npz"), "path")
+    needed = (folders | {"tfds": "dataset"}).get(args.data)
     if needed and given[needed] is None:
         raise ValueError(f"--data={args.data} needs --{needed}=...")
     options = {name: value for name, value in given.items() if value is not None}
@@ -89,7 +95,11 @@ def open_images(args: argparse.Namespace, autoencoder: AutoencoderKL) -> data_li
         "test_fraction": "--test_fraction",
     }
     with options_named(names):
-        source = data_lib.open_source(args.data, args.split, **source_options(args, channels))
+        options = source_options(args, channels)
+        if args.data == "captioned_folder":
+            source = open_captioned_folder(args.split, **options)
+        else:
+            source = data_lib.open_source(args.data, args.split, **options)
     height, width, found = source.info.image_shape
     if found != channels:
         raise ValueError(
@@ -106,8 +116,9 @@ def make_header(
     sha256: str,
     source: data_lib.Source,
     shard_size: int,
+    texts: TextFeatures | None = None,
 ) -> data_lib.Header:
-    """What the latents will be."""
+    """What the latents will be, with the embeddings of captions if there are `texts`."""
     vae = Path(args.vae).expanduser().absolute()
     info = source.info
     settings = {
@@ -117,6 +128,8 @@ def make_header(
         "seed": args.seed,
         "compute_dtype": resolve_dtype(args.compute_dtype).name,
     }
+    conditions = condition_fields(source) if texts is None else texts.fields(args.text_dtype)
+    settings |= {} if texts is None else texts.provenance()
     shape = autoencoder.latent_shape(*info.image_shape[:2])
     if info.buckets:
         shape, settings["buckets"] = (None, None, shape[-1]), args.buckets
@@ -126,8 +139,8 @@ def make_header(
         shift_factor=autoencoder.config.shift_factor,
         dtype=args.dtype,
         kind=args.kind,
-        flip=args.flip,
-        conditions=condition_fields(source),
+        flip=flip_of(args),
+        conditions=conditions,
         provenance={
             "vae_name": vae.parent.name if vae.name == "vae" else vae.name,
             "vae_sha256": sha256,
@@ -141,6 +154,33 @@ def make_header(
         split="train" if args.split.startswith("train") else "test",
         shard_size=shard_size,
     )
+
+
+def flip_of(args: argparse.Namespace) -> str:
+    """--flip, by default none of captioned images: captions tell left from right."""
+    return args.flip or ("none" if args.data == "captioned_folder" else "pairs")
+
+
+def open_captions(args: argparse.Namespace) -> TextFeatures | None:
+    """The encoders of captions, if there are any.
+
+    Raises:
+        ValueError: an option is missing, or would do nothing.
+    """
+    given = {"text_encoders": args.text_encoders, "text_length": args.text_length}
+    given["text_dtype"] = args.text_dtype
+    if args.data != "captioned_folder":
+        idle = [name for name, value in given.items() if value is not None]
+        if idle:
+            raise ValueError(f"--{idle[0]} does nothing with --data={args.data}: leave it out")
+        return None
+    if args.text_encoders is None:
+        raise ValueError(
+            "--data=captioned_folder needs --text_encoders=PIPELINE, the folder of the CLIP and T5 "
+            "that captions are told by, or for instance hub:black-forest-labs/FLUX.1-dev"
+        )
+    args.text_dtype = args.text_dtype or "bfloat16"
+    return open_texts(args.text_encoders, args.text_length or MAX_LENGTH, args.compute_dtype)
 
 
 def condition_fields(source: data_lib.Source) -> dict[str, data_lib.Field]:
@@ -272,6 +312,15 @@ def batch_counts(source: data_lib.Source, batch_size: int) -> list[int]:
     return counts
 
 
+def tell_of_captions(texts: TextFeatures, source: CaptionedFolder) -> None:
+    """Says how many captions there are, and which do not fit the encoders."""
+    captions = [source.captions[number] for number in source.used]
+    told = counted(len(set(captions)), "different caption")
+    print(f"{told}, told by {texts.name} in {texts.t5.length} tokens of T5", flush=True)
+    for line in texts.cut_captions(captions, source.describe):
+        print(line, flush=True)
+
+
 def run(args: argparse.Namespace) -> tuple[Path, data_lib.Header]:
     """Extracts the latents of one split; returns their folder and what they are."""
     folder = args.out.expanduser() / ("train" if args.split.startswith("train") else "test")
@@ -287,15 +336,25 @@ def run(args: argparse.Namespace) -> tuple[Path, data_lib.Header]:
     if several:
         params = jax.tree.map(lambda array: put_whole(array, placement.replicated), params)
     source = open_images(args, autoencoder)
-    header = make_header(args, autoencoder, sha256, source, shard_size)
-    encode = make_encoder(autoencoder, placement, kind=args.kind, flip=args.flip, seed=args.seed)
+    texts = open_captions(args)
+    header = make_header(args, autoencoder, sha256, source, shard_size, texts)
+    encode = make_encoder(
+        autoencoder, placement, kind=args.kind, flip=flip_of(args), seed=args.seed
+    )
+    nulls, embed = source.info.null_conditions, None
+    if texts:
+        distributed.on_first(lambda: tell_of_captions(texts, source))
+        nulls, embed = texts.nulls(), texts.encoding(placement)
 
     def compute(given) -> dict[str, jax.Array]:
         numbers, batch = given
+        if texts:
+            captions = [source.captions[number] for number in batch.pop(CAPTION)]
+            batch |= texts.ids(captions)
         batch = placement.put_batch(batch)
         latents = encode(params, batch.pop("image"), put_whole(numbers, placement.split))
         latents.copy_to_host_async()
-        return {"latents": latents, **batch}
+        return {"latents": latents, **(embed(batch) if embed else batch)}
 
     size = "x".join(map(str, header.fields["latents"].shape))
     if source.info.buckets:
@@ -307,13 +366,13 @@ def run(args: argparse.Namespace) -> tuple[Path, data_lib.Header]:
         lambda start: read_batches(source, batch_size, start=start, num_workers=args.num_workers),
         compute,
         what=f"{len(source)} images of {source.info.name}, {args.split} -> {args.kind} of {size}, "
-        f"flip {args.flip}, with {header.provenance['vae_name']}",
+        f"flip {flip_of(args)}, with {header.provenance['vae_name']}",
         done="encoded",
         unit="image",
         total=len(source),
         batch_size=batch_size,
         counts=batch_counts(source, batch_size),
-        nulls=source.info.null_conditions,
+        nulls=nulls,
         remedy="--dtype=float16 halves that, --kind=samples too",
     )
     return folder, header

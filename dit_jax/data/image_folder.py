@@ -14,27 +14,30 @@ from jaxtyping import Bool, Int, Int32, UInt8
 
 from dit_jax.data.buckets import Bucket, nearest_bucket, parse_buckets
 from dit_jax.data.image_index import check_images, validate_verify
+from dit_jax.data.image_listing import (
+    Listing,
+    find_split,
+    in_split,
+    list_images,
+    subfolders,
+    validate_fraction,
+)
 from dit_jax.data.images import (
     DECODE_ERRORS,
-    SUFFIXES,
     Size,
     as_size,
     decode_image,
-    note_of_others,
     size_text,
-    split_by_suffix,
     validate_resize,
 )
 from dit_jax.data.source import DatasetInfo, Example, Source, fingerprint
 from dit_jax.options import option
 from dit_jax.ranges import SHARE_BELOW_ONE
-from dit_jax.untrusted import walk_files
 
 logger = logging.getLogger(__name__)
 
 # Beyond this fraction of unreadable files the folder is taken to be damaged.
 MAX_CORRUPT_FRACTION = 0.01
-_SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val", "validation")}
 _MESSAGES_SHOWN = 20
 
 
@@ -109,52 +112,98 @@ def open_image_folder(
         ValueError: Images of mixed or unexpected sizes, too many corrupt files, contradictory
             options.
     """
-    sizes = _bucket_sizes(buckets, image_size, resize)
-    validate_resize(resize, sizes[0] if sizes and image_size is None else image_size, channels)
-    validate_verify(verify)
-    root, class_root, held_out_exists = _find_split(Path(path).expanduser(), split)
-    _validate_fraction(test_fraction, split, held_out_exists, root)
-    listing = _list_images(root, tuple(_subfolders(class_root)))
+    opening = Opening("image_folder", split, image_size, channels, resize, buckets)
+    opening.check(verify)
+    root, class_root, held_out_exists = find_split(Path(path).expanduser(), split)
+    validate_fraction(test_fraction, split, held_out_exists, root)
+    listing = list_images(root, tuple(subfolders(class_root)))
+    chosen = None if held_out_exists else in_split(len(listing.files), split, test_fraction)
+    return ImageFolder(*opening.read(root, listing, chosen, verify, index_cache))
 
-    index = check_images(root, listing.files, verify, index_cache)
-    _report_corrupt(root, listing.files, index.reasons)
-    chosen = np.ones(len(listing.files), bool)
-    if not held_out_exists:
-        chosen = _in_split(len(listing.files), split, test_fraction)
-    chosen[list(index.reasons)] = False
-    kept = np.flatnonzero(chosen)
-    if kept.size == 0:
-        raise FileNotFoundError(f"split {split!r} of {root} holds no readable image")
-    files = [listing.files[i] for i in kept]
-    of_image, found = None, ()
-    if sizes:
-        of_image, found = fill_buckets(root, index.sizes[kept], sizes)
-        height, width = max((bucket.size for bucket in found), key=math.prod)
-    elif resize == "none":
-        width, height = _common_size(root, files, index.sizes[kept], image_size)
-    else:
-        height, width = as_size(image_size)
-    shape = (height, width, channels)
-    identity = ["image_folder", files, index.byte_counts[kept], listing.labels[kept], shape, resize]
-    if sizes:
-        identity.append([bucket.size for bucket in found])
-    return ImageFolder(
-        root,
-        files,
-        listing.labels[kept],
-        DatasetInfo(
-            name=f"image_folder/{root.name}",
-            split=split,
+
+@dataclass(frozen=True)
+class Opening:
+    """How listed images become a source.
+
+    Attributes:
+        source: its name.
+        split: see `open_image_folder`, as all that follows.
+        image_size: see there.
+        channels: see there.
+        resize: see there.
+        buckets: see there.
+    """
+
+    source: str
+    split: str
+    image_size: Size | None
+    channels: int
+    resize: str
+    buckets: str
+
+    def check(self, verify: str) -> None:
+        """Refuse options that contradict each other.
+
+        Raises:
+            ValueError: Which, and why.
+        """
+        sizes, size = _bucket_sizes(self.buckets, self.image_size, self.resize), self.image_size
+        validate_resize(self.resize, sizes[0] if sizes and size is None else size, self.channels)
+        validate_verify(verify)
+
+    def read(
+        self,
+        root: Path,
+        listing: Listing,
+        chosen: Bool[np.ndarray, " n"] | None,
+        verify: str,
+        index_cache: str | None,
+    ) -> tuple:
+        """The arguments of `ImageFolder`: corrupt files left out, sizes known.
+
+        Args:
+            root: The split's folder.
+            listing: Its images.
+            chosen: Which of them are of the split; None for all.
+            verify: See `open_image_folder`.
+            index_cache: See there.
+
+        Raises:
+            FileNotFoundError: None is readable.
+            ValueError: Too many corrupt files, or images of mixed sizes.
+        """
+        sizes = _bucket_sizes(self.buckets, self.image_size, self.resize)
+        index = check_images(root, listing.files, verify, index_cache)
+        _report_corrupt(root, listing.files, index.reasons)
+        chosen = np.ones(len(listing.files), bool) if chosen is None else chosen
+        chosen[list(index.reasons)] = False
+        kept = np.flatnonzero(chosen)
+        if kept.size == 0:
+            raise FileNotFoundError(f"split {self.split!r} of {root} holds no readable image")
+        files, labels = [listing.files[i] for i in kept], listing.labels[kept]
+        of_image, found = None, ()
+        if sizes:
+            of_image, found = fill_buckets(root, index.sizes[kept], sizes)
+            height, width = max((bucket.size for bucket in found), key=math.prod)
+        elif self.resize == "none":
+            width, height = _common_size(root, files, index.sizes[kept], self.image_size)
+        else:
+            height, width = as_size(self.image_size)
+        shape = (height, width, self.channels)
+        identity = [self.source, files, index.byte_counts[kept], labels, shape, self.resize]
+        if sizes:
+            identity.append([bucket.size for bucket in found])
+        info = DatasetInfo(
+            name=f"{self.source}/{root.name}",
+            split=self.split,
             image_shape=shape,
             num_classes=len(listing.class_names),
             num_examples=len(files),
             class_names=listing.class_names,
             fingerprint=fingerprint(*identity),
             buckets=found,
-        ),
-        resize,
-        of_image,
-    )
+        )
+        return root, files, labels, info, self.resize, of_image
 
 
 def _bucket_sizes(
@@ -267,114 +316,6 @@ class ImageFolder(Source):
                 f"more than {MAX_CORRUPT_FRACTION:.0%}, the last being {self.describe(index)}. "
                 f"Replace or delete them; verify='full' finds them all at the start."
             ) from error
-
-
-@dataclass(frozen=True)
-class _Listing:
-    """The images below a folder: paths relative to it in sorted order, with their labels."""
-
-    files: list[str]
-    labels: Int32[np.ndarray, " n"]
-    class_names: tuple[str, ...]
-
-
-def _find_split(path: Path, split: str) -> tuple[Path, Path, bool]:
-    """Return the split's folder, the one that defines the classes, and: is the split on disk."""
-    if split not in _SPLIT_FOLDERS:
-        raise ValueError(f"image_folder has the splits 'train' and 'test', not {split!r}")
-    if not path.is_dir():
-        kind = "is not a folder" if path.exists() else "does not exist"
-        raise FileNotFoundError(f"image folder {path} {kind}")
-    train = path / "train"
-    known = {name for names in _SPLIT_FOLDERS.values() for name in names}
-    # A *class* may be called "train" (CIFAR-100 and COCO have one): a split has classes inside,
-    # or stands beside nothing but other splits.
-    is_split = train.is_dir() and (bool(_subfolders(train)) or set(_subfolders(path)) <= known)
-    if not is_split:
-        return path, path, False
-    tests = [path / name for name in _SPLIT_FOLDERS["test"] if (path / name).is_dir()]
-    if len(tests) > 1:
-        names = " and ".join(folder.name for folder in tests)
-        raise ValueError(f"{path} has two folders for the test split: {names}; remove one")
-    if not tests:
-        return train, train, False
-    return (train if split == "train" else tests[0]), train, True
-
-
-def _validate_fraction(test_fraction: float, split: str, held_out_exists: bool, root: Path) -> None:
-    if not 0 <= test_fraction < 1:
-        raise ValueError(f"test_fraction must be at least 0 and below 1, not {test_fraction}")
-    if held_out_exists and test_fraction:
-        raise ValueError(
-            f"test_fraction={test_fraction} is for folders without a test split, but "
-            f"{root.parent} has one: set test_fraction=0"
-        )
-    if split == "test" and not held_out_exists and not test_fraction:
-        raise FileNotFoundError(
-            f"{root} has no test split: put its images into a folder test/ beside train/, or "
-            f"set test_fraction (for example 0.1) to hold out a part of the images"
-        )
-
-
-def _subfolders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-
-
-def _list_images(root: Path, class_names: tuple[str, ...]) -> _Listing:
-    unexpected = sorted(set(_subfolders(root)) - set(class_names))
-    if unexpected:
-        raise ValueError(f"{root} has classes that the training split lacks: {unexpected[:5]}")
-    visible = (e.name for e in os.scandir(root) if e.is_file() and not e.name.startswith("."))
-    loose, others = split_by_suffix(visible)
-    if not class_names:
-        if not loose:
-            raise FileNotFoundError(
-                f"{root} is empty: expected class subfolders, or images ({', '.join(SUFFIXES)}), "
-                f"and found neither{note_of_others(others)}"
-            )
-        if others:
-            logger.warning("%s%s", root, note_of_others(others))
-        return _Listing(loose, np.zeros(len(loose), np.int32), ())
-    if loose:
-        logger.warning(
-            "%s: ignoring %d images beside the class subfolders, the first being %s",
-            root,
-            len(loose),
-            loose[0],
-        )
-    files: list[str] = []
-    labels: list[int] = []
-    others = []
-    for label, name in enumerate(class_names):
-        members, not_images = split_by_suffix(_walk(root, name))
-        files += members
-        labels += [label] * len(members)
-        others += not_images
-    if not files:
-        raise FileNotFoundError(
-            f"{root} is empty: its class subfolders hold no image ({', '.join(SUFFIXES)})"
-            f"{note_of_others(others)}"
-        )
-    if others:
-        logger.warning("%s%s", root, note_of_others(others))
-    sizes = np.bincount(labels, minlength=len(class_names))
-    empty = [class_names[label] for label in np.flatnonzero(sizes == 0)]
-    if empty:
-        logger.warning("%s: %d classes without an image: %s", root, len(empty), empty[:5])
-    return _Listing(files, np.array(labels, np.int32), class_names)
-
-
-def _walk(root: Path, name: str) -> Iterator[str]:
-    for folder, files in walk_files(root, name):
-        yield from (os.path.join(folder, file) for file in files)
-
-
-def _in_split(count: int, split: str, test_fraction: float) -> Bool[np.ndarray, " {count}"]:
-    """Spread the held-out images evenly: one wherever i * test_fraction passes an integer."""
-    total = np.floor(np.arange(count + 1) * test_fraction + 1e-9)
-    held_out = np.diff(total) > 0
-    return held_out if split == "test" else ~held_out
 
 
 def _report_corrupt(root: Path, files: Sequence[str], reasons: dict[int, str]) -> None:

@@ -127,6 +127,15 @@ def extraction_command(image_size: Size, out: str, split: str = "train") -> str:
     return shlex.join([*command, f"--out={out}"])
 
 
+def caption_command(image_size: Size, out: str) -> str:
+    """The command that makes a set of latents and embeddings of a folder of captioned images."""
+    height, width = as_size(image_size)
+    size = f"{height}" if height == width else f"{height}x{width}"
+    command = ["python", "launch/extract_features.py", "--data=captioned_folder", "--path=PICTURES"]
+    command += [f"--image_size={size}", "--vae=FLUX.1-dev", "--text_encoders=FLUX.1-dev"]
+    return shlex.join([*command, "--compute_dtype=bfloat16", f"--out={out}"])
+
+
 class Latents(RecordSource):
     """See `open_latents`. Latents of several sizes are in buckets, one a size."""
 

@@ -26,6 +26,9 @@ class DataOptions:
     """Keys of config.data, whatever the source."""
 
     horizontal_flip: bool = option(False, "mirror half of the training images")
+    guidance: float = option(
+        1.0, "the scale that a network which is told one (FLUX.1 dev) is told of every image"
+    )
     num_workers: int = option(0, "processes that read and decode; 0: a thread of this one", PERIOD)
 
 

@@ -9,7 +9,8 @@ from dit_jax import conditions as conditions_lib
 from dit_jax import data as data_lib
 from dit_jax.config import ConfigError, choose
 from dit_jax.data.buckets import parse_buckets
-from dit_jax.data.latents import extraction_command
+from dit_jax.data.constants import WithConstant
+from dit_jax.data.latents import caption_command, extraction_command
 from dit_jax.data.registry import SOURCES
 from dit_jax.experiment.network import build_network, size_setting
 from dit_jax.experiment.sampling import build_sampling
@@ -44,6 +45,7 @@ def open_data(config: ml_collections.ConfigDict, split: str):
             options.update(times=build_sampling(config).times[:-1].tolist())
     with options_named(_data_names(config, options)):
         source = data_lib.open_source(name, split, **options)
+    source = _with_guidance(source, config, network)
     info = source.info
     if info.buckets:
         _require_buckets(config, network, info)
@@ -80,6 +82,21 @@ def open_data(config: ml_collections.ConfigDict, split: str):
     return source
 
 
+def _with_guidance(
+    source: data_lib.Source, config: ml_collections.ConfigDict, network: Network
+) -> data_lib.Source:
+    """The source, which tells of the guidance scale of config.data if the network is told one."""
+    scale = config.data.guidance
+    if "guidance" in network.conditions and "guidance" not in source.info.conditions:
+        return WithConstant(source, "guidance", scale)
+    if scale != schema()["data.guidance"].default:
+        raise ConfigError(
+            f"config.data.guidance={scale} would do nothing: the network takes "
+            f"{conditions_lib.describe(network.conditions)}, or the data tell of it. Leave it out"
+        )
+    return source
+
+
 def _data_names(config: ml_collections.ConfigDict, options: Iterable[str]) -> dict[str, str]:
     """What a source's options, in its errors, are called in the configuration."""
     names = {key: f"config.data.{config.data.name}.{key}" for key in options}
@@ -96,8 +113,17 @@ def _missing_data(config: ml_collections.ConfigDict, key: str) -> str:
     if name != "latents":
         expected = schema()[key.removeprefix("config.")].expected
         return f"{key} is empty: set --{key}={expected}"
+    network = build_network(config)
+    if "text" in network.conditions:
+        pixels = tuple(8 * side for side in network.sample_shape[:2])
+        return (
+            f"{key} is empty. This experiment trains on latents of images and embeddings of their "
+            f"captions, which are made once:\n  {caption_command(pixels, 'features')}\n"
+            "(PICTURES: a folder of images with metadata.jsonl, see docs/data.md.) Then train with"
+            f"\n  --{key}=features"
+        )
     vae = 8 if model.in_channels == 4 else 1  # pixels a latent's side, of Stable Diffusion's
-    pixels = tuple(vae * side for side in build_network(config).sample_shape[:2])
+    pixels = tuple(vae * side for side in network.sample_shape[:2])
     lines = [
         f"{key} is empty. This experiment trains on latents of images, which are made once:",
         f"  {extraction_command(pixels, 'latents')}",

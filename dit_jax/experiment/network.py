@@ -66,7 +66,8 @@ def architecture(config: ml_collections.ConfigDict) -> dict[str, Any]:
                 values.update({f"{key}.{name}": v for name, v in value.items()})
         elif key not in _EXECUTION or (key == "image_size" and named_by_size):
             values[key] = tuple(value) if isinstance(value, list) else value
-    for key in ("dropout", "layer_loop"):  # of training, and of how a network is run
+    # Of training, of how a network is run, and of plans.
+    for key in ("dropout", "layer_loop", "text_length"):
         values.pop(f"{chosen}.{key}", None)
     return values
 

@@ -1,0 +1,161 @@
+"""A folder of images with captions, in the convention of Hugging Face's image folders.
+
+Beside the images lies metadata.jsonl, one JSON object a line: {"file_name": "1.jpg", "text": "a red
+house"}; file names may lead into subfolders. A network is told embeddings of captions, not texts:
+launch/extract_features.py makes them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_jax.data.image_folder import ImageFolder, ImageFolderOptions, Opening
+from dit_jax.data.image_listing import Listing, find_split, in_split, validate_fraction
+from dit_jax.data.images import SUFFIXES, Size, split_by_suffix
+from dit_jax.data.source import Example, fingerprint
+from dit_jax.quantities import counted
+from dit_jax.untrusted import open_regular, parse_json, shown, walk_files
+
+METADATA = "metadata.jsonl"
+CAPTION = "caption"
+# Of one line: a caption is text, and nobody writes a megabyte of it below an image.
+_MAX_LINE = 2**20
+_NAMED = 3
+
+
+def open_captioned_folder(
+    split: str,
+    *,
+    path: str,
+    image_size: Size | None = None,
+    channels: int = 3,
+    resize: str = "none",
+    buckets: str = ImageFolderOptions.buckets,
+    test_fraction: float = ImageFolderOptions.test_fraction,
+    verify: str = ImageFolderOptions.verify,
+    index_cache: str | None = None,
+) -> CaptionedFolder:
+    """Open a folder of images and metadata.jsonl.
+
+    metadata.jsonl lies in `path`, or, with splits on disk, in `path`/train and `path`/test (or val,
+    or validation). Every image has a line, and every line an image. For the other options see
+    `open_image_folder`.
+
+    Raises:
+        FileNotFoundError: The folder, metadata.jsonl, the split or an image that a line names is
+            missing.
+        ValueError: A line is not JSON or lacks file_name or text, which its number tells; images
+            without a caption, or with two; and what `open_image_folder` refuses.
+    """
+    opening = Opening("captioned_folder", split, image_size, channels, resize, buckets)
+    opening.check(verify)
+    folder = Path(path).expanduser()
+    if (folder / METADATA).is_file():
+        root, held_out_exists = folder, False
+    else:
+        root, _, held_out_exists = find_split(folder, split)
+    validate_fraction(test_fraction, split, held_out_exists, root)
+    captions = read_captions(root)
+    files = sorted(captions)
+    # Labels are the numbers of the captions: an image that stands for a corrupt one keeps its own.
+    listing = Listing(files, np.arange(len(files), dtype=np.int32), ())
+    chosen = None if held_out_exists else in_split(len(files), split, test_fraction)
+    read = opening.read(root, listing, chosen, verify, index_cache)
+    return CaptionedFolder([captions[name] for name in files], *read)
+
+
+class CaptionedFolder(ImageFolder):
+    """See `open_captioned_folder`.
+
+    An example is {"image": uint8 [h, w, c], "caption": the number of its text in `captions`}.
+
+    Attributes:
+        captions: The texts.
+    """
+
+    def __init__(self, captions: Sequence[str], *arguments: Any):
+        super().__init__(*arguments)
+        self.captions = tuple(captions)
+        texts = [self.captions[number] for number in self._labels]
+        self.info = replace(
+            self.info,
+            conditions=(CAPTION,),
+            fingerprint=fingerprint(self.info.fingerprint, texts),
+        )
+
+    def __getitem__(self, index: int) -> Example:
+        """Return example `index`, or the next readable one if its file turns out corrupt."""
+        example = super().__getitem__(index)
+        return {"image": example["image"], CAPTION: np.int32(example["label"])}
+
+    @property
+    def used(self) -> np.ndarray:
+        """The numbers of the captions of this split, image by image."""
+        return self._labels
+
+
+def read_captions(root: Path) -> dict[str, str]:
+    """The captions of a folder's images, by file name.
+
+    Raises:
+        FileNotFoundError: No metadata.jsonl, or an image that it names is missing.
+        ValueError: See `open_captioned_folder`.
+    """
+    metadata = root / METADATA
+    if not metadata.is_file():
+        raise FileNotFoundError(
+            f"{root} has no {METADATA}: expected one JSON object a line for every image, "
+            '{"file_name": "1.jpg", "text": "a red house"}'
+        )
+    present = {
+        os.path.normpath(os.path.join(below, name))
+        for below, names in walk_files(root)
+        for name in split_by_suffix(names)[0]
+    }
+    captions: dict[str, str] = {}
+    with open_regular(metadata) as file:
+        number = 0
+        while line := file.readline(_MAX_LINE + 1):
+            number += 1
+            if len(line) > _MAX_LINE:
+                raise ValueError(f"{metadata}, line {number} is longer than {_MAX_LINE} bytes")
+            if line.strip():
+                name, text = _parse(line, f"{metadata}, line {number}", present)
+                if name in captions:
+                    raise ValueError(f"{metadata}, line {number}: {name} has a caption already")
+                captions[name] = text
+    if not captions:
+        raise ValueError(f"{metadata} is empty: expected a line for every image")
+    without = sorted(present - captions.keys())
+    if without:
+        more = f", and {len(without) - _NAMED} more" if len(without) > _NAMED else ""
+        raise ValueError(
+            f"{counted(len(without), 'image')} of {root} without a caption: "
+            f"{', '.join(without[:_NAMED])}{more}. Give each a line in {METADATA}, or move them "
+            "elsewhere"
+        )
+    return captions
+
+
+def _parse(line: bytes, where: str, present: set[str]) -> tuple[str, str]:
+    """(file name, caption) of a line."""
+    entry = parse_json(line, where)
+    for key in ("file_name", "text"):
+        if not isinstance(entry.get(key), str):
+            found = shown(entry[key]) if key in entry else "missing"
+            raise ValueError(f"{where}: {key} is {found}; expected a string")
+    name = os.path.normpath(entry["file_name"])
+    if name in present:
+        return name, entry["text"]
+    if Path(name).suffix.lower() not in SUFFIXES:
+        raise ValueError(
+            f"{where}: {shown(entry['file_name'])} is no image; expected one of "
+            f"{', '.join(SUFFIXES)}"
+        )
+    raise FileNotFoundError(f"{where}: there is no image {shown(entry['file_name'])} in the folder")

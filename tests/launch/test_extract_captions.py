@@ -1,0 +1,169 @@
+"""launch/extract_features.py of captioned images: embeddings beside latents."""
+
+import jax
+import numpy as np
+import pytest
+
+from dit_jax.config import ConfigError
+from dit_jax.configs import flux_dev_sft
+from dit_jax.data import captioned_digits, open_source
+from dit_jax.interop.autoencoder_kl import save_autoencoder
+from dit_jax.interop.flux_files import save_flux
+from dit_jax.interop.models import open_model
+from dit_jax.interop.pixel_autoencoder import pixel_autoencoder
+from dit_jax.interop.table import flatten
+from dit_jax.interop.text_encoders import load_text_encoder
+from dit_jax.interop.tokenizer_files import load_tokenizer
+from dit_jax.launch import extract_features, training
+from dit_jax.models import FluxConfig, Network
+from dit_jax.pipelines.small_text import write_text_encoders
+from tests.data.test_captioned_folder import write
+
+LONG = "four and five side by side " * 3
+CAPTIONS = {f"{i}.png": text for i, text in enumerate(captioned_digits.all_captions()[8:13])}
+CAPTIONS["5.png"] = LONG
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """The folder of a pipeline's encoders, its VAE the identity."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    texts = captioned_digits.all_captions()
+    write_text_encoders(folder, texts, text_dim=16, pooled_dim=8, max_length=10)
+    save_autoencoder(folder / "vae", *pixel_autoencoder(1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("images"), CAPTIONS, size=(16, 8))
+
+
+def extract(images, pipeline, out, *more, given=("text_length=8", "text_dtype=float32")):
+    options = ["data=captioned_folder", f"path={images}", f"vae={pipeline}", "batch_size=8"]
+    options += [f"text_encoders={pipeline}", f"out={out}", *given, *more]
+    extract_features.main([f"--{option}" for option in options])
+
+
+@pytest.fixture(scope="module")
+def features(images, pipeline, tmp_path_factory):
+    out = tmp_path_factory.mktemp("features") / "made"
+    extract(images, pipeline, out, "dtype=float32", "kind=samples")
+    return out
+
+
+def states(pipeline, prompts):
+    """T5's states and CLIP's vectors, computed by hand."""
+    made = []
+    for title, encoder, tokenizer, length in (
+        ("T5", "text_encoder_2", "tokenizer_2", 8),
+        ("CLIP", "text_encoder", "tokenizer", None),
+    ):
+        encoder, params = load_text_encoder(pipeline / encoder)
+        ids = load_tokenizer(pipeline / tokenizer, title)(prompts, length).ids
+        made.append(jax.jit(encoder.encode)(params, ids))
+    return np.asarray(made[0].tokens), np.asarray(made[1].pooled)
+
+
+def test_batches_hold_the_embeddings_of_their_captions(features, pipeline, images):
+    source = open_source("latents", "train", path=str(features), verify_checksums=True)
+    assert source.info.conditions == ("text", "pooled") and source.info.num_classes == 0
+    text, pooled = states(pipeline, [*CAPTIONS.values(), ""])
+    order = np.array([4, 0, 5])
+    batch = source.batch(order)
+    np.testing.assert_allclose(batch["text"], text[order], atol=1e-5)
+    np.testing.assert_allclose(batch["pooled"], pooled[order], atol=1e-5)
+    np.testing.assert_allclose(batch["image"][:, 0, 0, 0], order * 12 / 127.5 - 1, atol=0.02)
+    nulls = source.info.null_conditions
+    np.testing.assert_allclose(nulls["text"], text[-1], atol=1e-5)
+    np.testing.assert_allclose(nulls["pooled"], pooled[-1], atol=1e-5)
+    # What drops a caption, and what tells two apart: no two are alike, nor is their order lost.
+    distances = np.abs(text[:, None] - text[None]).max(axis=(2, 3)) + np.eye(len(text))
+    assert distances.min() > 0.1
+    header = source.records.header
+    assert header.fields["latents"].versions == ("plain",)
+    settings = header.provenance["settings"]
+    assert settings["text_length"] == 8 and len(settings["text_sha256"]) == 64
+
+
+def test_captions_that_are_too_long_are_told(images, pipeline, tmp_path, capsys):
+    extract(images, pipeline, tmp_path / "out", given=("text_length=8",))
+    out = capsys.readouterr().out
+    assert "6 different captions, told by" in out
+    for title, length in (("CLIP", 10), ("T5", 8)):
+        assert f"note: 1 of 6 captions is longer than {title}'s {length} tokens and cut" in out
+    assert "5.png" in out and "--config=configs/flux_dev_sft.py" in out
+    source = open_source("latents", "train", path=str(tmp_path / "out"))
+    assert source.records.header.fields["text"].dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["text_length=1"], "--text_length=1: expected 2 to 512 tokens"),
+        (
+            ["text_encoders=IMAGES"],
+            "lacks text_encoder/, text_encoder_2/, tokenizer/, tokenizer_2/",
+        ),
+        (["text_encoders=none/of/these"], "none/of/these does not exist"),
+        (["data=image_folder"], "--text_encoders does nothing with --data=image_folder"),
+        (["path=none/of/these"], "image folder none/of/these does not exist"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(images, pipeline, tmp_path, capsys, options, message):
+    options = [option.replace("IMAGES", str(images)) for option in options]
+    with pytest.raises(SystemExit) as ended:
+        extract(images, pipeline, tmp_path / "out", *options)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_captions_need_encoders(images, pipeline, tmp_path, capsys):
+    options = ["data=captioned_folder", f"path={images}", f"vae={pipeline}", f"out={tmp_path}"]
+    with pytest.raises(SystemExit):
+        extract_features.main([f"--{option}" for option in options])
+    assert "--data=captioned_folder needs --text_encoders=PIPELINE" in capsys.readouterr().err
+
+
+def fine_tuning(features, **values):
+    """configs/flux_dev_sft.py of a tiny network."""
+    config = flux_dev_sft.get_config()
+    sizes = {"hidden_size": 32, "depth": 1, "single_depth": 1, "num_heads": 2}
+    config.model.flux.update(text_dim=16, pooled_dim=8, layer_loop="scan", **sizes)
+    config.model.update(input_size=(8, 16), in_channels=1, remat="none")
+    config.training.update(num_steps=2, batch_size=8, tensorboard=False)
+    config.data.latents.path = str(features)
+    config.update_from_flattened_dict(values)
+    return config
+
+
+def test_flux_dev_is_fine_tuned_on_them_from_a_diffusers_folder(features, tmp_path):
+    config = FluxConfig(
+        image_size=(8, 16),
+        in_channels=1,
+        hidden_size=32,
+        depth=1,
+        single_depth=1,
+        num_heads=2,
+        text_dim=16,
+        pooled_dim=8,
+        guidance_embedding=True,
+    )
+    network = Network(config)
+    save_flux(tmp_path / "dev", network, jax.jit(network.init)(jax.random.key(0)))
+    options = {"method.label_dropout": 0.5, "data.guidance": 2.0, "optimizer.learning_rate": 0.01}
+    config = fine_tuning(features, **options)
+    training.run(config, tmp_path / "run", init_from=str(tmp_path / "dev"))
+    start, end = open_model(str(tmp_path / "dev")), open_model(str(tmp_path / "run"))
+    assert end.config.data.guidance == 2.0 and end.step == 2
+    before, after = start.load(), end.load()
+    moved = {
+        path for path, leaf in flatten(after) if np.abs(leaf - dict(flatten(before))[path]).max()
+    }
+    assert {"final_layer.linear.kernel", "final_layer.adaLN_modulation.kernel"} <= moved
+    missing = fine_tuning("", **{"model.flux.guidance_embedding": False, "data.guidance": 2.0})
+    with pytest.raises(ConfigError, match=r"--data=captioned_folder --path=PICTURES"):
+        training.run(missing, tmp_path / "none")
+    missing.data.latents.path = str(features)
+    with pytest.raises(ConfigError, match=r"config\.data\.guidance=2\.0 would do nothing"):
+        training.run(missing, tmp_path / "none")
