@@ -249,7 +249,7 @@ def native_table(shapes: Shapes) -> Table:
     return Table("dit-jax", rows)
 
 
-def _foreign_shapes(row: Row, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+def foreign_shapes(row: Row, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Shapes of the row's parts: the inverse applied to an array that takes no memory."""
     ours = np.broadcast_to(np.float32(0), shape[1:] if row.stacked else shape)
     return [tuple(row.transform.inverse(part).shape) for part in row.parts(ours)]
@@ -279,7 +279,7 @@ def resolve_names(table: Table, shapes: Shapes, file: TensorFile) -> dict[str, l
     used: set[str] = set()
     problems: list[str] = []
     for row in table.rows:
-        wanted = _foreign_shapes(row, shapes[row.ours])
+        wanted = foreign_shapes(row, shapes[row.ours])
         names[row.ours], missing, misshaped = [], {}, {}
         for layer in range(row.layers(shapes[row.ours])):
             for pattern, shape in zip(row.theirs, wanted, strict=True):
@@ -450,7 +450,7 @@ def export_specs(table: Table, shapes: Shapes, dtype: Any = np.float32) -> dict[
     specs: dict[str, TensorSpec] = {}
     dtype = np.dtype(dtype)
     for row in table.rows:
-        wanted = _foreign_shapes(row, shapes[row.ours])
+        wanted = foreign_shapes(row, shapes[row.ours])
         for layer in range(row.layers(shapes[row.ours])):
             for pattern, shape in zip(row.theirs, wanted, strict=True):
                 name = pattern.split("|")[0].replace(LAYER, str(layer))

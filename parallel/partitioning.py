@@ -219,7 +219,8 @@ def place_tree(
     Args:
         tree: of arrays or shapes.
         rules: the first that matches counts; scalars, arrays that are no tree's, and scales of
-            quantised kernels need none: they are whole.
+            quantised kernels need none: they are whole. The factors of a LoRA follow their layer's
+            kernel, `lora_a` in its inputs and `lora_b` in its outputs.
         sizes: of the mesh axes.
         complete: refuse a rule that matches nothing, unless it is optional.
 
@@ -233,17 +234,20 @@ def place_tree(
         if not leaf.ndim or not path or path.endswith("/kernel_scale"):
             placed.append(Placed(path, leaf.shape, leaf.dtype.itemsize, PartitionSpec()))
             continue
-        matching = [rule for rule in rules if rule.matches(path)]
+        owner = re.sub(r"/lora_[ab]$", "/kernel", path)
+        matching = [rule for rule in rules if rule.matches(owner)]
         if not matching:
             unknown.append(f"  {path} {leaf.shape}")
             continue
         used.update(matching)
-        axes = matching[0].axes
+        axes = _factor_axes(path, matching[0].axes)
         if leaf.dtype in STORED_DTYPES:  # a quantised kernel stands transposed
             axes = (*axes[:-2], axes[-1], axes[-2])
         spec, note = resolve_spec(path, leaf.shape, axes, sizes)
         placed.append(Placed(path, leaf.shape, leaf.dtype.itemsize, spec, note))
     idle = [f"  {rule.pattern}" for rule in rules if not rule.optional and rule not in used]
+    if placed and not any(re.search(r"/(kernel|embedding)$", place.path) for place in placed):
+        idle = []  # a tree of factors alone
     problems = []
     if unknown:
         problems += ["no partition rule matches these parameters:", *unknown]
@@ -252,6 +256,13 @@ def place_tree(
     if problems:
         raise RuleError("\n".join([*problems, "Mend the table in parallel/partitioning.py"]))
     return placed
+
+
+def _factor_axes(path: str, axes: tuple[Axes, ...]) -> tuple[Axes, ...]:
+    """Of a LoRA's factor: those of its kernel, the rank whole."""
+    if path.endswith("/lora_a"):
+        return (axes[-2], None)
+    return (None, axes[-1]) if path.endswith("/lora_b") else axes
 
 
 def resolve_spec(

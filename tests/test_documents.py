@@ -13,11 +13,14 @@ import pytest
 
 from dit_jax.config import default_config, flatten
 from dit_jax.interop.export import write_model
+from dit_jax.interop.flux_files import open_flux
+from dit_jax.interop.lora import save_lora
 from dit_jax.interop.models import open_model
 from dit_jax.launch.spelling import experiments
-from dit_jax.models import DiTConfig, Request
+from dit_jax.models import DiTConfig, Network, Request
 from tests.interop.test_edm import write_pickle
 from tests.interop.test_models import in_memory
+from tests.models.test_lora import drawn
 from tests.references import diffusers_flux_pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +57,9 @@ def home(tmp_path_factory):
     config.sampling.update(solver="euler", steps=2, guidance_scale=1.5)
     write_model(dataclasses.replace(model, config=config), "dit_jax", folder / "runs/digits")
     diffusers_flux_pipeline.create(guidance=False).save_pretrained(folder / "FLUX.1-schnell")
+    network = Network(open_flux(folder / "FLUX.1-schnell").config)
+    for name in ("style", "detail"):
+        save_lora(folder / f"{name}.safetensors", network, drawn(network))
     return folder
 
 

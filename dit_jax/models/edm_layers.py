@@ -46,8 +46,15 @@ class LabelMap(Linear):
 
     def __call__(self, label: Int[Array, " b"]) -> Float[Array, "b o"]:
         """Looks the labels up."""
-        y = self.gain * self.kernel[...].at[label].get(mode="fill", fill_value=0)
+        y = self._row(self.kernel, label)
+        if self.lora_a is not None:
+            y = y + self._row(self.lora_a, label) @ self.lora_b[...]
+        y = self.gain * y
         return y if self.bias is None else y + self.bias[...][None]
+
+    @staticmethod
+    def _row(matrix: nnx.Param, label: Array) -> Array:
+        return matrix[...].at[label].get(mode="fill", fill_value=0)
 
 
 def downsample(

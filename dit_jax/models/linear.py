@@ -180,6 +180,10 @@ def product(
     quantization = precision.quantization_of(role)
     if quantization != "none":
         return quantized_product(x, kernel, scale, quantization, dtype)
+    return _unquantized_product(x, kernel, dtype, multiplication)
+
+
+def _unquantized_product(x: Array, kernel: Any, dtype: jnp.dtype, multiplication: str) -> Array:
     return jnp.matmul(
         x.astype(dtype),
         kernel.astype(dtype),
@@ -187,8 +191,25 @@ def product(
     )
 
 
+def low_rank_product(
+    x: Float[Array, "*batch i"],
+    a: Float[Array, "i r"],
+    b: Float[Array, "r o"],
+    precision: Precision = FLOAT32,
+    role: str = "hidden",
+) -> Float[Array, "*batch o"]:
+    """(x a) b in the dtype of `role`: what a LoRA adds to a product. It is never quantised.
+
+    Hu et al. 2021 (arXiv 2106.09685), section 4.1; their alpha / r is folded into `b`.
+    """
+    options = precision.dtype(role), precision.float32_products
+    return _unquantized_product(_unquantized_product(x, a, *options), b, *options)
+
+
 class Linear(nnx.Module):
     """y = x W + b over the last axis; also every 1 x 1 convolution.
+
+    With a LoRA, y = x W + (x `lora_a`) `lora_b` + b (`models.lora`).
 
     Leading axes are flattened to one before the product: XLA's CPU backend computes the backward
     pass of weight and bias markedly faster that way, and no other backend minds.
@@ -218,6 +239,7 @@ class Linear(nnx.Module):
         self.kernel = init.kernel(rngs, shape, stored)
         self.bias = init.bias(rngs, shape, stored) if use_bias else None
         self.kernel_scale = nnx.data(None)
+        self.lora_a, self.lora_b = nnx.data(None), nnx.data(None)
         self.precision, self.role = precision, role
 
     def quantize(self) -> None:
@@ -233,12 +255,24 @@ class Linear(nnx.Module):
         )
         self.kernel, self.kernel_scale = nnx.Param(values), nnx.Param(scale)
 
+    def adapt(self, rank: int = 1) -> None:
+        """Gives the layer, or the stack of layers, the factors of a LoRA, zeros."""
+        kernel = self.kernel[...]
+        *layers, first, last = kernel.shape
+        if self.kernel_scale is not None:  # it stands transposed
+            first, last = last, first
+        self.lora_a = nnx.Param(jnp.zeros((*layers, first, rank)))
+        self.lora_b = nnx.Param(jnp.zeros((*layers, rank, last)))
+
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         """Applies the map in the dtype of its role."""
         # A mesh may divide two of the leading axes: then they cannot become one.
         rows = x if is_training_mesh() else x.reshape(-1, x.shape[-1])
         scale = None if self.kernel_scale is None else self.kernel_scale[...]
         y = product(rows, self.kernel[...], self.precision, self.role, scale)
+        if self.lora_a is not None:
+            factors = self.lora_a[...], self.lora_b[...]
+            y = y + low_rank_product(rows, *factors, self.precision, self.role)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)[(None,) * (y.ndim - 1)]
         return activation(divided_by_examples(y.reshape(*x.shape[:-1], y.shape[-1])))
@@ -254,10 +288,11 @@ def products_dtypes(module: nnx.Module) -> dict[tuple, jnp.dtype]:
     for path, layer in nnx.iter_modules(module):
         if not all(hasattr(layer, name) for name in ("precision", "role", "kernel")):
             continue
-        if layer.precision.quantization_of(layer.role) != "none":
-            continue  # quantised from what is stored
+        names = ("lora_a", "lora_b")
+        if layer.precision.quantization_of(layer.role) == "none":
+            names = ("kernel", "bias", *names)  # else they are quantised from what is stored
         dtype = layer.precision.dtype(layer.role)
-        for name in ("kernel", "bias"):
+        for name in names:
             parameter = getattr(layer, name, None)
             if parameter is not None and parameter.get_value().dtype.itemsize > dtype.itemsize:
                 found[*path, name] = dtype

@@ -6,6 +6,8 @@ rest of the library sees only that dict, so states are ordinary pytrees and step
 
 import dataclasses
 import functools
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -68,26 +70,12 @@ class Network:
     def __post_init__(self):
         network_name(self.config)  # refuses what is no network's
 
-    @functools.cached_property
-    def _graph(self):
-        module = nnx.eval_shape(lambda: self._create(jax.random.key(0)))
-        return nnx.split(module)[0]
-
-    @functools.cached_property
-    def _quantized_graph(self):
-        module = nnx.eval_shape(lambda: _quantize_layers(self._create(jax.random.key(0))))
-        return nnx.split(module)[0]
-
-    @functools.cached_property
-    def _products_dtypes(self):
-        return products_dtypes(nnx.eval_shape(lambda: self._create(jax.random.key(0))))
-
     def as_computed(self, params: Params) -> Params:
         """`params` with those converted that layers convert at every call, to what they convert to.
 
         The network computes the same with them: for calling it repeatedly.
         """
-        return converted_to(params, self._products_dtypes)
+        return converted_to(params, self._of_structure(params)[1])
 
     @property
     def is_apart(self) -> bool:
@@ -134,11 +122,11 @@ class Network:
             )
         if is_quantized(params):
             raise ValueError("these parameters are quantised already")
-        module = _quantize_layers(nnx.merge(self._graph, params))
+        module = _quantize_layers(nnx.merge(self.graph(params), params))
         return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
     def apply(self, params: Params, request: Request) -> Result:
-        """Evaluates the network with `params`, of `init` or of `quantize`.
+        """Evaluates the network with `params`, of `init`, `quantize` or `lora.attach`.
 
         Under jit, what follows the last feature map is computed only if `out` is used.
 
@@ -147,8 +135,23 @@ class Network:
             ValueError: a network without feature maps of these numbers.
         """
         conditions_lib.check(self.conditions, request.conditions, request.x.shape[0])
-        graph = self._quantized_graph if is_quantized(params) else self._graph
-        return nnx.merge(graph, params)(request)
+        return nnx.merge(self.graph(params), params)(request)
+
+    def graph(self, params: Params) -> Any:
+        """The module's static graph, which with `params` makes it whole (`nnx.merge`)."""
+        return self._of_structure(params)[0]
+
+    @functools.cached_property
+    def _structures(self) -> dict["Structure", tuple[Any, dict]]:
+        return {}
+
+    def _of_structure(self, params: Params) -> tuple[Any, dict[tuple, Any]]:
+        """Graph and `products_dtypes` of parameters of this structure, made once."""
+        structure = Structure.of(params)
+        if structure not in self._structures:
+            module = _module(self, structure)
+            self._structures[structure] = nnx.split(module)[0], products_dtypes(module)
+        return self._structures[structure]
 
     @property
     def conditions(self) -> dict[str, conditions_lib.Condition]:
@@ -231,9 +234,57 @@ class Network:
 
 def is_quantized(params: Params) -> bool:
     """Whether parameters are of `Network.quantize`."""
-    return any(
-        jax.tree_util.DictKey("kernel_scale") in path
-        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    return Structure.of(params).quantized
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """What parameters are, beside those of `Network.init`: which decides the module's graph.
+
+    Attributes:
+        quantized: whether kernels are quantised.
+        adapted: paths of the layers that carry the factors of a LoRA.
+    """
+
+    quantized: bool = False
+    adapted: frozenset[tuple] = frozenset()
+
+    @classmethod
+    def of(cls, params: Params) -> "Structure":
+        """That of parameters, or of their shapes."""
+        quantized, adapted = False, set()
+        for path, _ in jax.tree_util.tree_leaves_with_path(params):
+            names = tuple(getattr(entry, "key", None) for entry in path)
+            quantized |= "kernel_scale" in names
+            if "lora_a" in names:
+                adapted.add(names[: names.index("lora_a")])
+        return cls(quantized, frozenset(adapted))
+
+
+def _module(network: Network, structure: Structure) -> nnx.Module:
+    """The module, without values, whose parameters have this structure."""
+
+    def create():
+        module = network._create(jax.random.key(0))
+        if structure.quantized:
+            _quantize_layers(module)
+        for path, layer in nnx.iter_modules(module):
+            if path in structure.adapted:
+                layer.adapt()
+        return module
+
+    return nnx.eval_shape(create)
+
+
+@functools.lru_cache(maxsize=64)
+def linear_layers(network: Network) -> Mapping[tuple, tuple[int, ...]]:
+    """Shapes of the kernels, [*layers, i, o], of all `Linear` layers of a network, by path."""
+    return types.MappingProxyType(
+        {
+            path: layer.kernel.get_value().shape
+            for path, layer in nnx.iter_modules(_module(network, Structure()))
+            if isinstance(layer, Linear)
+        }
     )
 
 

@@ -66,7 +66,7 @@ class Loop:
 
     def __init__(self, params):
         network = Network(CONFIG)
-        self.module = nnx.merge(network._graph, params)
+        self.module = nnx.merge(network.graph(params), params)
         graph, stacked = nnx.split(self.module.blocks)
         slices = [jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(CONFIG.depth)]  # noqa: B023
         blocks = [nnx.merge(graph, one) for one in slices]

@@ -178,7 +178,7 @@ class Buffers:
 
     def __init__(self, params, devices):
         network = Network(CONFIG)
-        self.model = nnx.merge(network._graph, params)
+        self.model = nnx.merge(network.graph(params), params)
         self.blocks = [
             nnx.merge(
                 nnx.split(self.model.blocks)[0],

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dit_jax import experiment
-from dit_jax.models import FluxConfig, Network
+from dit_jax.models import FluxConfig, Network, lora
 from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from dit_jax.models.text import CLIPTextConfig, T5Config, TextEncoder
 from dit_jax.parallel import partitioning
@@ -178,6 +178,20 @@ def test_the_table_tells_axes_bytes_and_departures():
     assert lines[1].split()[:5] == ["a", "8x8", "fsdp,", "tensor", "32"]
     assert "whole" in lines[2] and "3 is not divisible" in lines[2]
     assert "44 bytes a device of 268 in all" in lines[3]
+
+
+def test_factors_of_a_lora_follow_their_kernels():
+    network = Network(FluxConfig.from_name("flux_tiny"))
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    factors = jax.eval_shape(
+        lambda key: lora.init(network, key, 4, list(lora.layer_shapes(network))), jax.random.key(0)
+    )
+    for tree in (lora.combine(params, factors), factors):
+        specs = {placed.path: placed.spec for placed in place_tree(tree, FLUX, SIZES)}
+        assert specs["single_blocks/linear1/lora_a"] == P(None, "fsdp")
+        assert specs["single_blocks/linear1/lora_b"] == P(None, None, "tensor")
+        assert specs["single_blocks/linear2/lora_a"] == P(None, "tensor")
+        assert specs["final_layer/linear/lora_b"] == P()
 
 
 def test_a_frozen_parameter_is_read_to_its_shards():

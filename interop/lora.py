@@ -1,0 +1,398 @@
+"""LoRA files of PEFT, diffusers, kohya and XLabs, read for any network that has a table of names.
+
+    adapter = load_lora("style.safetensors", network)       # for `models.lora.attach`
+    save_lora("mine.safetensors", network, adapter)         # for diffusers' load_lora_weights
+
+Our fused projections take what are several adapters elsewhere: their a's side by side, their b's in
+blocks. What a file holds for modules that the network does not have is an error, never left out.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.atomic import atomic_file, atomic_folder, check_destination
+from dit_jax.interop import hub
+from dit_jax.interop.claims import check_types, read_object
+from dit_jax.interop.finiteness import Finiteness, WatchedFile
+from dit_jax.interop.lora_names import Part, family_of, grouped, part_of, spellings
+from dit_jax.interop.lora_targets import Target, export_targets, normalised, targets
+from dit_jax.interop.tensors import (
+    InteropError,
+    TensorFile,
+    TensorSpec,
+    open_tensors,
+    write_safetensors,
+)
+from dit_jax.models import FluxConfig, Network
+from dit_jax.models.lora import Adapter, Factors, layer_shapes
+from dit_jax.quantities import counted
+from dit_jax.untrusted import shown
+
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_METADATA = "lora_adapter_metadata"  # in what diffusers saves, of PEFT's configurations
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclasses.dataclass(frozen=True)
+class _Module:
+    """What a file has for one module.
+
+    Attributes:
+        name: as the file spells it.
+        targets: of it here, several where one adapter changes several modules.
+        a: name of the first factor.
+        b: of the second.
+        alpha: of the scale, if it has one.
+    """
+
+    name: str
+    targets: tuple[Target, ...]
+    a: str
+    b: str
+    alpha: str | None
+
+
+def load_lora(
+    path: str | os.PathLike, network: Network, *, ignore_text_encoders: bool = False
+) -> Adapter:
+    """Reads an adapter for `network`.
+
+    Args:
+        path: a .safetensors file, a .pt file of nothing but tensors, a folder that PEFT or
+            diffusers saved, or hub:owner/name[:file].
+        network: what it is for.
+        ignore_text_encoders: leave out what it changes in text encoders, instead of refusing it.
+
+    Raises:
+        InteropError: one error with all that does not match: modules that the network does not
+            have, half a pair, other shapes; another family's adapter, which is named; other
+            changes than those of low rank (DoRA, LoHa, LoKr); NaN or infinity.
+    """
+    path = hub.resolve(str(path)) if str(path).startswith(hub.PREFIX) else Path(path).expanduser()
+    if not path.exists():
+        raise InteropError(f"{path} does not exist: expected a file or folder of a LoRA")
+    file = open_tensors(path, keep_names=True)
+    scales = _Scales.of(file, path)
+    modules = _modules(file, network, ignore_text_encoders)
+    _check_shapes(file, modules)
+    seen = Finiteness()
+    factors = _read(WatchedFile(file, seen), modules, scales, network)
+    seen.require(file.path)
+    return Adapter(factors, path.stem)
+
+
+def _modules(file: TensorFile, network: Network, ignore_text_encoders: bool) -> list[_Module]:
+    """The file's modules with their places here; refuses what has none."""
+    found: dict[str, dict[str, str]] = {}
+    unknown, texts, others = [], [], {}
+    for name in file.specs:
+        part = part_of(name) or Part("none", name)
+        if part.kind in ("a", "b", "alpha"):
+            if part.kind in found.setdefault(part.module, {}):
+                unknown.append(name)  # of several adapters in one file
+            found[part.module].setdefault(part.kind, name)
+        elif part.kind == "text":
+            texts.append(name)
+        elif part.kind == "other":
+            others.setdefault(part.module, []).append(name)
+        else:
+            unknown.append(name)
+    for what, names in others.items():
+        raise InteropError(
+            f"{file.path} is {what}, of which there is no code here: a LoRA has lora_A and lora_B "
+            f"(or lora_down and lora_up) and nothing else; found {grouped(names)[0]}"
+        )
+    modules, half = [], []
+    for module, names in found.items():
+        places = _find(module, network)
+        if places is None:
+            unknown.append(module)
+        elif "a" not in names or "b" not in names:
+            half.extend(names.values())
+        else:
+            modules.append(_Module(module, places, names["a"], names["b"], names.get("alpha")))
+    _require_known(file, network, modules, unknown, half)
+    if texts and not ignore_text_encoders:
+        raise InteropError(
+            f"{file.path} also changes a text encoder ({counted(len(texts), 'tensor')}, as "
+            f"{texts[0]}), which has no LoRA here: leave those out with ignore_text_encoders=True "
+            "(--lora_ignore_text_encoders); the rest was trained beside them"
+        )
+    return modules
+
+
+def _find(module: str, network: Network) -> tuple[Target, ...] | None:
+    known = targets(network)
+    for names in spellings(module):
+        found = tuple(known.get(normalised(name)) for name in names)
+        if None not in found:
+            return found
+    return None
+
+
+def _require_known(
+    file: TensorFile,
+    network: Network,
+    modules: list[_Module],
+    unknown: list[str],
+    half: list[str],
+) -> None:
+    title = network.config.title
+    family = family_of(file.specs)
+    if not modules and not half:
+        what = f"it is an adapter of {family}" if family else "none of its tensors is for it"
+        some = ", ".join(grouped(unknown)[:8]) or "no factors"
+        raise InteropError(f"{file.path} is no LoRA of {title}: {what} (it has {some})")
+    problems = [f"  not in the network: {name}" for name in grouped(unknown)]
+    problems += [f"  half a pair: {name}" for name in grouped(half)]
+    if problems:
+        what = f" (its names are those of {family})" if family else ""
+        raise InteropError(
+            f"{file.path} is not, or not only, a LoRA of this network, {title}{what}:\n"
+            + "\n".join(problems)
+        )
+
+
+def _check_shapes(file: TensorFile, modules: list[_Module]) -> None:
+    """Refuses factors that do not go with each other, or with the module."""
+    problems = []
+    for module in modules:
+        a, b = file.specs[module.a].shape, file.specs[module.b].shape
+        outs = sum(target.shape[0] for target in module.targets)
+        ins = math.prod(module.targets[0].shape[1:])
+        fits = len(a) > 1 and len(b) > 1 and a[0] == b[1] and a[0] > 0
+        if not fits or math.prod(a[1:]) != ins or math.prod(b) != outs * b[1]:
+            problems.append(
+                f"  {module.name}: {list(a)} and {list(b)}, expected [r, {ins}] and [{outs}, r]"
+            )
+        for name in (module.a, module.b):
+            if not _is_float(file.specs[name].dtype):
+                problems.append(f"  {name} holds {file.specs[name].dtype}, not weights")
+        if module.alpha and file.specs[module.alpha].size != 1:
+            problems.append(
+                f"  {module.alpha} has {file.specs[module.alpha].size} numbers, not one"
+            )
+    if problems:
+        raise InteropError(
+            f"{file.path} has factors of other shapes, so it is for another network "
+            f"({counted(len(problems), 'difference')}):\n" + "\n".join(problems)
+        )
+
+
+def _is_float(dtype: np.dtype) -> bool:
+    return dtype.kind == "f" or dtype.name.startswith(("bfloat16", "float8"))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scales:
+    """What PEFT's configuration says of scales, beside the tensors; empty where there is none.
+
+    Attributes:
+        alpha: of modules that no pattern is for; None: their rank.
+        patterns: alpha by the end of a module's name.
+        rank_stabilised: whether alpha is divided by the root of the rank.
+    """
+
+    alpha: float | None = None
+    patterns: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    rank_stabilised: bool = False
+
+    @classmethod
+    def of(cls, file: TensorFile, path: Path) -> "_Scales":
+        """Of adapter_config.json beside PEFT's file, or of the metadata that diffusers writes."""
+        config = file.path.parent / PEFT_CONFIG
+        if text := file.metadata.get(_METADATA):
+            try:
+                values = json.loads(text)
+            except (ValueError, RecursionError, TypeError) as error:
+                raise InteropError(f"{file.path}: {_METADATA} is no JSON") from error
+            if not isinstance(values, dict):
+                raise InteropError(f"{file.path}: {_METADATA} is no table")
+            start = "transformer."
+            own = {k.removeprefix(start): v for k, v in values.items() if k.startswith(start)}
+            return cls._checked(own, f"{file.path} ({_METADATA})") if own else cls()
+        if not any(name.startswith(_PEFT_PREFIX) for name in file.specs):
+            return cls()
+        if not config.is_file():
+            raise InteropError(
+                f"{file.path} is of PEFT, whose {PEFT_CONFIG} is not beside it: without it the "
+                "scale of the change (lora_alpha) is not known. Give the folder with both"
+            )
+        return cls._checked(read_object(config, file.path.parent), str(config))
+
+    @classmethod
+    def _checked(cls, values: Mapping[str, Any], where: str) -> "_Scales":
+        numbers, truths = ("lora_alpha",), ("use_dora", "use_rslora", "lora_bias")
+        check_types(where, values, numbers=numbers, truths=truths, nullable=(*numbers, *truths))
+        kind = values.get("peft_type", "LORA")
+        unknown = [name for name in ("use_dora", "lora_bias") if values.get(name)]
+        if kind != "LORA" or unknown or values.get("bias", "none") != "none":
+            what = shown(kind) if kind != "LORA" else " and ".join(unknown) or "trained biases"
+            raise InteropError(f"{where}: {what}: no plain LoRA, which is all that is read here")
+        patterns = values.get("alpha_pattern") or {}
+        number = (int, float)
+        if not isinstance(patterns, dict) or not all(
+            isinstance(v, number) and math.isfinite(v) for v in patterns.values()
+        ):
+            raise InteropError(f"{where}: alpha_pattern: expected numbers by module")
+        patterns = {
+            key.lstrip("^").rstrip("$").replace("\\.", "."): v for key, v in patterns.items()
+        }
+        for key in patterns:
+            if not all(part.replace("_", "").isalnum() for part in key.split(".")):
+                raise InteropError(f"{where}: alpha_pattern has {shown(key)}: expected a module")
+        return cls(values.get("lora_alpha"), patterns, bool(values.get("use_rslora")))
+
+    def __call__(self, module: str, rank: int, alpha: float | None) -> float:
+        """What the product is multiplied by."""
+        if alpha is not None:
+            return alpha / rank
+        for end, value in self.patterns.items():
+            if module == end or module.endswith(f".{end}"):
+                alpha = value
+        if alpha is None:
+            alpha = self.alpha
+        if alpha is None:
+            return 1.0
+        return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
+
+
+def _read(
+    file: TensorFile, modules: list[_Module], scales: _Scales, network: Network
+) -> dict[str, Factors]:
+    """All factors in our layout, float32."""
+    shapes = layer_shapes(network)
+    pieces: dict[str, dict[int | None, list[Factors]]] = {}
+    for module in modules:
+        names = [module.a, module.b, *([module.alpha] if module.alpha else [])]
+        a, b, *alpha = (np.asarray(array).astype(np.float32) for array in file.read(names))
+        rank = a.shape[0]
+        scale = scales(module.name, rank, float(alpha[0].reshape(())) if alpha else None)
+        a, b = a.reshape(rank, -1), np.float32(scale) * b.reshape(-1, rank)
+        start = 0
+        for target in module.targets:
+            own = b[start : start + target.shape[0]]
+            start += target.shape[0]
+            width = shapes[target.ours][-1]
+            layers = pieces.setdefault(target.ours, {})
+            layers.setdefault(target.layer, []).append(target.our_factors(a, own, width))
+    return {path: _stacked(shapes[path], layers) for path, layers in pieces.items()}
+
+
+def _stacked(shape: tuple[int, ...], layers: Mapping[int | None, list[Factors]]) -> Factors:
+    """The factors of a stack, those of layers without any zeros."""
+    joined = {layer: _side_by_side(parts) for layer, parts in layers.items()}
+    rank = max(a.shape[1] for a, _ in joined.values())
+    *stack, i, o = shape
+    all_a, all_b = np.zeros((*stack, i, rank), np.float32), np.zeros((*stack, rank, o), np.float32)
+    for layer, (a, b) in joined.items():
+        index = () if layer is None else (layer,)
+        all_a[(*index, slice(None), slice(a.shape[1]))] = a
+        all_b[(*index, slice(b.shape[0]))] = b
+    return all_a, all_b
+
+
+def _side_by_side(parts: list[Factors]) -> Factors:
+    """One pair of factors for the sum of several; equal a's, of what was split, are one again."""
+    distinct: list[list[np.ndarray]] = []
+    for a, b in parts:
+        same = next((pair for pair in distinct if np.array_equal(pair[0], a)), None)
+        if same is None:
+            distinct.append([a, b])
+        else:
+            same[1] = same[1] + b
+    return np.concatenate([a for a, _ in distinct], 1), np.concatenate([b for _, b in distinct])
+
+
+def save_lora(
+    path: str | os.PathLike,
+    network: Network,
+    adapter: Adapter,
+    *,
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> None:
+    """Writes an adapter for PEFT.
+
+    Of FLUX it is the file that diffusers' `FluxPipeline.load_lora_weights` loads; of other networks
+    a folder that `peft.PeftModel.from_pretrained(model, folder)` loads into the original code's
+    model.
+
+    Args:
+        path: x.safetensors of FLUX, else a folder; it appears whole or not at all.
+        network: whose adapter it is.
+        adapter: what to write.
+        dtype: of the tensors, 'float32', 'bfloat16' or 'float16'.
+        overwrite: replace what is there.
+
+    Raises:
+        InteropError: a layer has no name outside; NaN or infinity in the factors.
+        FileExistsError: `path` exists.
+    """
+    path, is_flux = Path(path), isinstance(network.config, FluxConfig)
+    if (path.suffix == ".safetensors") != is_flux:
+        expected = "a file, NAME.safetensors" if is_flux else "the name of a folder"
+        raise InteropError(f"{path}: a LoRA of {network.config.title} is {expected}")
+    check_destination(path, overwrite=overwrite)
+    places = _places(network, adapter)
+    if is_flux:
+        with atomic_file(path, overwrite=overwrite) as temporary:
+            _write(Path(temporary.name), "transformer.", places, adapter, dtype)
+        return
+    with atomic_folder(path, overwrite=overwrite) as folder:
+        rank = _write(folder / PEFT_WEIGHTS, _PEFT_PREFIX, places, adapter, dtype)
+        values = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none"}
+        values["target_modules"] = [target.module for target in places]
+        (folder / PEFT_CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _places(network: Network, adapter: Adapter) -> list[Target]:
+    places = [target for target in export_targets(network) if target.ours in adapter.factors]
+    missing = sorted(set(adapter.factors) - {target.ours for target in places})
+    if missing:
+        raise InteropError(
+            f"the adapter changes {', '.join(missing)}, for which there is no module outside"
+        )
+    return places
+
+
+def _write(path: Path, prefix: str, places: list[Target], adapter: Adapter, dtype: str) -> int:
+    """Writes the factors, all of one rank, so that no reader has to guess a scale."""
+    rank, specs = adapter.rank, {}
+    for target in places:
+        shapes = (rank, *target.shape[1:]), (target.shape[0], rank, *(1,) * (len(target.shape) - 2))
+        for name, shape in zip("AB", shapes, strict=True):
+            specs[f"{prefix}{target.module}.lora_{name}.weight"] = TensorSpec(shape, _dtype(dtype))
+    seen = Finiteness()
+    arrays = seen.watched(specs, _exported(places, adapter, rank, _dtype(dtype)))
+    write_safetensors(path, specs, arrays, metadata={"format": "pt"})
+    seen.require(path)
+    return rank
+
+
+def _dtype(dtype: str) -> np.dtype:
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise InteropError(f"dtype={dtype!r}: expected 'float32', 'bfloat16' or 'float16'")
+    return np.dtype(jnp.dtype(dtype))
+
+
+def _exported(
+    places: list[Target], adapter: Adapter, rank: int, dtype: np.dtype
+) -> Iterator[np.ndarray]:
+    for target in places:
+        a, b = adapter.factors[target.ours]
+        if target.layer is not None:
+            a, b = a[target.layer], b[target.layer]
+        more = rank - a.shape[1]
+        a, b = np.pad(a, ((0, 0), (0, more))), np.pad(b, ((0, more), (0, 0)))
+        for array in target.their_factors(a, b):
+            with np.errstate(over="ignore"):  # the writer looks for infinity
+                yield np.ascontiguousarray(array.astype(dtype))

@@ -1,0 +1,333 @@
+"""LoRA files against PEFT on diffusers' FLUX: every module, every tool's names, there and back."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from dit_jax.interop.flux import original_table
+from dit_jax.interop.flux_files import load_flux
+from dit_jax.interop.lora import PEFT_CONFIG, PEFT_WEIGHTS, load_lora, save_lora
+from dit_jax.interop.lora_targets import export_targets, targets_of
+from dit_jax.interop.tensors import InteropError
+from dit_jax.models import DiTConfig, FluxConfig, Network, lora
+from tests.compilations import compilations
+from tests.models.test_flux import random_request
+from tests.models.test_lora import drawn
+from tests.references import diffusers_flux, torch_dit
+
+DEV = FluxConfig.from_name("flux_tiny", guidance_embedding=True)
+SOME = r"(single_)?transformer_blocks\.1\.(attn\.(to_q|to_v|add_k_proj)|proj_mlp|ff\.net\.2)"
+
+
+@dataclasses.dataclass
+class Models:
+    """diffusers' model with two adapters, ours read from its folder, and the adapters' files."""
+
+    theirs: object
+    network: Network
+    params: dict
+    files: dict
+    request: object
+    apply: object
+
+    def expected(self, **weights):
+        self.theirs.set_adapters(list(weights), list(weights.values()))
+        return diffusers_flux.evaluate(self.theirs, self.request)
+
+    def attached(self, *adapters):
+        """With the same structure whatever the adapters, so that there is one program."""
+        layers = lora.layer_shapes(self.network)
+        return lora.attach(self.network, self.params, adapters, rank=24, layers=layers)
+
+
+def add_adapter(model, name, seed, **options):
+    import peft
+
+    model.add_adapter(peft.LoraConfig(**options), adapter_name=name)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if f".{name}." in key:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.12)
+    return peft.utils.get_peft_model_state_dict(model, adapter_name=name)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    import diffusers
+
+    folder = tmp_path_factory.mktemp("lora")
+    model = diffusers_flux.create_model(DEV)
+    model.save_pretrained(folder / "model")
+    network, params = load_flux(folder / "model", layer_loop="scan")
+    linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
+    one = {"r": 3, "lora_alpha": 6, "target_modules": linear}
+    patterns = {"rank_pattern": {"proj_mlp": 4}, "alpha_pattern": {"proj_mlp": 2}}
+    two = {"r": 2, "lora_alpha": 3, "target_modules": SOME, **patterns}
+    files = {}
+    for seed, (name, options) in enumerate({"one": one, "two": two}.items()):
+        state = add_adapter(model, name, seed, **options)
+        diffusers.FluxPipeline.save_lora_weights(
+            folder / name, state, transformer_lora_adapter_metadata=dict(options)
+        )
+        files[name] = folder / name
+    request = random_request(DEV, (4, 6))
+    return Models(model, network, params, files, request, jax.jit(network.apply))
+
+
+def tensors(adapter, places):
+    """An adapter as (module, A, B) by names of other libraries."""
+    for target in places:
+        if target.ours in adapter.factors:
+            pair = adapter.factors[target.ours]
+            if target.layer is not None:
+                pair = [factor[target.layer] for factor in pair]
+            yield target.module, *target.their_factors(*pair)
+
+
+def changes(adapter):
+    return {path: np.matmul(a, b) for path, (a, b) in adapter.factors.items()}
+
+
+def same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for path, change in wanted.items():
+        np.testing.assert_allclose(found[path], change, atol=1e-6, err_msg=path)
+
+
+def test_outputs_are_those_of_peft_and_adapters_are_swapped_without_a_compilation(models):
+    one, two = (load_lora(models.files[name], models.network) for name in ("one", "two"))
+    assert one.factors.keys() == lora.layer_shapes(models.network).keys()
+    assert one.factors["single_blocks.linear1"][0].shape == (2, 32, 12)
+    base = models.apply(models.params, models.request).out
+    with compilations("apply") as compiled:
+        for weights in ({"one": 0.7}, {"one": 0.5, "two": -1.5}, {"two": 1.0}):
+            chosen = [({"one": one, "two": two}[name], weight) for name, weight in weights.items()]
+            params = models.attached(*chosen)
+            found, expected = models.apply(params, models.request).out, models.expected(**weights)
+            assert np.abs(expected - base).max() > 0.05
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+            merged = models.apply(lora.merge(params), models.request).out
+            np.testing.assert_allclose(merged, expected, atol=1e-4)
+    assert len(compiled) == 1
+
+
+def test_ours_is_loaded_by_diffusers(models, tmp_path):
+    import diffusers
+
+    paths = [p for p in lora.layer_shapes(models.network) if "blocks" in p or p == "x_embedder"]
+    adapter = drawn(models.network, 5, paths=paths)
+    file = tmp_path / "ours.safetensors"
+    save_lora(file, models.network, adapter)
+    state, alphas, metadata = diffusers.FluxPipeline.lora_state_dict(
+        file, return_alphas=True, return_lora_metadata=True
+    )
+    assert not alphas and not metadata
+    diffusers.FluxPipeline.load_lora_into_transformer(
+        state, alphas, models.theirs, adapter_name="ours"
+    )
+    found = models.apply(models.attached((adapter, 0.8)), models.request).out
+    np.testing.assert_allclose(found, models.expected(ours=0.8), atol=1e-4)
+    models.theirs.delete_adapters("ours")
+    again = load_lora(file, models.network)
+    assert again.rank == adapter.rank  # one a for queries, keys and values, as it was
+    same(changes(again), changes(adapter))
+    with pytest.raises(FileExistsError):
+        save_lora(file, models.network, adapter)
+
+
+def original_targets(models):
+    return list(targets_of(models.network, original_table(models.network.config)))
+
+
+def kohya(models):
+    """Adapter 'one', of the original code's modules, with alpha, under kohya's names."""
+    adapter, found = load_lora(models.files["one"], models.network), {}
+    for module, a, b in tensors(adapter, original_targets(models)):
+        name = f"lora_unet_{module.replace('.', '_')}"
+        found[f"{name}.lora_down.weight"], found[f"{name}.lora_up.weight"] = a, b * len(a)
+        found[f"{name}.alpha"] = np.asarray(1.0, np.float32)
+    return found, changes(adapter)
+
+
+def xlabs(models):
+    """Factors of attention alone, XLabs' names; and what they change in our layers."""
+    random, found, wanted = np.random.default_rng(0), {}, {}
+    dim = DEV.hidden_size
+
+    def draw(name, ins, outs):
+        a, b = random.normal(size=(2, ins)), random.normal(size=(outs, 2))
+        found[f"{name}.down.weight"] = a.astype(np.float32)
+        found[f"{name}.up.weight"] = b.astype(np.float32)
+        return (b @ a).T
+
+    for i in range(2):
+        for number, stream in (("1", "image"), ("2", "text")):
+            for what, outs in (("qkv", 3 * dim), ("proj", dim)):
+                change = draw(f"double_blocks.{i}.processor.{what}_lora{number}", dim, outs)
+                wanted.setdefault(f"double_blocks.{stream}.attn.{what}", []).append(change)
+        change = draw(f"single_blocks.{i}.processor.qkv_lora", dim, 3 * dim)
+        change = np.pad(change, ((0, 0), (0, 4 * dim)))
+        wanted.setdefault("single_blocks.linear1", []).append(change)
+        change = draw(f"single_blocks.{i}.processor.proj_lora", 5 * dim, dim)
+        wanted.setdefault("single_blocks.linear2", []).append(change)
+    return found, {path: np.stack(layers) for path, layers in wanted.items()}
+
+
+def comfy(models):
+    found, wanted = kohya(models)
+    names = {f"lora_unet_{t.module.replace('.', '_')}": t.module for t in original_targets(models)}
+    return {
+        f"diffusion_model.{names[key.partition('.')[0]]}.{key.partition('.')[2]}": value
+        for key, value in found.items()
+    }, wanted
+
+
+def before_peft(models):
+    adapter, found = load_lora(models.files["two"], models.network), {}
+    for module, a, b in tensors(adapter, export_targets(models.network)):
+        found[f"transformer.{module}.lora.down.weight"] = a
+        found[f"transformer.{module}.lora.up.weight"] = b
+    return found, changes(adapter)
+
+
+@pytest.mark.parametrize("written", [kohya, xlabs, comfy, before_peft])
+def test_the_files_of_other_tools_hold_the_same(models, tmp_path, written):
+    found, wanted = written(models)
+    save_file(found, tmp_path / "x.safetensors")
+    same(changes(load_lora(tmp_path / "x.safetensors", models.network)), wanted)
+    torch.save({k: torch.tensor(v) for k, v in found.items()}, tmp_path / "x.pt")
+    same(changes(load_lora(tmp_path / "x.pt", models.network)), wanted)
+
+
+def test_kohyas_and_xlabs_files_are_read_as_diffusers_reads_them(models, tmp_path):
+    """It knows `linear1` of the published width alone, and no alpha of the final layer."""
+    import diffusers
+
+    for written in (kohya, xlabs):
+        found, wanted = written(models)
+        found = {k: torch.tensor(v) for k, v in found.items()}
+        found = {k: v for k, v in found.items() if "linear1" not in k and "final" not in k}
+        state = diffusers.FluxPipeline.lora_state_dict(found)
+        save_file({k: v.numpy().copy() for k, v in state.items()}, tmp_path / "d.safetensors")
+        again = changes(load_lora(tmp_path / "d.safetensors", models.network))
+        assert len(again) >= len(wanted) - 3
+        for path, change in again.items():
+            np.testing.assert_allclose(change, wanted[path], atol=1e-5, err_msg=path)
+
+
+def test_an_adapter_of_a_dit_is_loaded_by_peft(tmp_path):
+    import peft
+
+    config = DiTConfig(image_size=4, hidden_size=16, depth=2, num_heads=2, num_classes=3)
+    network, paths = Network(config), ["x_embedder", "blocks.attn.qkv", "final_layer.linear"]
+    adapter = drawn(network, 3, paths=paths)
+    save_lora(tmp_path / "dit", network, adapter)
+    same(changes(load_lora(tmp_path / "dit", network)), changes(adapter))
+    model = torch_dit.DiT(input_size=4, hidden_size=16, depth=2, num_heads=2, num_classes=3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    merged = peft.PeftModel.from_pretrained(model, tmp_path / "dit").merge_and_unload()
+    change = changes(adapter)
+    for i in range(2):
+        name = f"blocks.{i}.attn.qkv.weight"
+        found = (merged.state_dict()[name] - before[name]).numpy()
+        np.testing.assert_allclose(found.T, change["blocks.attn.qkv"][i], atol=1e-6)
+    name = "x_embedder.proj.weight"
+    found = (merged.state_dict()[name] - before[name]).numpy()
+    found = found.transpose(2, 3, 1, 0).reshape(-1, 16)
+    np.testing.assert_allclose(found, change["x_embedder"], atol=1e-6)
+
+
+def lacking(models):
+    found = before_peft(models)[0]
+    found.pop("transformer.transformer_blocks.1.attn.to_q.lora.up.weight")
+    return found
+
+
+def deeper(models):
+    return {
+        key.replace("blocks.1.", f"blocks.{i}."): value
+        for key, value in before_peft(models)[0].items()
+        for i in (1, 2, 3)
+    }
+
+
+def wider(models):
+    return {key: np.concatenate([v, v], 1) for key, v in before_peft(models)[0].items()}
+
+
+def with_more(**more):
+    def written(models):
+        return before_peft(models)[0] | {k.replace("__", "."): np.ones(1, "f") for k in more}
+
+    return written
+
+
+def of_sdxl(models):
+    name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight"
+    return {name: np.ones((2, 4), "f"), name.replace("down.w", "up.w"): np.ones((4, 2), "f")}
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (lacking, "half a pair: transformer.transformer_blocks.1.attn.to_q.lora.down.weight"),
+        (
+            deeper,
+            "not in the network: transformer.single_transformer_blocks.{2..3}.attn.to_q",
+        ),
+        (wider, "expected [r, 32] and [32, r]"),
+        (of_sdxl, ": it is an adapter of Stable Diffusion (it has lora_unet_"),
+        (with_more(lora_te1_text__alpha=1), "also changes a text encoder (1 tensor"),
+        (with_more(x__dora_scale=1), "is DoRA, of which there is no code here"),
+        (with_more(x__hada_w1_a=1), "is LoHa"),
+        (with_more(something=1), "not in the network: something"),
+        (lambda models: {"weight": np.ones(3, "f")}, "none of its tensors is for it"),
+        (
+            lambda models: {k: np.full_like(v, np.nan) for k, v in before_peft(models)[0].items()},
+            "NaN or infinity",
+        ),
+        (
+            lambda models: {
+                f"base_model.model.{k.removeprefix('transformer.')}": v
+                for k, v in before_peft(models)[0].items()
+            },
+            "whose adapter_config.json is not beside it",
+        ),
+    ],
+)
+def test_errors_of_what_does_not_match(models, tmp_path, written, message):
+    save_file(written(models), tmp_path / "x.safetensors")
+    with pytest.raises(InteropError) as caught:
+        load_lora(tmp_path / "x.safetensors", models.network)
+    assert message in str(caught.value)
+
+
+def test_errors_of_other_networks_and_names(models, tmp_path):
+    dit = Network(DiTConfig(image_size=4, hidden_size=16, depth=2, num_heads=2, num_classes=3))
+    with pytest.raises(
+        InteropError, match=r"LoRA of this network, DiT.*names are those of FLUX\.1"
+    ):
+        load_lora(models.files["one"], dit)
+    with pytest.raises(InteropError, match="does not exist"):
+        load_lora(tmp_path / "nothing.safetensors", dit)
+    with pytest.raises(InteropError, match=r"is a file, NAME\.safetensors"):
+        save_lora(tmp_path / "folder", models.network, drawn(models.network))
+    with_text, _ = before_peft(models)
+    with_text["lora_te1_text_model.alpha"] = np.ones(1, "f")
+    save_file(with_text, tmp_path / "x.safetensors")
+    read = load_lora(tmp_path / "x.safetensors", models.network, ignore_text_encoders=True)
+    assert len(read.factors) == 4
+    save_lora(tmp_path / "dit", dit, drawn(dit))
+    values = json.loads((tmp_path / "dit" / PEFT_CONFIG).read_text())
+    (tmp_path / "dit" / PEFT_CONFIG).write_text(json.dumps(values | {"use_dora": True}))
+    with pytest.raises(InteropError, match="use_dora: no plain LoRA"):
+        load_lora(tmp_path / "dit", dit)
+    (tmp_path / "dit" / PEFT_WEIGHTS).write_bytes(b"PK")
+    with pytest.raises(InteropError):
+        load_lora(tmp_path / "dit", dit)
