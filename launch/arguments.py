@@ -62,6 +62,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="read a checkpoint that has NaN or infinity in it",
     )
+    add_storage_arguments(group)
+    group.add_argument("--vae", help="VAE that decodes latents: a diffusers folder, or hub:...")
+
+
+def add_storage_arguments(group: argparse._ActionsContainer) -> None:
+    """What weights are stored in."""
     group.add_argument(
         "--param_dtype",
         choices=PARAM_DTYPES,
@@ -72,7 +78,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=QUANTIZATIONS,
         help="of a transformer's products, see docs/precision.md; default: as configured",
     )
-    group.add_argument("--vae", help="VAE that decodes latents: a diffusers folder, or hub:...")
 
 
 def add_pretrained_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +91,11 @@ def add_pretrained_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or several prompts")
     group.add_argument("--prompts", type=Path, metavar="FILE", help="of prompts, one a line")
+    add_pipeline_arguments(group)
+
+
+def add_pipeline_arguments(group: argparse._ActionsContainer) -> None:
+    """How a pretrained pipeline runs."""
     group.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
@@ -170,19 +180,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--guidance_channels", help="all, or first3 as the original DiT", choices=["all", "first3"]
     )
-    for side in ("--height", "--width"):
-        group.add_argument(
-            side,
-            type=argument_types.count,
-            metavar="PIXELS",
-            help=f"{side[2:]} of the images; default: what the model was trained on",
-        )
-    group.add_argument(
-        "--step_cache",
-        type=argument_types.share_below_one,
-        metavar="THRESHOLD",
-        help="skip blocks where the first changes less than this, as 0.1 (docs/speed.md); 0: never",
-    )
+    add_size_arguments(group, "default: what the model was trained on")
+    add_step_cache_argument(group)
     group.add_argument(
         "--batch_size", type=argument_types.count, help="images sampled at once, over all devices"
     )
@@ -192,16 +191,33 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
 
 
+def add_size_arguments(group: argparse._ActionsContainer, default: str) -> None:
+    """Height and width of images."""
+    for side in ("--height", "--width"):
+        group.add_argument(
+            side,
+            type=argument_types.count,
+            metavar="PIXELS",
+            help=f"{side[2:]} of the images; {default}",
+        )
+
+
+def add_step_cache_argument(group: argparse._ActionsContainer) -> None:
+    """Whether blocks are skipped."""
+    group.add_argument(
+        "--step_cache",
+        type=argument_types.share_below_one,
+        metavar="THRESHOLD",
+        help="skip blocks where the first changes less than this, as 0.1 (docs/speed.md); 0: never",
+    )
+
+
 def add_samples_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, how, on what devices, and which images: what decides the program of samples."""
     add_model_arguments(parser)
     add_sampling_arguments(parser)
     add_parallel_arguments(parser)
-    parser.add_argument(
-        "--vae_devices",
-        type=argument_types.count,
-        help="devices over which the VAE splits an image's rows",
-    )
+    add_vae_devices_argument(parser)
     parser.add_argument(
         "--num_images", type=argument_types.count, help="default: 64, or one a label of --labels"
     )
@@ -213,7 +229,16 @@ def add_samples_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_programs_argument(parser: argparse.ArgumentParser, **options: Any) -> None:
+def add_vae_devices_argument(group: argparse._ActionsContainer) -> None:
+    """How many devices decode an image."""
+    group.add_argument(
+        "--vae_devices",
+        type=argument_types.count,
+        help="devices over which the VAE splits an image's rows",
+    )
+
+
+def add_programs_argument(parser: argparse._ActionsContainer, **options: Any) -> None:
     """The folder of compiled programs."""
     parser.add_argument(
         "--programs",

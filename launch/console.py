@@ -15,6 +15,7 @@ PROGRAM = "dit-jax"
 COMMANDS = {
     "train": "Trains a model.",
     "sample": "Samples images from a trained model.",
+    "serve": "Serves a web page on which a pretrained pipeline makes pictures of prompts.",
     "compile": "Compiles a model's sampler ahead of time, so that sampling starts at once.",
     "evaluate": "Scores a model's samples against real images.",
     "convert": "Converts a model between this library, PyTorch state dicts and diffusers.",

@@ -72,6 +72,8 @@ def test_an_installation_adds_one_name(installed):
     assert [path.name for path in (installed / "bin").iterdir()] == ["dit-jax"]
     here = {file.relative_to(ROOT) for room in ROOMS for file in (ROOT / room).rglob("*.py")}
     assert all((installed / "dit_jax" / file).is_file() for file in here)
+    page = {file.relative_to(ROOT) for file in (ROOT / "launch" / "page").iterdir()}
+    assert page and all((installed / "dit_jax" / file).is_file() for file in page)
     metadata = (installed / record / "METADATA").read_text()
     assert "License-Expression: Apache-2.0" in metadata and "Author: dit-jax authors" in metadata
 
