@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import math
 import types
 import warnings
 
@@ -20,6 +21,7 @@ from dit_jax.models import FluxConfig, Network, Request
 from dit_jax.models.flux_config import PRESETS
 from dit_jax.models.step_cache import CachedNetwork, StepCache
 from dit_jax.parallel.mesh import DataParallel, create_mesh
+from dit_jax.parallel.partitioning import ShardedPlacement, rules_for
 from dit_jax.parallel.planning import programs
 from dit_jax.parallel.sampling import ImageParallel
 from dit_jax.sampling import Sampler, image_keys
@@ -168,3 +170,33 @@ def test_its_sampler_is_planned_with_the_usual_length_of_a_text():
     endless = {"text": Condition((None, 4))}
     with pytest.raises(ValueError, match="names no usual one"):
         programs.needed_conditions(types.SimpleNamespace(conditions=endless), 1)
+
+
+@only_long
+@pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 4}])
+def test_training_is_divided_by_its_rules(axes):
+    config = importlib.import_module("dit_jax.configs.flux_tiny").get_config()
+    config.model.flux.update(layer_loop="scan", depth=1, single_depth=1)
+    method = experiment.build_method(experiment.resolve_config(config))
+    random, batch = np.random.default_rng(0), 8
+    told = {"text": (batch, 3, 16), "pooled": (batch, 12)}
+    arrays = {name: random.normal(size=shape).astype("float32") for name, shape in told.items()}
+    image = random.normal(size=(batch, 8, 8, 4)).astype("float32")
+    frozen = {"nulls": {name: jnp.zeros(shape[1:]) for name, shape in told.items()}}
+    devices = jax.devices()[: math.prod(axes.values())]
+    placements = (
+        DataParallel(create_mesh(devices=devices[:1])),
+        ShardedPlacement(create_mesh(devices=devices, **{"data": 1, **axes}), rules_for("flux")),
+    )
+    losses = []
+    state = jax.device_get(jax.jit(method.init)(jax.random.key(0)))
+    state = dataclasses.replace(state, params=random_params(method.denoiser.network, scale=0.1))
+    for placement in placements:
+        shardings = placement.state_shardings(jax.eval_shape(lambda s: s, state))
+        own = jax.device_put(state, shardings)
+        data = placement.put_batch({"image": image, "conditions": arrays})
+        with placement.tracing():
+            _, metrics = jax.jit(method.update)(own, data, jax.random.key(1), frozen)
+        losses.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
+    assert losses[0][1] > 0.01
+    np.testing.assert_allclose(*losses, rtol=1e-4)

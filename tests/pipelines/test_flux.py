@@ -15,7 +15,7 @@ from dit_jax import FluxPipeline
 from dit_jax.interop.tensors import InteropError
 from dit_jax.parallel.sampling import ImageParallel
 from dit_jax.pipelines.execution import Execution
-from tests.long import only_long
+from tests.long import long, only_long
 from tests.references import diffusers_flux_pipeline as reference
 
 PROMPTS = ["a cat holding a sign", "Straße, 猫 hello"]
@@ -284,3 +284,20 @@ print({{"torch", "transformers", "diffusers"}} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ImageParallel("synchronous", patch_devices=2),
+        long(ImageParallel("tensor", patch_devices=2)),
+    ],
+    ids=lambda parallel: parallel.mode,
+)
+def test_unrolled_every_layer_has_arrays_of_its_own_on_many_devices_too(dev, made, parallel):
+    pipe = FluxPipeline.from_pretrained(dev[1], layer_loop="unroll", parallel=parallel)
+    kernel = pipe.parts.params["single_blocks"]["linear1"]["kernel"]
+    assert len(kernel.layers) == pipe.parts.transformer.config.single_depth
+    options = {"guidance_scale": 3.0, "output_type": "np"}
+    images = pipe(PROMPTS, latents=NOISE, **SHORT, **options).images
+    np.testing.assert_allclose(images, made, atol=1e-4)
