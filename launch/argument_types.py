@@ -46,6 +46,20 @@ def label(text: str) -> int | str:
     return count_or_none(text)
 
 
+def adapter(text: str) -> tuple[str, float]:
+    """A type for argparse: a LoRA's file, FILE or FILE:WEIGHT."""
+    path, _, end = text.rpartition(":")
+    try:
+        weight = float(end)
+    except ValueError:
+        path, weight = text, 1.0
+    if not path:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected FILE or FILE:WEIGHT")
+    if weight == 0 or weight not in ranges.FINITE:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a weight other than 0")
+    return path, weight
+
+
 def image_size(text: str) -> int | tuple[int, int]:
     """A type for argparse: the side of a square in pixels, or HEIGHTxWIDTH."""
     sides = text.split("x")

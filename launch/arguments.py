@@ -118,6 +118,18 @@ def add_pipeline_arguments(group: argparse._ActionsContainer) -> None:
         metavar="TOKENS",
         help="of T5; default 512, of FLUX.1 schnell 256",
     )
+    group.add_argument(
+        "--lora",
+        action="append",
+        type=argument_types.adapter,
+        metavar="FILE[:WEIGHT]",
+        help="change the transformer by a LoRA, or by several (docs/lora.md)",
+    )
+    group.add_argument(
+        "--lora_ignore_text_encoders",
+        action="store_true",
+        help="leave out what a LoRA changes in text encoders",
+    )
 
 
 # Options of launch/sample.py and compile.py that a pretrained pipeline has no use for.
@@ -126,7 +138,10 @@ _OF_TRAINED_MODELS = (
     *("vae", "solver", "spacing", "guidance_interval", "guidance_channels", "split_guidance"),
     "labels",
 )
-_OF_PIPELINES = ("prompt", "prompts", "dtype", "offload", "vae_tile", "max_sequence_length")
+_OF_PIPELINES = (
+    *("prompt", "prompts", "dtype", "offload", "vae_tile", "max_sequence_length"),
+    *("lora", "lora_ignore_text_encoders"),
+)
 
 
 def check_pretrained(args: argparse.Namespace, *, prompts: bool = True) -> None:
@@ -153,6 +168,8 @@ def check_pretrained(args: argparse.Namespace, *, prompts: bool = True) -> None:
         raise ValueError(
             f"{', '.join(given)} would do nothing beside --pretrained, which brings its own parts"
         )
+    if args.lora_ignore_text_encoders and not args.lora:
+        raise ValueError("--lora_ignore_text_encoders is of --lora, which is not given")
     if getattr(args, "rounding", "nearest") != "nearest":
         raise ValueError("--rounding would do nothing beside --pretrained: bytes are the nearest")
     check_parallel(args)

@@ -98,7 +98,11 @@ def open_pipeline(args: argparse.Namespace) -> FluxPipeline:
         "programs": sampling.open_programs(args.programs),
     }
     with memory.exhaustion_explained(f"loading {args.pretrained}", SMALLER):
-        return FluxPipeline.from_pretrained(args.pretrained, **options)
+        pipeline = FluxPipeline.from_pretrained(args.pretrained, **options)
+        for path, weight in args.lora or ():
+            ignored = {"ignore_text_encoders": args.lora_ignore_text_encoders}
+            pipeline.load_lora_weights(path, weight, **ignored)
+    return pipeline
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -171,6 +175,8 @@ def _write(args: argparse.Namespace, pictures: Pictures) -> None:
         "patch_devices": args.patch_devices,
         **options,
     }
+    if args.lora:
+        record["lora"] = [f"{path}:{weight:g}" for path, weight in args.lora]
     shape = (*pipeline.picture_size(args.height, args.width), 3)
     restart = {"restart": args.overwrite}
     store = evaluation.SampleStore(args.out, len(pictures.prompts), shape, record, **restart)

@@ -93,6 +93,10 @@ class Latents:
         self._placed: tuple[Mesh | None, Any] = (None, None)
         self._placements: dict[Any, ImagePlacement] = {}
 
+    def replace_params(self, params: Any) -> None:
+        """Goes on with other parameters of the network."""
+        self._params, self._placed = params, (None, None)
+
     def by_keys(self, draw: Draw, keys: Array, noise: Any = None) -> Float[Array, "b h w c"]:
         """Latents of one key an image, or from noise."""
         plan, params, placement = self._plan(draw)

@@ -20,8 +20,10 @@ from jaxtyping import Array, Float, Key
 
 from dit_jax.diffusion.process import RectifiedFlow
 from dit_jax.evaluation import to_uint8
+from dit_jax.interop.tensors import InteropError
 from dit_jax.parallel.sampling import ImageParallel
 from dit_jax.pipelines import flux_files, flux_inputs
+from dit_jax.pipelines.adapters import Adaptable, Adapters
 from dit_jax.pipelines.execution import Draw, Execution, Latents, Pixels
 from dit_jax.programs import Programs
 
@@ -43,7 +45,7 @@ class FluxOutput:
     images: Any
 
 
-class FluxPipeline:
+class FluxPipeline(Adaptable):
     """Text to image, and with `image` editing (FLUX.1 Kontext).
 
     Args:
@@ -55,6 +57,7 @@ class FluxPipeline:
         self.parts, self.execution = parts, execution
         self.latents = Latents(parts.transformer, parts.params, PROCESS, execution)
         self.pixels = Pixels(parts.vae, parts.vae_params, execution)
+        self.adapters = Adapters(parts.transformer, parts.params)
 
     @classmethod
     def from_pretrained(
@@ -112,8 +115,13 @@ class FluxPipeline:
 
         Raises:
             FileExistsError: `folder` exists.
-            InteropError: the weights are quantised.
+            InteropError: the weights are quantised, or there are LoRA adapters beside them.
         """
+        if self.adapters.weights:
+            raise InteropError(
+                f"the LoRA {', '.join(self.adapters.weights)} would not be saved: call "
+                "unload_lora_weights() first, or merge it (docs/lora.md)"
+            )
         flux_files.save(folder, self.parts, overwrite=overwrite)
 
     @property

@@ -66,7 +66,7 @@ def attach(
     params: Params,
     adapters: Sequence[tuple[Adapter, float]],
     *,
-    rank: int | None = None,
+    rank: int | Callable[[int], int] | None = None,
     layers: Collection[str] = (),
     put: Callable[[str, np.ndarray], Any] = lambda path, array: jnp.asarray(array),
 ) -> Params:
@@ -78,7 +78,8 @@ def attach(
         network: whose parameters they are.
         params: with or without factors, quantised or not.
         adapters: with their weights.
-        rank: of all layers, filled up with zeros; None: of each as much as it needs.
+        rank: of all layers, filled up with zeros, or what makes it of what a layer needs
+            (`padded_rank`); None: that.
         layers: paths of further layers that get factors, zeros where no adapter has any.
         put: (path, array) -> leaf, for instance onto sharded devices.
 
@@ -131,7 +132,7 @@ def _joined(
     path: str,
     shape: tuple[int, ...],
     adapters: Sequence[tuple[Adapter, float]],
-    rank: int | None,
+    rank: int | Callable[[int], int] | None,
 ) -> Factors:
     """One layer's factors of all adapters, float32."""
     *stack, i, o = shape
@@ -139,7 +140,7 @@ def _joined(
         (*adapter.factors[path], weight) for adapter, weight in adapters if path in adapter.factors
     ]
     own = sum(a.shape[-1] for a, _, _ in used)
-    total = max(own, 1) if rank is None else rank
+    total = rank(max(own, 1)) if callable(rank) else max(own, 1) if rank is None else rank
     if own > total:
         raise ValueError(f"rank={rank}: {path} needs {own} for {counted(len(used), 'adapter')}")
     joined_a, joined_b = (

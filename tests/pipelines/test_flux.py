@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from dit_jax import FluxPipeline
+from dit_jax.interop.lora import save_lora
 from dit_jax.interop.tensors import InteropError
 from dit_jax.parallel.sampling import ImageParallel
 from dit_jax.pipelines.execution import Execution
+from tests.compilations import compilations
 from tests.long import long, only_long
+from tests.models.test_lora import drawn
 from tests.references import diffusers_flux_pipeline as reference
 
 PROMPTS = ["a cat holding a sign", "Straße, 猫 hello"]
@@ -195,6 +198,40 @@ def test_ways_that_exclude_each_other_and_missing_folders_are_errors(dev):
         Execution(vae_tile=4, vae_devices=2)
     with pytest.raises(ValueError, match="nowhere to keep what is compiled"):
         dev[2].compile(8, 12)
+
+
+def test_adapters_change_pictures_as_in_diffusers_and_are_swapped_without_compiling(dev, tmp_path):
+    pipe, options = dev[2], {"guidance_scale": 3.0}
+    network = pipe.parts.transformer
+    for seed, name in enumerate(("one", "two")):
+        adapter = drawn(network, seed, rank=3 + seed, spread=0.2)
+        save_lora(tmp_path / f"{name}.safetensors", network, adapter)
+        dev[0].load_lora_weights(tmp_path / f"{name}.safetensors", adapter_name=name)
+        pipe.load_lora_weights(tmp_path / f"{name}.safetensors", 0.5)
+    more = {"latents": NOISE[:1], "output_type": "np", **SHORT, **options}
+    plain, found = None, {}
+    with compilations("_.*") as compiled:
+        for names, weights in ((["one", "two"], [0.5, 0.5]), (["two"], [1.0])):
+            pipe.set_adapters(names, weights)
+            before = len(compiled)
+            found[tuple(names)] = pipe(PROMPTS[0], **more).images
+            dev[0].set_adapters(names, weights)
+            wanted = theirs(dev[0], NOISE[:1], PROMPTS[0], **options)
+            assert psnr(found[tuple(names)], wanted) > 50
+    assert len(compiled) == before
+    with pytest.raises(InteropError, match="LoRA two would not be saved"):
+        pipe.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"no adapter 'twoo'.*did you mean"):
+        pipe.set_adapters("twoo")
+    with pytest.raises(ValueError, match="a weight for each"):
+        pipe.set_adapters(["one"], [1.0, 2.0])
+    with pytest.raises(ValueError, match="there is one already"):
+        pipe.load_lora_weights(tmp_path / "one.safetensors", adapter_name="one")
+    pipe.unload_lora_weights()
+    dev[0].unload_lora_weights()
+    assert pipe.latents._params is pipe.parts.params
+    plain = theirs(dev[0], NOISE[:1], PROMPTS[0], **options)
+    assert all(np.abs(image - plain).max() > 0.05 for image in found.values())
 
 
 def test_what_does_not_fit_is_cut_and_said(dev):
