@@ -1,5 +1,6 @@
 """Set before JAX is imported: 8 virtual CPU devices, compiled programs kept from run to run."""
 
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -12,12 +13,14 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 DEVICES_FLAG = "--xla_force_host_platform_device_count=8"
-# Most tests run a program once or twice: compiling it is what takes the time. (At level 0 sums are
-# rounded otherwise, and training to a distance comes out elsewhere.) What is given in the
-# environment comes after it and so counts.
-QUICK_COMPILATION_FLAG = "--xla_backend_optimization_level=1"
+# Most tests run a program once or twice: compiling it is what takes the time. Those that run one
+# thousands of times say so (tests/compilations.py). What is given in the environment comes after
+# these and so counts.
+QUICK_COMPILATION_FLAGS = ["--xla_backend_optimization_level=0"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # flags unknown to XLA end the process
+    QUICK_COMPILATION_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join(
-    (QUICK_COMPILATION_FLAG, os.environ.get("XLA_FLAGS", ""), DEVICES_FLAG)
+    (*QUICK_COMPILATION_FLAGS, os.environ.get("XLA_FLAGS", ""), DEVICES_FLAG)
 )
 
 from jaxtyping import install_import_hook  # noqa: E402
@@ -44,7 +47,53 @@ install_import_hook(
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
+import orbax.checkpoint as ocp  # noqa: E402
 import pytest  # noqa: E402
+
+# Of arrays that every device has whole, orbax lets each device write a part, cut by a program for
+# every shape: a hundred compilations before the first checkpoint. Commands in processes of their
+# own (tests/launch/) do as orbax does.
+_ARRAYS = ocp.type_handlers.get_type_handler(jax.Array)
+_ARRAYS._min_slice_bytes_for_replica_parallel = 1 << 30
+
+
+# Files that take longest begin first: one that began last would be alone at the end. Whoever finds
+# another among them (`--durations`) adds it; without its place it runs as well.
+LONGEST_FIRST = (
+    "models/test_edm.py",
+    "launch/test_processes.py",
+    "launch/test_resume.py",
+    "distill/test_mean_flow.py",
+    "distill/test_jvp.py",
+    "launch/test_distillation.py",
+    "interop/test_edm.py",
+    "launch/test_sizes.py",
+    "launch/test_commands.py",
+    "launch/test_extract_features.py",
+    "models/test_quantization.py",
+    "launch/test_recording.py",
+    "parallel/test_unet.py",
+    "models/test_linear.py",
+    "distill/test_consistency.py",
+    "parallel/test_parallel_sampling.py",
+    "distill/test_dmd2.py",
+    "parallel/test_sharded_training.py",
+    "distill/test_scm.py",
+    "distill/test_ladd.py",
+    "launch/test_bad_input.py",
+    "interop/test_autoencoder_kl.py",
+    "test_documents.py",
+    "test_packaging.py",
+    "evaluation/test_inception.py",
+    "launch/test_buckets.py",
+    "launch/test_compile.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the files in order; the tests of a file keep theirs."""
+    place = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 @pytest.fixture(autouse=True)

@@ -3,14 +3,17 @@
 import json
 
 import study_step_cache
-from tests.launch.conftest import TINY, run
+from dit_jax import evaluation
+from dit_jax.launch import train
+from tests.launch.conftest import tiny_config
 
 
-def test_the_study_writes_numbers_and_a_table(tmp_path):
-    tiny_file = tmp_path / "tiny.py"
-    tiny_file.write_text(TINY)
+def test_the_study_writes_numbers_and_a_table(tmp_path, monkeypatch):
     workdir, out = tmp_path / "run", tmp_path / "records" / "cache"
-    run("train", f"--config={tiny_file}", f"--workdir={workdir}", "--config.training.num_steps=4")
+    train.run(tiny_config(**{"training.num_steps": 4}), workdir)
+    # What the features are worth is not looked at here.
+    settings = evaluation.ClassifierSettings(steps=10)
+    monkeypatch.setattr(evaluation.ClassifierSettings, "for_images", lambda shape: settings)
     small = ("--num_images=100", "--batch_size=50", "--steps=10", "--repeats=1", "--orders", "0")
     options = (f"--workdir={workdir}", f"--out={out}", "--thresholds", "0.3", *small)
     study_step_cache.main([*map(str, options)])

@@ -34,7 +34,7 @@ def fixed_examples(method, times, num_classes=0, ratio=RATIO):
     label = jnp.asarray(random.integers(0, 3, len(t)), jnp.int32)
     return {
         "x0": jnp.asarray(random.normal(size=(len(t), 1, 1, 2)) * 0.5, jnp.float32),
-        "pair": method.pairs(t, jnp.float32(1 - ratio)),
+        "pair": jax.jit(method.pairs)(t, jnp.float32(1 - ratio)),
         "eps": jnp.asarray(random.normal(size=(len(t), 1, 1, 2)), jnp.float32),
         "conditions": {"label": label} if num_classes else {},
         "dropout_keys": jax.random.split(jax.random.key(0), len(t)),
@@ -89,7 +89,7 @@ def test_loss_and_gradients_equal_the_reference(name, case):
     if criterion[2].startswith("c_out"):  # flow's sigma / alpha has no end at t = 1
         examples = jax.tree.map(lambda leaf: leaf[:5], examples)
     frozen = {"teacher": teacher}
-    (loss, _), gradients = jax.value_and_grad(method.loss, has_aux=True)(
+    (loss, _), gradients = jax.jit(jax.value_and_grad(method.loss, has_aux=True))(
         params, examples, None, frozen
     )
 
@@ -191,7 +191,7 @@ def test_microbatches_change_nothing():
     results = []
     for num_microbatches in (1, 4):
         method = small_method(num_microbatches=num_microbatches)
-        state = method.init(jax.random.key(0))
+        state = jax.jit(method.init)(jax.random.key(0))
         results.append(jax.jit(method.update)(state, batch, key))
     (whole, metrics), (parts, part_metrics) = results
     assert metrics["gradient_norm"] == pytest.approx(float(part_metrics["gradient_norm"]), rel=1e-4)
@@ -208,7 +208,7 @@ def test_the_ratio_is_part_of_the_state():
     method = small_method(schedule=ECTSchedule(2.0, 0.999, images_per_stage=16))
     update = jax.jit(method.update)
     batch = bench.GaussianMixture().batch(jax.random.key(2), 8)
-    state, ratios = method.init(jax.random.key(0)), []
+    state, ratios = jax.jit(method.init)(jax.random.key(0)), []
     for step in range(5):
         state, metrics = update(state, batch, jax.random.key(step))
         ratios.append(float(metrics["ratio"]))
@@ -245,14 +245,15 @@ def test_both_evaluations_share_a_dropout_mask_and_the_teacher_has_none():
 
 def test_an_average_can_be_the_target():
     method = dataclasses.replace(small_method(), target="ema_0.99")
-    state = method.init(jax.random.key(0))
+    state = jax.jit(method.init)(jax.random.key(0))
     other = jax.tree.map(lambda leaf: leaf + 0.1, state.params)
     state = dataclasses.replace(state, ema={"ema_0.99": other})
     batch, key = bench.GaussianMixture().batch(jax.random.key(2), 8), jax.random.key(1)
-    _, metrics = method.update(state, batch, key)
-    examples = method.draw_examples(batch, key, jnp.float32(0.5))
-    assert metrics["loss"] == pytest.approx(float(method.loss(state.params, examples, other)[0]))
-    assert metrics["loss"] != pytest.approx(float(method.loss(state.params, examples)[0]))
+    _, metrics = jax.jit(method.update)(state, batch, key)
+    examples = jax.jit(method.draw_examples)(batch, key, jnp.float32(0.5))
+    loss = jax.jit(method.loss)
+    assert metrics["loss"] == pytest.approx(float(loss(state.params, examples, other)[0]))
+    assert metrics["loss"] != pytest.approx(float(loss(state.params, examples)[0]))
 
 
 def tiny_config(**changes):
@@ -280,7 +281,7 @@ def test_trains_a_class_conditional_transformer_in_every_process(process):
     shape = jax.eval_shape(method.init, jax.random.key(0))
     assert set(method.weights(shape)) == {"ema_0.9999", "raw"}
     params = random_params(method.student.denoiser.network, 1, 0.3)
-    state = method.init(jax.random.key(0), params)
+    state = jax.jit(method.init)(jax.random.key(0), params)
     image = jax.random.normal(jax.random.key(1), (4, 4, 4, 2))
     batch = {"image": image, "conditions": {"label": jnp.arange(4) % 3}}
     after, metrics = jax.jit(method.update)(

@@ -36,7 +36,7 @@ def torch_head(head, shape):
 )
 def test_heads_equal_pytorch(head, shapes):
     discriminator = Discriminator(head, shapes)
-    params = perturbed(discriminator.init(jax.random.key(0)), jax.random.key(1), 0.2)
+    params = perturbed(jax.jit(discriminator.init)(jax.random.key(0)), jax.random.key(1), 0.2)
     keys = jax.random.split(jax.random.key(2), len(shapes))
     features = tuple(
         jax.random.normal(key, (3, *shape)) for key, shape in zip(keys, shapes, strict=True)
@@ -46,7 +46,7 @@ def test_heads_equal_pytorch(head, shapes):
         logits = discriminator.apply(params, features)
         return jnp.sum(jnp.sin(logits)), logits
 
-    gradients, logits = jax.grad(total, has_aux=True)(features)
+    gradients, logits = jax.jit(jax.grad(total, has_aux=True))(features)
     numpy = jax.tree.map(np.asarray, params)
     for i, shape in enumerate(shapes):
         module = torch_dmd2.load_head(torch_head(head, shape), numpy["heads"][f"head{i}"])
@@ -64,7 +64,7 @@ def test_heads_equal_pytorch(head, shapes):
 
 
 def test_initialisation_is_pytorchs():
-    params = Discriminator("unet", ((8, 8, 64),)).init(jax.random.key(0))
+    params = jax.jit(Discriminator("unet", ((8, 8, 64),)).init)(jax.random.key(0))
     conv = params["heads"]["head0"]["convs"]["conv0"]
     limit = (16 * 64) ** -0.5
     for leaf in (conv["kernel"], conv["bias"]):
@@ -73,8 +73,10 @@ def test_initialisation_is_pytorchs():
 
 def test_one_token_grids():
     discriminator = Discriminator("transformer", ((1, 1, 32),))
-    params = discriminator.init(jax.random.key(0))
-    logits = discriminator.apply(params, (jax.random.normal(jax.random.key(1), (4, 1, 1, 32)),))
+    params = jax.jit(discriminator.init)(jax.random.key(0))
+    logits = jax.jit(discriminator.apply)(
+        params, (jax.random.normal(jax.random.key(1), (4, 1, 1, 32)),)
+    )
     assert logits.shape == (4, 1)
     assert np.std(logits) > 0
     assert discriminator.flops_per_example == 2 * 32 * 16

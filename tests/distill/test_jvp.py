@@ -70,7 +70,7 @@ def _denoiser(name, process, **changes):
 
 def _params(denoiser):
     """Every parameter random, also those that start at zero."""
-    return perturbed(denoiser.network.init(jax.random.key(0)), jax.random.key(1), 0.05)
+    return perturbed(jax.jit(denoiser.network.init)(jax.random.key(0)), jax.random.key(1), 0.05)
 
 
 def _examples():

@@ -40,7 +40,7 @@ def test_loss_and_gradients_equal_the_reference(process, loss):
     huber_c = 0.03 if loss == "pseudo_huber" else 0.0
     method = KnowledgeDistillation(student, (process.noise_time,), loss, huber_c)
     params, examples = random_params(student.denoiser.network, 1, 0.3), random_examples(process)
-    gradients, metrics = jax.grad(method.loss_and_metrics, has_aux=True)(params, examples)
+    gradients, metrics = jax.jit(jax.grad(method.loss_and_metrics, has_aux=True))(params, examples)
 
     leaves = jax.tree.map(lambda a: torch.tensor(np.asarray(a), requires_grad=True), params)
     x_t, t, x0 = (torch.tensor(np.asarray(examples[name])) for name in ("x_t", "t", "x0"))
@@ -71,7 +71,7 @@ def test_examples_have_the_states_of_their_times():
         "conditions": {"label": jnp.zeros(64, jnp.int32)},
         "path": path,
     }
-    examples = method.draw_examples(batch, jax.random.key(0))
+    examples = jax.jit(method.draw_examples)(batch, jax.random.key(0))
     np.testing.assert_array_equal(examples["x_t"][:, 0, 0, 0], examples["t"])
     assert set(np.unique(examples["t"])) == {80.0, 2.0, 0.5}
 
@@ -95,7 +95,7 @@ def test_microbatches_make_the_same_update():
     for parts in (1, 3):
         student = bench.mlp_student(FLOW, num_classes=3, label_dropout=0.5, num_microbatches=parts)
         method = KnowledgeDistillation(student, (1.0,))
-        state = method.init(jax.random.key(0))
+        state = jax.jit(method.init)(jax.random.key(0))
         metrics.append(jax.jit(method.update)(state, batch, jax.random.key(3))[1])
     for name in metrics[0]:
         if name != "student_std":  # a mean of the parts' own

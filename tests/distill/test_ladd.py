@@ -13,7 +13,7 @@ from dit_jax.distill.student import Teacher
 from dit_jax.experiment import build_method, resolve_config
 from dit_jax.models import Request
 from tests.distill import few_step_bench as few
-from tests.distill.test_dmd2 import small_config
+from tests.distill.test_dmd2 import draw, small_config
 
 STEPS = 2400
 
@@ -31,11 +31,12 @@ def test_losses_are_of_features_of_renoised_images():
     method = create(r1_weight=3.0, r1_noise=0.1)
     denoiser, params = few.mlp_denoiser()
     heads = method.adversary.discriminator
-    trained = {"discriminator": heads.init(jax.random.key(0))}
+    trained = {"discriminator": jax.jit(heads.init)(jax.random.key(0))}
     batch = {"image": 0.5 * jax.random.normal(jax.random.key(1), (6, 1, 1, 2))}
-    examples = method.draw_examples(batch, jax.random.key(2), "critic")
+    examples = draw(method, batch, jax.random.key(2), "critic")
     x0 = denoiser.x0(params, Request(examples["student_noise"], jnp.ones(6), {}))
 
+    @jax.jit
     def logits(x, eps, t):
         x_t = few.PROCESS.add_noise(x, eps, t)
         maps = denoiser.features(params, Request(x_t, t, {}, features=(0, 1, 2)))
@@ -43,12 +44,12 @@ def test_losses_are_of_features_of_renoised_images():
 
     fake = logits(x0, examples["eps"], examples["t"])
     frozen = {"teacher": params}
-    loss, _ = method.student_loss(params, examples, frozen, trained)
+    loss, _ = jax.jit(method.student_loss)(params, examples, frozen, trained)
     np.testing.assert_allclose(loss, generator_loss(fake), rtol=1e-5)
     real = logits(batch["image"], examples["eps_real"], examples["t_real"])
     moved = batch["image"] + 0.1 * examples["r1_noise"]
     penalty = jnp.mean((real - logits(moved, examples["eps_real"], examples["t_real"])) ** 2)
-    loss, metrics = method.critic_loss(trained, examples, frozen, params)
+    loss, metrics = jax.jit(method.critic_loss)(trained, examples, frozen, params)
     np.testing.assert_allclose(metrics["r1"], penalty, rtol=1e-4)
     np.testing.assert_allclose(loss, discriminator_loss(real, fake) + 3 * penalty, rtol=1e-5)
 
@@ -56,16 +57,16 @@ def test_losses_are_of_features_of_renoised_images():
 def test_same_noise_draws_no_other():
     method = create(same_noise=True)
     batch = {"image": jnp.zeros((4, 1, 1, 2))}
-    examples = method.draw_examples(batch, jax.random.key(2), "critic")
+    examples = draw(method, batch, jax.random.key(2), "critic")
     assert not {"t_real", "eps_real", "r1_noise"} & set(examples)
     _, params = few.mlp_denoiser()
-    trained = {"discriminator": method.adversary.discriminator.init(jax.random.key(0))}
-    loss, _ = method.critic_loss(trained, examples, {"teacher": params}, params)
+    trained = {"discriminator": jax.jit(method.adversary.discriminator.init)(jax.random.key(0))}
+    loss, _ = jax.jit(method.critic_loss)(trained, examples, {"teacher": params}, params)
     assert jnp.isfinite(loss)
 
 
 def test_learns_the_mixture():
-    distance, metrics = few.reached(create(), steps=STEPS, batch_size=512)
+    distance, metrics = few.reached(create(), steps=STEPS, batch_size=256)
     assert distance < 0.105
     assert few.undistilled() > 5 * distance
     assert 0.3 < metrics["critic"]["discriminator_accuracy"] < 0.75

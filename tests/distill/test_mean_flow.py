@@ -42,8 +42,8 @@ def mlp():
     """(student network, its parameters, teacher network, its parameters), everything random."""
     network = bench.MlpNetwork(width=24, depth=2, num_classes=5, second_time=True)
     other = dataclasses.replace(network, second_time=False)
-    params = randomised(network.init(jax.random.key(0)), 1)
-    return network, params, other, randomised(other.init(jax.random.key(0)), 2)
+    params = randomised(jax.jit(network.init)(jax.random.key(0)), 1)
+    return network, params, other, randomised(jax.jit(other.init)(jax.random.key(0)), 2)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_loss_and_gradients_equal_the_reference(name, mlp, tensors):
 
     student = Student(denoiser, optax.sgd(1.0), label_dropout=0.1)
     method = create(student, interval_share=INTERVALS / B, **options)
-    (ours, _), gradients = jax.value_and_grad(method.loss, has_aux=True)(
+    (ours, _), gradients = jax.jit(jax.value_and_grad(method.loss, has_aux=True))(
         params, our_groups(tensors), {"teacher": teacher_params}, theirs.get("warmup", 1.0)
     )
     np.testing.assert_allclose(ours, loss.item(), rtol=2e-5)
@@ -155,13 +155,13 @@ def test_derivative_is_along_the_flow_in_process_time(convention):
     """Through a DiT, whose network time runs the other way with SiT's convention."""
     process = RectifiedFlow(network_convention=convention, time_scale=2.0)
     student = tiny_dit(process)
-    params = randomised(student.denoiser.network.init(jax.random.key(0)), 3, 0.15)
+    params = randomised(jax.jit(student.denoiser.network.init)(jax.random.key(0)), 3, scale=0.15)
     x, direction = jax.random.normal(jax.random.key(1), (2, 3, 4, 4, 3))
     t, r = jnp.array([0.9, 0.5, 0.7]), jnp.array([0.1, 0.2, 0.0])
     examples = {"x": x, "t": t, "r": r, "conditions": {"label": jnp.arange(3)}}
-    exact = create(student).average_velocity(params, examples, direction)
+    exact = jax.jit(create(student).average_velocity)(params, examples, direction)
     other = create(student, derivative=TotalDerivative("finite_difference", 4e-3))
-    close = other.average_velocity(params, examples, direction)
+    close = jax.jit(other.average_velocity)(params, examples, direction)
     np.testing.assert_allclose(exact[0], close[0], atol=1e-6)
     assert np.abs(exact[1]).max() > 0.01
     np.testing.assert_allclose(exact[1], close[1], atol=3e-3 * np.abs(exact[1]).max())
@@ -195,7 +195,7 @@ def test_examples_of_a_batch():
     """The share has r < t exactly; labels are dropped where r = t first."""
     method = create(conditional_student(), interval_share=0.25)
     batch = bench.GaussianMixture().batch(jax.random.key(0), 64)
-    groups = method.draw_examples(batch, jax.random.key(1))
+    groups = jax.jit(method.draw_examples)(batch, jax.random.key(1))
     interval, instant = groups["interval"], groups["instant"]
     assert interval["t"].shape == (16,) and instant["t"].shape == (48,)
     assert (interval["r"] < interval["t"]).all() and (instant["r"] == instant["t"]).all()
@@ -226,7 +226,7 @@ def test_microbatches_change_nothing(share):
         method = create(
             student, interval_share=share, direction="network", mixing=GuidanceMixing(1.2, 0.5)
         )
-        state = method.init(jax.random.key(2))
+        state = jax.jit(method.init)(jax.random.key(2))
         states.append(jax.jit(method.update)(state, batch, jax.random.key(3)))
     (one, one_metrics), (two, two_metrics) = states
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
@@ -237,7 +237,7 @@ def test_microbatches_change_nothing(share):
 def test_warm_up_follows_the_step():
     method = create(tangent_warmup_steps=4)
     batch = bench.GaussianMixture().batch(jax.random.key(0), 8)
-    state, seen = method.init(jax.random.key(0)), []
+    state, seen = jax.jit(method.init)(jax.random.key(0)), []
     update = jax.jit(method.update)
     for step in range(6):
         state, metrics = update(state, batch, jax.random.key(step))
@@ -264,16 +264,17 @@ def test_augmentation_reaches_the_network():
     student = tiny_dit(FLOW, augment_dim=augmentation.label_dim)
     method = create(student, augmentation=augmentation, interval_share=0.5)
     image = jax.random.normal(jax.random.key(0), (8, 4, 4, 3))
-    groups = method.draw_examples(
+    groups = jax.jit(method.draw_examples)(
         {"image": image, "conditions": {"label": jnp.arange(8) % 3}}, jax.random.key(1)
     )
     assert (groups["interval"]["x0"] != image[::2]).any()
-    params = randomised(student.denoiser.network.init(jax.random.key(0)), 3, 0.3)
-    told = method.loss(params, groups)[1]["squared_error"]
+    params = randomised(jax.jit(student.denoiser.network.init)(jax.random.key(0)), 3, scale=0.3)
+    loss = jax.jit(method.loss)
+    told = loss(params, groups)[1]["squared_error"]
     for name in groups:
         told_by = groups[name]["conditions"]
         told_by["augment"] = jnp.zeros_like(told_by["augment"])
-    assert abs(told / method.loss(params, groups)[1]["squared_error"] - 1) > 1e-3
+    assert abs(told / loss(params, groups)[1]["squared_error"] - 1) > 1e-3
 
 
 def test_labels_of_augmentation_without_a_place_are_refused():
@@ -286,7 +287,7 @@ def test_starts_as_its_teacher():
     student = tiny_dit(FLOW)
     teacher = dataclasses.replace(student.denoiser.network.config, second_time="none")
     denoiser = Denoiser(Network(teacher), FLOW)
-    params = randomised(denoiser.network.init(jax.random.key(0)), 4, 0.3)
+    params = randomised(jax.jit(denoiser.network.init)(jax.random.key(0)), 4, scale=0.3)
     state = create(student).init(jax.random.key(1), params)
     x, t, r = jax.random.normal(jax.random.key(2), (2, 4, 4, 3)), jnp.full(2, 0.8), jnp.zeros(2)
     label = jnp.arange(2)

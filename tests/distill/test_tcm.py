@@ -47,6 +47,21 @@ def small_method(process=None, num_microbatches=1, transition=1.0, student=None,
     return TCM(student, timesteps, TimePairs(process), transition=transition, **options)
 
 
+def loss_and_gradients(method, params, examples, stage1):
+    """(metrics, gradients) on a whole batch, in as many parts as the student's."""
+
+    @jax.jit
+    def compute(params, examples, stage1):
+        return accumulated_gradients(
+            lambda params, part: method.loss(params, part, None, {"stage1": stage1}),
+            params,
+            examples,
+            method.student.num_microbatches,
+        )
+
+    return compute(params, examples, stage1)
+
+
 @pytest.mark.parametrize(("num_microbatches", "ratio"), [(1, 0.9), (2, 0.99)])
 @pytest.mark.parametrize("name", TWINS)
 def test_loss_and_gradients_equal_the_reference(name, num_microbatches, ratio):
@@ -59,7 +74,7 @@ def test_loss_and_gradients_equal_the_reference(name, num_microbatches, ratio):
     t = jnp.asarray(TIMES[name], jnp.float32)
     examples = {
         "x0": x0,
-        "pair": method.pairs(t, jnp.float32(1 - ratio)),
+        "pair": jax.jit(method.pairs)(t, jnp.float32(1 - ratio)),
         "eps": eps,
         "conditions": {},
         "dropout_keys": jax.random.split(jax.random.key(0), 8),
@@ -68,12 +83,7 @@ def test_loss_and_gradients_equal_the_reference(name, num_microbatches, ratio):
     }
     below = np.asarray(examples["pair"].r) < method.transition
     assert below[BOUNDARY].all() and not below.all()
-    metrics, gradients = accumulated_gradients(
-        lambda params, part: method.loss(params, part, None, {"stage1": stage1}),
-        params,
-        examples,
-        num_microbatches,
-    )
+    metrics, gradients = loss_and_gradients(method, params, examples, stage1)
 
     theirs = reference.require_grad(reference.tensors(params))
     total, inner, edge = reference.truncated(
@@ -153,16 +163,11 @@ def test_microbatches_change_nothing():
     results = []
     for num_microbatches in (1, 2, 4):
         method = small_method(num_microbatches=num_microbatches)
-        state = method.init(jax.random.key(0), None, {"stage1": stage1})
-        examples = method.draw_examples(batch, key, jnp.float32(0.5))
+        state = jax.jit(method.init)(jax.random.key(0), None, {"stage1": stage1})
+        examples = jax.jit(method.draw_examples)(batch, key, jnp.float32(0.5))
         # The layout differs, and with it which image gets which time: compare on equal examples.
         fixed = results[0][0] if results else examples
-        metrics, gradients = accumulated_gradients(
-            lambda params, part: method.loss(params, part, None, {"stage1": stage1}),  # noqa: B023
-            state.params,
-            fixed,
-            num_microbatches,
-        )
+        metrics, gradients = loss_and_gradients(method, state.params, fixed, stage1)
         results.append((fixed, metrics, gradients))
         np.testing.assert_array_equal(np.sort(examples["pair"].t), np.sort(results[0][0]["pair"].t))
     for _, metrics, gradients in results[1:]:
@@ -208,7 +213,7 @@ def test_trains_a_class_conditional_transformer():
     method = build(resolved)
     stage1 = random_params(method.student.denoiser.network, 1)
     frozen = {"stage1": stage1}
-    state = method.init(jax.random.key(0), None, frozen)
+    state = jax.jit(method.init)(jax.random.key(0), None, frozen)
     image = jax.random.normal(jax.random.key(1), (8, 4, 4, 2))
     batch = {"image": image, "conditions": {"label": jnp.arange(8) % 3}}
     state, metrics = jax.jit(method.update)(state, batch, jax.random.key(2), frozen)

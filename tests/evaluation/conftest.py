@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from dit_jax.evaluation import Classifier, train_classifier
+from dit_jax.evaluation.digits import classifier as classifier_lib
+from tests.compilations import optimized
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,16 @@ def classifier_cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def classifier(digits, classifier_cache) -> Classifier:
     """The digits classifier at its default settings, trained once for the whole session."""
-    return train_classifier(
-        digits.train_images,
-        digits.train_labels,
-        10,
-        seed=0,
-        test_images=digits.test_images,
-        test_labels=digits.test_labels,
-        cache_dir=classifier_cache,
-    )
+    options = {"static_argnums": 0, "donate_argnums": 1}
+    run_steps = optimized(classifier_lib._run_steps, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier_lib, "_run_steps", run_steps)
+        return train_classifier(
+            digits.train_images,
+            digits.train_labels,
+            10,
+            seed=0,
+            test_images=digits.test_images,
+            test_labels=digits.test_labels,
+            cache_dir=classifier_cache,
+        )

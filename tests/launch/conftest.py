@@ -58,27 +58,28 @@ def tiny_file(tmp_path_factory):
     return path
 
 
-def environment(devices=1):
-    """Of a command: this one's, but with so many virtual devices."""
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+def environment(devices=1, flags=""):
+    """Of a command: this one's, but with so many virtual devices, and with further XLA_FLAGS."""
+    device_flag = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} {flags} {device_flag}"
     return {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
 
 
-def start(command, *arguments, devices=1):
+def start(command, *arguments, devices=1, flags=""):
     """Starts `python launch/<command>.py arguments`."""
     return subprocess.Popen(
         [sys.executable, f"launch/{command}.py", *map(str, arguments)],
         cwd=ROOT,
-        env=environment(devices),
+        env=environment(devices, flags),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def run(command, *arguments, devices=1, status=0):
+def run(command, *arguments, devices=1, flags="", status=0):
     """Runs a command to its end and returns (stdout, stderr); its exit status must be `status`."""
-    process = start(command, *arguments, devices=devices)
+    process = start(command, *arguments, devices=devices, flags=flags)
     out, err = process.communicate(timeout=300)
     assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
     return out, err

@@ -22,7 +22,7 @@ PHASES = ("start", "compile", "step", "save", "exit")
 CHECKPOINT_EVERY = 3
 
 
-def draw_moments(few: int = 3, many: int = 10) -> tuple[random.Random, list[str]]:
+def draw_moments(few: int = 2, many: int = 10) -> tuple[random.Random, list[str]]:
     """Dice and the phases to interrupt, the last of them the run's end; the seed is printed."""
     seed = int(os.environ.get("DIT_JAX_SEED", time.time_ns() % 10_000))
     moments, count = random.Random(seed), many if LONG else few
@@ -33,7 +33,7 @@ def draw_moments(few: int = 3, many: int = 10) -> tuple[random.Random, list[str]
     return moments, phases
 
 
-def num_steps(few: int = 3, many: int = 10) -> int:
+def num_steps(few: int = 2, many: int = 10) -> int:
     """So long that no run comes to its end before it is interrupted."""
     return 30 * (1 + (many if LONG else few))
 

@@ -113,9 +113,8 @@ def test_what_is_said_of_missing_latents_works(capsys, tmp_path):
     config.update_from_flattened_dict(
         {key: value if key == "data.name" else int(value) for key, value in values.items()}
     )
-    config.training.num_steps = 2
-    config.training.tensorboard = False
-    assert train.run(config, tmp_path / "run").step == 2
+    config.training.update(num_steps=1, batch_size=8, tensorboard=False)
+    assert train.run(config, tmp_path / "run").step == 1
     # A path that names nothing: the command that fills it, for a shell.
     config = dit_xl2.get_config()
     config.data.latents.path = str(tmp_path / "the user's latents")

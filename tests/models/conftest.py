@@ -24,6 +24,7 @@ def random_params(network, seed=0, scale=None):
     return random_like(jax.eval_shape(network.init, jax.random.key(0)), seed, scale)
 
 
+@jax.jit
 def perturbed(params, key, scale):
     """Parameters with something random added to every one of them."""
     leaves, structure = jax.tree.flatten(params)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dit_jax.models import DiTConfig, Network, Request, attention, cpu_kernels, layers
+from tests.compilations import OPTIMIZED
 from tests.models.conftest import random_params
 
 SMALL = DiTConfig(
@@ -20,11 +21,18 @@ def normal(seed, *shape):
 
 
 def assert_same_derivatives(custom, plain, *operands):
-    cotangent = normal(9, *plain(*operands).shape)
-    out, pull_back = jax.vjp(custom, *operands)
-    expected_out, expected_pull_back = jax.vjp(plain, *operands)
+    cotangent = normal(9, *jax.eval_shape(plain, *operands).shape)
+
+    def derive(function):
+        def apply(cotangent, *operands):
+            out, pull_back = jax.vjp(function, *operands)
+            return out, pull_back(cotangent)
+
+        return jax.jit(apply, compiler_options=OPTIMIZED)(cotangent, *operands)
+
+    (out, gradients), (expected_out, expected_gradients) = derive(custom), derive(plain)
     np.testing.assert_allclose(out, expected_out, atol=2e-6, rtol=2e-6)
-    for ours, expected in zip(pull_back(cotangent), expected_pull_back(cotangent), strict=True):
+    for ours, expected in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(ours, expected, atol=2e-5, rtol=2e-5)
 
 
