@@ -168,13 +168,22 @@ def check_pretrained(args: argparse.Namespace, *, prompts: bool = True) -> None:
         raise ValueError(
             f"{', '.join(given)} would do nothing beside --pretrained, which brings its own parts"
         )
-    if args.lora_ignore_text_encoders and not args.lora:
-        raise ValueError("--lora_ignore_text_encoders is of --lora, which is not given")
+    check_adapters(args)
     if getattr(args, "rounding", "nearest") != "nearest":
         raise ValueError("--rounding would do nothing beside --pretrained: bytes are the nearest")
     check_parallel(args)
     if prompts and (args.prompt is None) == (args.prompts is None):
         raise ValueError("--pretrained needs either --prompt or --prompts")
+
+
+def check_adapters(args: argparse.Namespace) -> None:
+    """Refuses what options of LoRA cannot mean.
+
+    Raises:
+        ValueError: an option of --lora without it.
+    """
+    if args.lora_ignore_text_encoders and not args.lora:
+        raise ValueError("--lora_ignore_text_encoders is of --lora, which is not given")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

@@ -189,6 +189,7 @@ class PictureQueue:
         what = f"making a picture, {settings.size}"
         remedy = "ask for a smaller one, or restart the server with --vae_tile=64; "
         with self._warnings_as_notes(job), memory.exhaustion_explained(what, remedy + SMALLER):
+            self._use_adapters(settings)
             pipeline.check(1, **settings.call, **length)
             if job.compiles and pipeline.execution.programs is not None:
                 self._compile(job, length)
@@ -203,6 +204,12 @@ class PictureQueue:
                 if job.stops:
                     return
                 self._paint(job, index, {**embeds, **settings.call, **length})
+
+    def _use_adapters(self, settings: Settings) -> None:
+        """Weights of LoRA are values alone: nothing is compiled for them."""
+        weights = {name: float(weight) for name, weight in settings.lora.items() if weight}
+        if weights != self._pipeline.adapters.weights:
+            self._pipeline.set_adapters(list(weights), list(weights.values()))
 
     def _compile(self, job: Job, length: dict[str, Any]) -> None:
         settings, began = job.settings, time.monotonic()

@@ -44,6 +44,7 @@ class Settings:
         guidance_scale: of which the network is told; None for its own, or where it is told none.
         seed: picture i depends on it and on i.
         num_images: how many.
+        lora: weights of the pipeline's LoRA by name; 0 for not used.
     """
 
     prompt: str
@@ -53,6 +54,7 @@ class Settings:
     guidance_scale: float | None
     seed: int
     num_images: int
+    lora: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def size(self) -> str:
@@ -102,6 +104,8 @@ class Reader:
                 raise SettingError("", f"unknown setting {name!r}{hint}")
         if "prompt" not in given:
             raise SettingError("prompt", "prompt: expected text, none is given")
+        if isinstance(given.get("lora"), Mapping):
+            given = {**given, "lora": {**self.defaults.lora, **given["lora"]}}
         settings = dataclasses.replace(self.defaults, **given)
         self.check(settings)
         return settings
@@ -125,6 +129,7 @@ class Reader:
         _require("seed", settings.seed, ranges.SEED)
         _require("num_images", settings.num_images, Range(1, MAX_IMAGES, whole=True))
         self._check_guidance(settings.guidance_scale)
+        self._check_lora(settings.lora)
         self._check_size(settings.height, settings.width)
 
     def _check_guidance(self, scale: Any) -> None:
@@ -137,6 +142,19 @@ class Reader:
                 "leave it out",
             )
         _require("guidance_scale", scale, ranges.GUIDANCE)
+
+    def _check_lora(self, weights: Any) -> None:
+        known = self.defaults.lora
+        if not isinstance(weights, Mapping):
+            raise SettingError("lora", f"lora: {_named(weights)} given, expected weights by name")
+        for name, weight in weights.items():
+            if name not in known:
+                hint = did_you_mean(name, known) or f": there are {', '.join(known) or 'none'}"
+                raise SettingError(
+                    "lora",
+                    f"lora: {name!r} was not loaded (launch/serve.py --lora=FILE){hint}",
+                )
+            _require("lora", weight, ranges.FINITE)
 
     def _check_size(self, height: int, width: int) -> None:
         multiple = self.pipeline.side_multiple

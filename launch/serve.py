@@ -5,8 +5,9 @@
 
 The page is at http://127.0.0.1:7860, for this machine alone unless --host says otherwise. Pictures
 are made one at a time, others wait; they are kept in memory until the server ends, and their files
-say how they were made. --height, --width, --steps and --guidance_scale are what the page begins
-with. A size and a number of steps is compiled for at its first picture, those of --compile at once.
+say how they were made. --height, --width, --steps, --guidance_scale and the weights of --lora are
+what the page begins with. A size and a number of steps is compiled for at its first picture, those
+of --compile at once.
 
 The same as JSON over HTTP: docs/text_to_image.md.
 """
@@ -73,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     with command.readable_errors(traceback=args.traceback):
         arguments.check_parallel(args)
+        arguments.check_adapters(args)
         require_extra()
         listening = listen_at(args.host, args.port)  # before anything is read
         from dit_jax.launch import serving

@@ -92,8 +92,13 @@ class Site:
                 "session": self._session,
                 "guided": pipeline.is_guided,
                 "side_multiple": pipeline.side_multiple,
-                "defaults": {"steps": defaults.steps, "guidance_scale": defaults.guidance_scale}
-                | {"height": defaults.height, "width": defaults.width},
+                "defaults": {
+                    "steps": defaults.steps,
+                    "guidance_scale": defaults.guidance_scale,
+                    "height": defaults.height,
+                    "width": defaults.width,
+                    "lora": defaults.lora,
+                },
                 "limits": {
                     "prompt": picture_settings.MAX_PROMPT,
                     "pixels": self._reader.max_pixels,
@@ -234,7 +239,7 @@ def defaults_of(args: argparse.Namespace, pipeline: FluxPipeline) -> Settings:
     if guidance is None and pipeline.is_guided:
         guidance = 3.5
     steps = args.steps or (28 if pipeline.is_guided else 4)
-    return Settings("", height, width, steps, guidance, 0, 1)
+    return Settings("", height, width, steps, guidance, 0, 1, dict(pipeline.adapters.weights))
 
 
 def sizes_to_compile(args: argparse.Namespace, reader: Reader) -> list[Settings]:

@@ -33,6 +33,9 @@ const seconds = (value) => {
 function describe(settings, index = null) {
   const parts = [`${settings.width} × ${settings.height}`, `${settings.steps} steps`];
   if (settings.guidance_scale !== null) parts.push(`guidance ${settings.guidance_scale}`);
+  for (const [name, weight] of Object.entries(settings.lora)) {
+    if (weight) parts.push(`${name} ${weight}`);
+  }
   parts.push(`seed ${settings.seed}`);
   if (settings.num_images > 1 && index !== null) {
     parts.push(`picture ${index + 1} of ${settings.num_images}`);
@@ -49,6 +52,18 @@ function randomSeed() {
   $("seed").value = drawn[0];
 }
 
+const adapters = () => [...$("adapters").querySelectorAll("input")];
+
+function offerAdapters(weights) {
+  const rows = Object.entries(weights).map(([name, weight]) => {
+    const field = element("input", { type: "number", step: "any", value: weight });
+    field.dataset.name = name;
+    return element("label", {}, element("span", { textContent: name, title: name }), field);
+  });
+  $("adapters").replaceChildren(...rows);
+  $("lora").hidden = rows.length === 0;
+}
+
 function settingsOfForm() {
   const settings = { prompt: $("prompt").value };
   for (const name of NUMBERS) {
@@ -59,6 +74,10 @@ function settingsOfForm() {
     // What is no number goes as it is, for the server to say what it expects.
     settings[name] = text === "" ? "" : Number(text);
   }
+  for (const field of adapters()) {
+    settings.lora ??= {};
+    settings.lora[field.dataset.name] = field.value.trim() === "" ? "" : Number(field.value);
+  }
   return settings;
 }
 
@@ -67,6 +86,7 @@ function useSettings(settings) {
   for (const name of NUMBERS) {
     if (!$(name).disabled && settings[name] !== null) $(name).value = settings[name];
   }
+  for (const field of adapters()) field.value = settings.lora[field.dataset.name] ?? 0;
   complain("");
 }
 
@@ -200,7 +220,9 @@ async function begin() {
   $("guidance_scale").disabled = !guided;
   const how = "How closely the picture follows the prompt.";
   write($("guidance-hint"), guided ? how : `Guidance: ${found.title} was trained to need none.`);
+  offerAdapters(defaults.lora);
   for (const [name, value] of Object.entries(defaults)) {
+    if (name === "lora") continue;
     if ($(name).value === "" && value !== null) $(name).value = value;
   }
   pipeline = found;

@@ -20,7 +20,7 @@ class Painter(FluxPipeline):
     With `gate`, a picture waits for `go` and says that it has begun.
     """
 
-    def __init__(self, *, guided=False, gate=False, fault=None):
+    def __init__(self, *, guided=False, gate=False, fault=None, lora=None):
         transformer = types.SimpleNamespace(
             config=types.SimpleNamespace(guidance_embedding=guided, title="FLUX.1 test")
         )
@@ -29,6 +29,10 @@ class Painter(FluxPipeline):
         self.execution = types.SimpleNamespace(programs=None)
         self.began, self.go, self.fault = threading.Semaphore(0), threading.Semaphore(0), fault
         self.gate, self.calls = gate, []
+        self.adapters = types.SimpleNamespace(weights=dict(lora or {}))
+
+    def set_adapters(self, adapter_names, adapter_weights):
+        self.adapters.weights = dict(zip(adapter_names, adapter_weights, strict=True))
 
     def check(self, draws=1, **settings):
         return ()
@@ -39,7 +43,8 @@ class Painter(FluxPipeline):
         return np.zeros((1, 1, 1)), np.zeros((1, 1))
 
     def __call__(self, prompt=None, *, height, width, seed, first_image, **options):
-        self.calls.append({"height": height, "width": width, "seed": seed, **options})
+        used = {"height": height, "width": width, "seed": seed, "lora": self.adapters.weights}
+        self.calls.append({**used, **options})
         if self.gate:
             self.began.release()
             assert self.go.acquire(timeout=60)

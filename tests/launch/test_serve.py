@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 
 from dit_jax import FluxPipeline
+from dit_jax.interop.lora import save_lora
 from dit_jax.launch import picture_queue, serve
 from tests.launch import conftest
 from tests.launch.served import Painter, served
+from tests.models.test_lora import drawn
 from tests.references import diffusers_flux_pipeline
 
 pytest.importorskip("starlette", reason="needs the extra 'serve'")
@@ -50,7 +52,8 @@ def test_the_page_is_complete_and_asks_nobody_else(site):
     status, found = site.json("/api/pipeline")
     assert status == 200 and found["title"] == "FLUX.1 test" and found["name"] == "folder"
     assert not found["guided"] and found["side_multiple"] == 16
-    assert found["defaults"] == {"height": 32, "width": 32, "steps": 4, "guidance_scale": None}
+    defaults = {"height": 32, "width": 32, "steps": 4, "guidance_scale": None, "lora": {}}
+    assert found["defaults"] == defaults
     assert site.ask("/etc/passwd")[0] == 404
 
 
@@ -94,6 +97,12 @@ def test_pictures_say_how_they_were_made(site):
         ({"guidance_scale": 3}, "guidance_scale", "FLUX.1 test is not told a guidance scale"),
         ({"prompt": 3}, "prompt", "prompt: expected text, not 3"),
         ({"prompt": "a" * 10_001}, "prompt", "10,001 characters, expected at most 10,000"),
+        (
+            {"lora": {"style": 1}},
+            "lora",
+            "'style' was not loaded (launch/serve.py --lora=FILE): there",
+        ),
+        ({"lora": 3}, "lora", "lora: 3 given, expected weights by name"),
         ({"promt": "a"}, "", "unknown setting 'promt'; did you mean prompt?"),
     ],
 )
@@ -126,6 +135,21 @@ def test_a_guided_pipeline_is_told_the_scale():
         assert [call["guidance_scale"] for call in client.pipeline.calls] == [3.5, 2]
         status, answer = client.json("/api/images", {"prompt": "a", "guidance_scale": -1})
         assert status == 400 and "expected at least 0" in answer["error"]
+
+
+def test_adapters_are_used_with_the_weights_asked_for():
+    painter = Painter(lora={"style": 0.8, "detail": 1.0})
+    with served(painter, "--height=32", "--width=32") as client:
+        assert client.json("/api/pipeline")[1]["defaults"]["lora"] == painter.adapters.weights
+        for weights in ({}, {"style": 0}, {"style": 0.5, "detail": 0}):
+            job = client.make(prompt="a", lora=weights)
+        assert job["settings"]["lora"] == {"style": 0.5, "detail": 0}
+        used = [call["lora"] for call in painter.calls]
+        assert used == [{"style": 0.8, "detail": 1.0}, {"detail": 1.0}, {"style": 0.5}]
+        error = client.json("/api/images", {"prompt": "a", "lora": {"stile": 1}})[1]["error"]
+        assert error.endswith("did you mean style?")
+        error = client.json("/api/images", {"prompt": "a", "lora": {"style": ""}})[1]["error"]
+        assert error == "lora: nothing is given, expected a finite number"
 
 
 def test_others_wait_and_can_be_cancelled(slow, monkeypatch):
@@ -201,23 +225,35 @@ def test_the_oldest_pictures_are_forgotten(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*this was cut off")
-def test_a_real_pipeline_gives_what_python_gives(folder):
+def test_a_real_pipeline_gives_what_python_gives(folder, tmp_path):
     pipe = FluxPipeline.from_pretrained(folder)
+    network = pipe.parts.transformer
+    save_lora(tmp_path / "style.safetensors", network, drawn(network, 0, rank=2, spread=0.3))
+    pipe.load_lora_weights(tmp_path / "style.safetensors", 0.5)
     options = ("--max_sequence_length=24", "--steps=2", "--height=8", "--width=12")
     with served(pipe, *options, "--compile", "8x12") as client:
-        job = client.make(prompt="a cat " * 30, num_images=2, seed=3)
-        assert job["id"] == 2 and job["state"] == "done", job["error"]
-        assert [note.partition(" of a")[0] for note in job["notes"]] == [
+        jobs = [
+            client.make(prompt="a cat " * 30, num_images=2, seed=3),
+            client.make(prompt="a cat", seed=3, lora={"style": 0}),
+        ]
+        assert jobs[0]["id"] == 2 and jobs[0]["settings"]["lora"] == {"style": 0.5}
+        assert all(job["state"] == "done" for job in jobs), jobs
+        assert [note.partition(" of a")[0] for note in jobs[0]["notes"]] == [
             "T5 takes 24 tokens",
             "CLIP takes 77 tokens",
         ]
         compiled = client.json("/api/images/1")[1]
         assert compiled["kind"] == "compile" and not compiled["images"]
-        files = [client.ask(address)[2] for address in job["images"]]
-    settings = {"height": 8, "width": 12, "num_inference_steps": 2, "max_sequence_length": 24}
-    for number, file in enumerate(files):
-        wanted = pipe("a cat " * 30, seed=3, first_image=number, **settings).images[0]
-        assert np.array_equal(np.asarray(Image.open(io.BytesIO(file))), np.asarray(wanted))
+        files = [client.ask(address)[2] for job in jobs for address in job["images"]]
+    made = [np.asarray(Image.open(io.BytesIO(file))) for file in files]
+    sizes = {"height": 8, "width": 12, "num_inference_steps": 2, "max_sequence_length": 24}
+    wanted = [pipe("a cat", seed=3, **sizes).images[0]]
+    pipe.set_adapters("style", 0.5)
+    for number in range(2):
+        wanted.append(pipe("a cat " * 30, seed=3, first_image=number, **sizes).images[0])
+    for found, image in zip(made, (*wanted[1:], wanted[0]), strict=True):
+        assert np.array_equal(found, np.asarray(image))
+    assert np.abs(made[0].astype(int) - made[2]).max() > 5
 
 
 def test_compiled_ahead_into_a_folder(tmp_path):
@@ -240,8 +276,9 @@ def test_ctrl_c_ends_it_at_once_even_while_it_compiles(folder):
     line = process.stdout.readline()
     assert re.search(r"FLUX .* of tiny: http://127.0.0.1:\d+ \(Ctrl-C ends\)", line), line
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=5)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err.strip() == "interrupted"
+    assert "compiled" not in out
 
 
 def refusal(capsys, *options):
@@ -259,6 +296,7 @@ def test_command_lines_that_cannot_be_are_refused(folder, capsys, monkeypatch):
     assert "--host=192.0.2.1" in refusal(capsys, "x", "--host=192.0.2.1", "--port=0")
     assert "none/of/these does not exist" in refusal(capsys, "none/of/these", "--port=0")
     assert "at most 65535" in refusal(capsys, "x", "--port=65536")
+    assert "is of --lora" in refusal(capsys, "x", "--lora_ignore_text_encoders")
     assert "--patch_devices would do nothing" in refusal(capsys, "x", "--patch_devices=2")
     error = refusal(capsys, str(folder), "--port=0", "--compile", "8x8", "10x8")
     assert "--compile=10x8: height=10, width=8: expected multiples of 4" in error

@@ -120,6 +120,21 @@ def test_others_wait_in_view_and_are_cancelled(page):
         assert prompts == ["three", "one"]
 
 
+def test_weights_of_adapters_are_fields(page, opened):
+    assert opened.script("return document.getElementById('lora').hidden")
+    with served(Painter(lora={"style": 0.8}), "--height=32", "--width=32") as client:
+        page.open(client.url)
+        page.until("document.title == 'FLUX.1 test: text to image'")
+        assert page.value("#adapters input") == "0.8" and "style" in page.text("#adapters")
+        page.write("#adapters input", "0.5")
+        page.click("#submit")
+        page.until(f"{PICTURES} == 1")
+        assert "style 0.5" in page.text("#shown-settings")
+        page.write("#adapters input", "0")
+        page.click("#history button")
+        assert page.value("#adapters input") == "0.5"
+
+
 def test_it_fits_a_phone_and_complains_of_nothing(opened, site):
     opened.resize(360, 740)
     wide = opened.script("return document.documentElement.scrollWidth - window.innerWidth")
