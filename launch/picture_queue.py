@@ -18,6 +18,7 @@ from dit_jax.launch.picture_settings import Settings, png
 from dit_jax.launch.prompting import SMALLER
 from dit_jax.launch.spelling import spelled
 from dit_jax.pipelines.flux import FluxPipeline
+from dit_jax.quantities import counted
 from dit_jax.training import memory
 
 MAX_WAITING = 32  # jobs
@@ -244,7 +245,7 @@ class PictureQueue:
             self._changed(job)
 
     def _compiling(self, settings: Settings) -> str:
-        return f"compiling for {settings.size}, {settings.steps} steps"
+        return f"compiling for {settings.size}, {counted(settings.steps, 'step')}"
 
     def _stage(self, job: Job, stage: str, expected: float | None = None) -> None:
         with self._changes:

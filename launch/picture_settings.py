@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from PIL import PngImagePlugin
 
 import dit_jax
 from dit_jax import ranges
+from dit_jax.evaluation.files import to_pil
 from dit_jax.nearest import did_you_mean
 from dit_jax.pipelines.flux import FluxPipeline
 from dit_jax.ranges import Range
@@ -172,16 +174,14 @@ class Reader:
 
 
 def png(pixels: np.ndarray, settings: Settings, number: int, title: str) -> bytes:
-    """A PNG file of bytes [h, w, 3] that says how picture `number` of some was made."""
-    from PIL import Image, PngImagePlugin
-
+    """A PNG file of bytes [h, w, channels] that says how picture `number` of some was made."""
     texts = PngImagePlugin.PngInfo()
     texts.add_text("Software", f"dit-jax {dit_jax.__version__}")
     texts.add_itxt("Description", settings.prompt)
     record = dataclasses.asdict(settings) | {"image": number, "pipeline": title}
     texts.add_itxt(METADATA, json.dumps(record, ensure_ascii=False))
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", pnginfo=texts)
+    to_pil(pixels).save(file, "PNG", pnginfo=texts)
     return file.getvalue()
 
 

@@ -25,13 +25,14 @@ function write(node, text) {
 }
 
 const seconds = (value) => {
+  if (value < 0.05) return "less than 0.1 s";
   if (value < 9.95) return `${value.toFixed(1)} s`;
   if (value < 99.5) return `${Math.round(value)} s`;
   return `${Math.floor(value / 60)} min ${Math.round(value % 60)} s`;
 };
 
 function describe(settings, index = null) {
-  const parts = [`${settings.width} × ${settings.height}`, `${settings.steps} steps`];
+  const parts = [`${settings.width} × ${settings.height}`, `${settings.steps} step${settings.steps === 1 ? "" : "s"}`];
   if (settings.guidance_scale !== null) parts.push(`guidance ${settings.guidance_scale}`);
   for (const [name, weight] of Object.entries(settings.lora)) {
     if (weight) parts.push(`${name} ${weight}`);
@@ -219,7 +220,7 @@ async function begin() {
   write($("size-hint"), `Multiples of ${multiple}, at most ${most} pixels in all.`);
   $("guidance_scale").disabled = !guided;
   const how = "How closely the picture follows the prompt.";
-  write($("guidance-hint"), guided ? how : `Guidance: ${found.title} was trained to need none.`);
+  write($("guidance-hint"), guided ? how : "No guidance: this pipeline is not told its scale.");
   offerAdapters(defaults.lora);
   for (const [name, value] of Object.entries(defaults)) {
     if (name === "lora") continue;
@@ -262,12 +263,12 @@ function renderLast(job) {
 function renderRunning(job) {
   const elapsed = performance.now() / 1000 - job.since;
   const about = job.expected;
-  if (about) $("bar").value = Math.min(0.97, elapsed / about);
+  if (about > 0.5) $("bar").value = Math.min(0.97, elapsed / about);
   else $("bar").removeAttribute("value");
   const stage = job.stage ? job.stage.charAt(0).toUpperCase() + job.stage.slice(1) : "Beginning";
   const compiling = job.stage.startsWith("compiling");
-  let text = `${stage}: ${seconds(elapsed)}`;
-  if (about) text += ` of about ${seconds(about)}`;
+  let text = `${stage}: ${elapsed.toFixed(1)} s`;
+  if (about > 0.5) text += ` of about ${seconds(about)}`;
   else if (compiling) text += " (how long it takes is known after the first time)";
   if (compiling) text += ". Later pictures of this size and steps start at once.";
   $("status").classList.remove("wrong");

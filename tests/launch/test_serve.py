@@ -137,6 +137,12 @@ def test_a_guided_pipeline_is_told_the_scale():
         assert status == 400 and "expected at least 0" in answer["error"]
 
 
+def test_grey_pictures_are_grey(site, monkeypatch):
+    monkeypatch.setattr(site.pipeline, "decode", lambda latents: latents[..., :1])
+    job = site.make(prompt="a", **SMALL)
+    assert Image.open(io.BytesIO(site.ask(job["images"][0])[2])).mode == "L", job
+
+
 def test_adapters_are_used_with_the_weights_asked_for():
     painter = Painter(lora={"style": 0.8, "detail": 1.0})
     with served(painter, "--height=32", "--width=32") as client:

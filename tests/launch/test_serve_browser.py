@@ -74,7 +74,7 @@ def test_a_picture_appears_is_remembered_and_used_again(opened, site):
 
 def test_errors_are_told_in_words_beside_what_is_wrong(opened):
     assert not opened.script("return document.getElementById('guidance_scale').disabled === false")
-    assert "FLUX.1 test was trained to need none" in opened.text("#guidance-hint")
+    assert "this pipeline is not told its scale" in opened.text("#guidance-hint")
     opened.write("#width", "50")
     opened.click("#submit")
     assert "width=50: expected multiples of 16, for instance 32 and 48" in complaint(opened)
