@@ -132,7 +132,17 @@ class Section:
 
 # In the order they are shown in; what they hold is registered. '' are the keys that are in none.
 _NAMES = ("", "model", "process", "timesteps", "loss", "teacher", "method", "data", "augmentation")
-_NAMES += ("optimizer", "ema", "training", "sampling", "cache", "autoencoder", "evaluation", "mesh")
+_NAMES += (
+    "optimizer",
+    "ema",
+    "lora",
+    "training",
+    "sampling",
+    "cache",
+    "autoencoder",
+    "evaluation",
+    "mesh",
+)
 _SECTIONS = {name: Section({}) for name in _NAMES}
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from dit_jax import class_names, experiment
 from dit_jax.config import default_config, from_json
 from dit_jax.config import flatten as config_flatten
-from dit_jax.interop import dit, edm, hub
+from dit_jax.interop import dit, edm, hub, lora_runs
 from dit_jax.interop.claims import check_counts, check_types, read_object
 from dit_jax.interop.edm_pickle import looks_like_network_pickle, open_network_pickle
 from dit_jax.interop.finiteness import Finiteness, WatchedFile
@@ -250,7 +250,7 @@ def _open_workdir(path: Path, weights: str, step: int | None) -> FoundModel:
     def read(name: str, dtype: Any = np.float32) -> np.ndarray:
         return seen.look(name, saved.read(leaves[name])).astype(dtype, copy=False)
 
-    return FoundModel(
+    found = FoundModel(
         "dit_jax",
         path,
         config,
@@ -261,6 +261,12 @@ def _open_workdir(path: Path, weights: str, step: int | None) -> FoundModel:
         found_autoencoder,
         class_names.load(path, config.model.num_classes),
         finiteness=seen,
+    )
+    if not config.lora.rank:
+        return found
+    options = prepared.method.lora
+    return lora_runs.merged(
+        found, open_model(options.base, weights=lora_runs.weights_of_base(options)), options
     )
 
 

@@ -4,6 +4,7 @@
   python launch/convert.py --from=dit_jax --to=diffusers runs/dit_xl2 exported \\
       --vae=hub:stabilityai/sd-vae-ft-ema
   python launch/convert.py --to=dit_pt hub:facebook/DiT-XL-2-256 dit_xl2.pt --allow_inexact
+  python launch/convert.py --to=lora runs/flux_dev_lora style.safetensors
 
 Kinds: dit_jax (a run's workdir, or a folder converted to), dit_pt (facebookresearch/DiT, fast-DiT),
 sit_pt (SiT), diffusers (a pipeline's folder or its transformer's, of DiT or FLUX), edm_pt (a state
@@ -21,6 +22,9 @@ from dit_jax.launch import argument_types, arguments, command
 
 if TYPE_CHECKING:
     from dit_jax.interop.export import Summary
+
+
+LORA = "lora"  # of a run that trained one, for PEFT; such a run is written merged as other kinds
 
 
 def registered_kinds() -> tuple[str, ...]:
@@ -42,7 +46,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--from", dest="source_kind", default="auto", choices=["auto", *arguments.KINDS, *outside]
     )
-    destinations = (*arguments.DESTINATIONS, *outside)
+    destinations = (*arguments.DESTINATIONS, LORA, *outside)
     parser.add_argument("--to", dest="kind", required=True, choices=destinations)
     parser.add_argument(
         "--dtype", default="float32", choices=arguments.DTYPES, help="of the tensors"
@@ -104,10 +108,36 @@ def show(summary: "Summary", dry_run: bool) -> str:
     return f"{notes}{verb} {summary.path}\n{table(rows)}"
 
 
+# Options that mean nothing for an adapter.
+_OF_MODELS = ("num_heads", "num_classes", "time_frequency_spacing", "vae", "class_names")
+_OF_MODELS += ("metrics", "allow_inexact", "allow_nonfinite", "dry_run")
+
+
+def convert_adapter(args: argparse.Namespace) -> None:
+    """Writes the adapter of a run for PEFT and diffusers (docs/lora.md)."""
+    given = [f"--{name}" for name in _OF_MODELS if getattr(args, name) not in (None, False, "")]
+    if given or args.source_kind not in ("auto", "dit_jax"):
+        raise ValueError(
+            f"{', '.join(given) or '--from'}: would do nothing with --to={LORA}, which is of a "
+            "run's workdir"
+        )
+    from dit_jax.interop.lora import save_lora
+    from dit_jax.interop.lora_runs import open_adapter
+
+    network, adapter = open_adapter(Path(args.source), args.weights, args.step)
+    options = {"dtype": args.dtype, "overwrite": args.overwrite}
+    save_lora(args.destination, network, adapter, **options)
+    layers = ", ".join(adapter.factors)
+    print(f"wrote {args.destination}: a LoRA of rank {adapter.rank} of {layers}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = parse_arguments(argv)
     with command.readable_errors(traceback=args.traceback):
+        if args.kind == LORA:
+            convert_adapter(args)
+            return
         from dit_jax.interop.export import write_model
         from dit_jax.interop.models import open_model
         from dit_jax.launch import loading

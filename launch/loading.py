@@ -146,11 +146,17 @@ def load_model(
     method = experiment.build_method(config)  # of whose state the run's checkpoints are
     config.model.param_dtype = resolve_param_dtype(param_dtype)
     config.model.quantization = quantization
-    run = RunWeights(directory, method, weights or config.sampling.weights)
-    saved, params = run.load(_placer(config), step, _shapes(config))
+    if config.lora.rank:  # which opens its network, too
+        saved = open_model(directory, "dit_jax", weights=weights, step=step)
+        stored, put = config.model.param_dtype, _placer(config)
+        params = saved.load(lambda path, array: put(array), param_dtype=stored)
+    else:
+        run = RunWeights(directory, method, weights or config.sampling.weights)
+        saved, params = run.load(_placer(config), step, _shapes(config))
     names = class_names.load(directory, config.model.num_classes)
+    name = saved.weights if config.lora.rank else saved.name
     return TrainedModel(
-        config, params, saved.name, saved.step, str(directory), autoencoder, names
+        config, params, name, saved.step, str(directory), autoencoder, names
     ).quantized()
 
 

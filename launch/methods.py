@@ -16,8 +16,10 @@ from dit_jax.config import ConfigError, differences
 from dit_jax.data import Pairs, Source
 from dit_jax.interop.kinds import kinds
 from dit_jax.interop.models import FoundModel, open_model
+from dit_jax.models.linear import resolve_param_dtype
 from dit_jax.training import workdir
 from dit_jax.training.checkpoints import fingerprint
+from dit_jax.training.lora import BASE
 from dit_jax.training.method import Method
 
 FROZEN_FILE = "frozen.json"
@@ -30,14 +32,19 @@ class FrozenModels:
     Attributes:
         models: by the method's name for them.
         start: the one whose parameters the student starts from, if any.
+        param_dtype: what the network of a LoRA is stored in; others are float32.
     """
 
     models: dict[str, FoundModel]
     start: FoundModel | None = None
+    param_dtype: str = "float32"
 
     def load(self, put: Any) -> dict[str, Any]:
         """Their parameters, each through `put(path, array)` as it is read; {} if there are none."""
-        return {name: model.load(put) for name, model in self.models.items()}
+        return {
+            name: model.load(put, param_dtype=self.param_dtype if name == BASE else "float32")
+            for name, model in self.models.items()
+        }
 
 
 def open_frozen(config: ml_collections.ConfigDict, method: Method) -> FrozenModels:
@@ -51,12 +58,16 @@ def open_frozen(config: ml_collections.ConfigDict, method: Method) -> FrozenMode
     for name in method.frozen_names:
         key, source, weights = _source(config, name)
         if not source:
+            what = f"method.name={config.method.name!r}"
+            if name == BASE:
+                what = f"lora.rank={config.lora.rank}"
             raise ConfigError(
-                f"config.method.name={config.method.name!r} needs a trained model: set "
+                f"config.{what} needs a trained model: set "
                 f"--config.{key}=[KIND:]SOURCE, for instance the workdir of a training run"
             )
         models[name] = _open(config, key, source, weights)
-    return FrozenModels(models, _start(config, models))
+    stored = resolve_param_dtype(config.model.param_dtype)
+    return FrozenModels(models, _start(config, models), stored)
 
 
 def _start(config: ml_collections.ConfigDict, models: dict[str, FoundModel]) -> FoundModel | None:
@@ -80,6 +91,8 @@ def _source(config: ml_collections.ConfigDict, name: str) -> tuple[str, str, str
     """(configuration key, source, weights) of a frozen model."""
     if name == "teacher":
         return "teacher.path", config.teacher.path, config.teacher.weights
+    if name == BASE:
+        return "lora.base", config.lora.base, config.lora.weights
     section = config.method[config.method.name]
     weights = section.get(f"{name}_weights", "ema")
     return f"method.{config.method.name}.{name}", section[name], weights
@@ -114,7 +127,7 @@ def _open(config: ml_collections.ConfigDict, key: str, source: str, weights: str
             student.model.second_time = found.config.model.second_time
     experiment.require_same_network(found.config, student, f"config.{key}={source}")
     sizes = [experiment.build_network(c).sample_shape[:2] for c in (found.config, config)]
-    if sizes[0] != sizes[1]:
+    if sizes[0] != sizes[1] and key != "lora.base":  # whose parameters do not depend on it
         raise ConfigError(
             f"config.{key}={source} is a model of inputs of {sizes[0][0]} x {sizes[0][1]}, the "
             f"student's are of {sizes[1][0]} x {sizes[1][1]}: set "

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,10 @@ def train_in(
     source = experiment.open_data(config, "train")
     models = methods.open_frozen(config, method)
     initial = None
+    if init_from and config.lora.rank:
+        raise config_lib.ConfigError(
+            f"--init_from={init_from} would do nothing: a LoRA's network is --config.lora.base"
+        )
     if init_from:
         initial = loading.open_initial(init_from, config, **(init_options or {}))
     initial = initial or models.start
@@ -120,6 +125,7 @@ def train_in(
     beside = teacher and TeacherPictures(teacher.config, frozen["teacher"])
     shown = preview_conditions(source, plan.network, training.preview_images)
     shown = {"conditions": shown, "nulls": nulls, "decoder": decoder, "beside": beside}
+    shown["params_of"] = functools.partial(sampled_params, method, frozen)
     preview = make_preview(config, plan, placement, directory, home.writers, **shown)
     batch = f"training in batches of {training.batch_size}"
     with (
@@ -308,6 +314,11 @@ class TeacherPictures:
         return experiment.build_sampling(self.config)
 
 
+def sampled_params(method, frozen: dict[str, Any], weights: Any) -> Any:
+    """The parameters to sample with: one of a method's weights, of a LoRA with its network."""
+    return method.sampled(weights, frozen) if hasattr(method, "sampled") else weights
+
+
 def preview_conditions(source: data_lib.Source, network: Network, count: int) -> Any:
     """What previews show: classes in turn, or what the first examples of the data are told by.
 
@@ -334,6 +345,7 @@ def make_preview(
     nulls: dict[str, jax.Array],
     decoder: loading.Decoder | None,
     beside: TeacherPictures | None,
+    params_of: Callable[[Any], Any],
 ):
     """A function that saves a grid of samples of the configured weights as PNG.
 
@@ -365,7 +377,7 @@ def make_preview(
 
     def preview(step: int, weights: dict) -> None:
         name = choose_weights(weights, config.sampling.weights)
-        images = draw(plan, weights[name])
+        images = draw(plan, params_of(weights[name]))
         teachers = of_teacher() if beside else None
         if not distributed.is_first():  # the others only helped to sample
             return

@@ -1,6 +1,7 @@
 """The method of a configuration: what is trained, on what, how."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection
 
 import ml_collections
@@ -9,10 +10,11 @@ from dit_jax.config import ConfigError, choose
 from dit_jax.data.augmentation import Augmentation
 from dit_jax.diffusion import LOSS_WEIGHTS, TIME_DISTRIBUTIONS, TimeDistribution
 from dit_jax.experiment.network import build_denoiser, build_process
-from dit_jax.options import NoOptions, option, options_of, register, register_section
+from dit_jax.options import NoOptions, facts, option, options_of, register, register_section
 from dit_jax.ranges import SHARE
 from dit_jax.training import ema, optimizer
 from dit_jax.training.denoising import Denoising
+from dit_jax.training.lora import LoraDenoising, LoraOptions
 from dit_jax.training.method import Method
 
 
@@ -69,10 +71,12 @@ def build_augmentation(config: ml_collections.ConfigDict) -> Augmentation | None
 
 
 def build_denoising(config: ml_collections.ConfigDict) -> Denoising:
-    """The Method 'denoising'."""
+    """The Method 'denoising', with config.lora.rank of a LoRA."""
     weighting = config.loss.weighting
     weight = choose(LOSS_WEIGHTS, weighting, "loss.weighting")
-    return Denoising(
+    options = LoraOptions(**config.lora.to_dict())
+    kind = functools.partial(LoraDenoising, lora=options) if options.rank else Denoising
+    return kind(
         denoiser=build_denoiser(config),
         timesteps=build_timesteps(config),
         weighting=weight(**(config.loss[weighting].to_dict() if weighting in config.loss else {})),
@@ -115,8 +119,8 @@ def register_method(
         options: a dataclass whose fields, each made by `options.option`, become
             config.method.<name>.<field>.
         reads: what of the configuration's other sections does something: of 'timesteps', 'loss'
-            (the weighting), 'variance' (loss.vlb_weight), 'augmentation' and 'second_time' (of
-            model). What is set of the others is refused.
+            (the weighting), 'variance' (loss.vlb_weight), 'augmentation', 'lora' and 'second_time'
+            (of model). What is set of the others is refused.
         scheduled: whether the student is trained for the very steps of config.sampling, which then
             decide what is learned.
 
@@ -132,10 +136,22 @@ def register_method(
 register_method(
     "denoising",
     build_denoising,
-    reads=("timesteps", "loss", "variance", "augmentation"),
+    reads=("timesteps", "loss", "variance", "augmentation", "lora"),
 )
 
 
 def build_method(config: ml_collections.ConfigDict) -> Method:
-    """The Method of `config.method.name`, one of `METHODS`."""
-    return choose(METHODS, config.method.name, "method.name")(config)
+    """The Method of `config.method.name`, one of `METHODS`.
+
+    Raises:
+        ConfigError: there is none of this name, or it trains no LoRA and is asked to.
+    """
+    name = config.method.name
+    build = choose(METHODS, name, "method.name")
+    if config.lora.rank and "lora" not in facts("method", name)["reads"]:
+        able = [known for known in METHODS if "lora" in facts("method", known)["reads"]]
+        raise ConfigError(
+            f"config.lora.rank={config.lora.rank}: config.method.name={name!r} trains no LoRA; "
+            f"set config.lora.rank=0, or one of {', '.join(able)}"
+        )
+    return build(config)

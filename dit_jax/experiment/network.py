@@ -97,12 +97,14 @@ def require_same_network(
 
 
 def require_trainable(config: ml_collections.ConfigDict) -> None:
-    """Refuses parameters in less than float32, which small updates would not change.
+    """Refuses trained parameters in less than float32, which small updates would not change.
+
+    Of a LoRA they are its factors, whose network may be stored in bfloat16.
 
     Raises:
         ConfigError: with what to set.
     """
-    if config.model.param_dtype not in ("auto", "float32"):
+    if config.model.param_dtype not in ("auto", "float32") and not config.lora.rank:
         raise ConfigError(
             f"config.model.param_dtype={config.model.param_dtype!r} is for sampling and "
             "evaluation: trained parameters are float32, as small updates vanish in fewer bits. "

@@ -1,6 +1,7 @@
 """Plain denoising: the Method that trains a diffusion model from data."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -129,6 +130,15 @@ class Denoising(Learner, OnePhase):
         metrics = {name: part.mean() for name, part in {"loss": loss, **parts}.items()}
         return metrics["loss"], metrics
 
+    def objective(self, frozen: Any) -> tuple[Callable, Callable]:
+        """(params, examples) -> loss and metrics, and what converts `params` once for all parts.
+
+        Args:
+            frozen: as `update`.
+        """
+        # What only has the face of a `Network` need not know of it.
+        return self.loss, getattr(self.denoiser.network, "as_computed", lambda params: params)
+
     def kept_bytes(self, state: TrainState, batch: Batch, key: Key[Array, ""]) -> int:
         """Bytes that the backward pass of one microbatch keeps; of arrays or their shapes."""
 
@@ -152,10 +162,9 @@ class Denoising(Learner, OnePhase):
     ) -> tuple[TrainState, Metrics]:
         """One optimizer step on the mean loss of `batch`, then the averages."""
         examples = self.draw_examples(batch, key, frozen)
-        # What only has the face of a `Network` need not know of it.
-        as_computed = getattr(self.denoiser.network, "as_computed", lambda params: params)
+        loss, as_computed = self.objective(frozen)
         metrics, gradients = accumulated_gradients(
-            self.loss, state.params, examples, self.num_microbatches, as_computed
+            loss, state.params, examples, self.num_microbatches, as_computed
         )
         metrics["gradient_norm"] = optax.global_norm(gradients)
         return self.apply_gradients(state, gradients), metrics
