@@ -154,7 +154,7 @@ def config_to_diffusers(config: AutoencoderKLConfig) -> dict[str, Any]:
         "up_block_types": ["UpDecoderBlock2D"] * count,
         "latents_mean": None,
         "latents_std": None,
-        "shift_factor": config.shift_factor or None,
+        "shift_factor": config.shift_factor,  # 0.0, not null: diffusers' FluxPipeline adds it
         **values,
     }
 

@@ -27,6 +27,8 @@ COMMANDS = {
     "write-pairs": "Samples a teacher and keeps noise, samples and states between them, to distil "
     "from.",
     "demo": "The demo: trains on handwritten digits, distils to one step, and shows both.",
+    "demo-flux": "Text to image in minutes: trains a small FLUX on captioned digits, distils it, "
+    "shows prompts.",
 }
 
 

@@ -126,6 +126,7 @@ def _open(config: ml_collections.ConfigDict, key: str, source: str, weights: str
         if key == "teacher.path":
             student.model.second_time = found.config.model.second_time
     experiment.require_same_network(found.config, student, f"config.{key}={source}")
+    found = _sized(found, config)
     sizes = [experiment.build_network(c).sample_shape[:2] for c in (found.config, config)]
     if sizes[0] != sizes[1] and key != "lora.base":  # whose parameters do not depend on it
         raise ConfigError(
@@ -138,6 +139,17 @@ def _open(config: ml_collections.ConfigDict, key: str, source: str, weights: str
         raise ConfigError(f"config.teacher.guidance_scale={scale}, of {source}, {reason}")
     _require_same_process(found, config, f"config.{key}={source}")
     return found
+
+
+def _sized(found: FoundModel, config: ml_collections.ConfigDict) -> FoundModel:
+    """The model at the student's size, where its file tells none: FLUX's from outside do not."""
+    if found.kind == "dit_jax" or found.config.model.name != "flux":
+        return found
+    sized = found.config.copy_and_resolve_references()
+    with sized.unlocked():
+        sized.model.image_size = config.model.image_size
+        sized.model.input_size = config.model.input_size
+    return dataclasses.replace(found, config=sized)
 
 
 def _require_same_process(found: FoundModel, config: ml_collections.ConfigDict, source: str):

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Key
 
 from dit_jax.diffusion.process import RectifiedFlow
 from dit_jax.evaluation import to_uint8
+from dit_jax.evaluation.files import to_pil
 from dit_jax.interop.tensors import InteropError
 from dit_jax.parallel.sampling import ImageParallel
 from dit_jax.pipelines import flux_files, flux_inputs
@@ -397,6 +398,4 @@ class FluxPipeline(Adaptable):
         pixels = self.decode(latents)
         if output_type == "np":
             return np.clip(pixels / 2 + 0.5, 0.0, 1.0)
-        from PIL import Image
-
-        return [Image.fromarray(image) for image in to_uint8(pixels)]
+        return [to_pil(image) for image in to_uint8(pixels)]

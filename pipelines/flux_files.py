@@ -143,6 +143,36 @@ def load(
     return FluxParts(transformer, params, *texts, vae, vae_params, times, kontext)
 
 
+def assemble(folder: str | Path, transformer: Network, params: Any, times: FlowTimes) -> FluxParts:
+    """The parts of a pipeline whose transformer was trained here.
+
+    Args:
+        folder: text_encoder/, text_encoder_2/, tokenizer/, tokenizer_2/ and vae/, of another
+            pipeline or by themselves.
+        transformer: the network.
+        params: its parameters.
+        times: at which it is to be evaluated.
+
+    Raises:
+        InteropError: a component is missing, or another model's.
+    """
+    folder = Path(folder)
+    texts = [
+        TextPart(
+            title,
+            output,
+            load_tokenizer(folder / tokenizer, title, within=folder),
+            *load_text_encoder(folder / encoder, kind=kind, within=folder),
+        )
+        for title, output, kind, encoder, tokenizer in (
+            ("CLIP", "pooled", CLIP, "text_encoder", "tokenizer"),
+            ("T5", "tokens", T5, "text_encoder_2", "tokenizer_2"),
+        )
+    ]
+    vae, vae_params, _ = load_autoencoder(folder / "vae")
+    return FluxParts(transformer, params, *texts, vae, vae_params, times)
+
+
 def _check_index(folder: Path) -> bool:
     """Refuses what is no whole FLUX pipeline; tells whether it is one that edits images."""
     if not (folder / INDEX).is_file():

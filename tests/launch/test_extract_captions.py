@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from dit_jax import experiment
 from dit_jax.config import ConfigError
-from dit_jax.configs import flux_dev_sft
+from dit_jax.configs import flux_dev_sft, flux_schnell_dmd2
 from dit_jax.data import captioned_digits, open_source
 from dit_jax.interop.autoencoder_kl import save_autoencoder
 from dit_jax.interop.flux_files import save_flux
@@ -14,10 +15,11 @@ from dit_jax.interop.pixel_autoencoder import pixel_autoencoder
 from dit_jax.interop.table import flatten
 from dit_jax.interop.text_encoders import load_text_encoder
 from dit_jax.interop.tokenizer_files import load_tokenizer
-from dit_jax.launch import extract_features, training
+from dit_jax.launch import extract_features, methods, training
 from dit_jax.models import FluxConfig, Network
 from dit_jax.pipelines.small_text import write_text_encoders
 from tests.data.test_captioned_folder import write
+from tests.long import only_long
 
 LONG = "four and five side by side " * 3
 CAPTIONS = {f"{i}.png": text for i, text in enumerate(captioned_digits.all_captions()[8:13])}
@@ -125,9 +127,9 @@ def test_captions_need_encoders(images, pipeline, tmp_path, capsys):
     assert "--data=captioned_folder needs --text_encoders=PIPELINE" in capsys.readouterr().err
 
 
-def fine_tuning(features, **values):
-    """configs/flux_dev_sft.py of a tiny network."""
-    config = flux_dev_sft.get_config()
+def tiny(recipe, features, **values):
+    """An experiment of configs/ with a tiny network."""
+    config = recipe.get_config()
     sizes = {"hidden_size": 32, "depth": 1, "single_depth": 1, "num_heads": 2}
     config.model.flux.update(text_dim=16, pooled_dim=8, layer_loop="scan", **sizes)
     config.model.update(input_size=(8, 16), in_channels=1, remat="none")
@@ -137,7 +139,9 @@ def fine_tuning(features, **values):
     return config
 
 
-def test_flux_dev_is_fine_tuned_on_them_from_a_diffusers_folder(features, tmp_path):
+@pytest.fixture(scope="module")
+def dev(tmp_path_factory):
+    """The folder of a tiny FLUX.1 dev as diffusers saves it."""
     config = FluxConfig(
         image_size=(8, 16),
         in_channels=1,
@@ -150,20 +154,43 @@ def test_flux_dev_is_fine_tuned_on_them_from_a_diffusers_folder(features, tmp_pa
         guidance_embedding=True,
     )
     network = Network(config)
-    save_flux(tmp_path / "dev", network, jax.jit(network.init)(jax.random.key(0)))
+    folder = tmp_path_factory.mktemp("flux") / "dev"
+    save_flux(folder, network, jax.jit(network.init)(jax.random.key(0)))
+    return folder
+
+
+def test_flux_dev_is_fine_tuned_on_them_from_a_diffusers_folder(features, dev, tmp_path):
     options = {"method.label_dropout": 0.5, "data.guidance": 2.0, "optimizer.learning_rate": 0.01}
-    config = fine_tuning(features, **options)
-    training.run(config, tmp_path / "run", init_from=str(tmp_path / "dev"))
-    start, end = open_model(str(tmp_path / "dev")), open_model(str(tmp_path / "run"))
+    config = tiny(flux_dev_sft, features, **options)
+    training.run(config, tmp_path / "run", init_from=str(dev))
+    start, end = open_model(str(dev)), open_model(str(tmp_path / "run"))
     assert end.config.data.guidance == 2.0 and end.step == 2
     before, after = start.load(), end.load()
     moved = {
         path for path, leaf in flatten(after) if np.abs(leaf - dict(flatten(before))[path]).max()
     }
     assert {"final_layer.linear.kernel", "final_layer.adaLN_modulation.kernel"} <= moved
-    missing = fine_tuning("", **{"model.flux.guidance_embedding": False, "data.guidance": 2.0})
+    missing = tiny(
+        flux_dev_sft, "", **{"model.flux.guidance_embedding": False, "data.guidance": 2.0}
+    )
     with pytest.raises(ConfigError, match=r"--data=captioned_folder --path=PICTURES"):
         training.run(missing, tmp_path / "none")
     missing.data.latents.path = str(features)
     with pytest.raises(ConfigError, match=r"config\.data\.guidance=2\.0 would do nothing"):
         training.run(missing, tmp_path / "none")
+
+
+def distillation(features, dev):
+    return tiny(flux_schnell_dmd2, features, **{"teacher.path": str(dev), "sampling.steps": 2})
+
+
+def test_a_teacher_whose_file_tells_no_size_has_the_students(features, dev):
+    prepared = experiment.prepare(distillation(features, dev))
+    teacher = methods.open_frozen(prepared.config, prepared.method).models["teacher"]
+    assert teacher.network.sample_shape == (8, 16, 1)
+
+
+@only_long
+def test_it_is_distilled_by_dmd2(features, dev, tmp_path):
+    assert training.run(distillation(features, dev), tmp_path / "run").step == 2
+    assert open_model(str(tmp_path / "run")).config.data.guidance == 3.5
