@@ -35,7 +35,7 @@ def test_what_is_trained_here_is_loaded_by_diffusers(tmp_path):
         lora=LoraOptions(rank=2, alpha=4.0, layers=r".*blocks.*"),
     )
     request = random_request(config, (4, 6))
-    state = method.init(jax.random.key(0))
+    state = jax.jit(method.init)(jax.random.key(0))
     assert set(state.params) == {"double_blocks", "single_blocks"}
     batch = {"image": request.x, "conditions": request.conditions}
     update = jax.jit(method.update)
