@@ -349,9 +349,14 @@ class ShardedPlacement(DataParallel):
         return jax.tree.unflatten(jax.tree.structure(abstract_state), shardings)
 
     def put_params(self, path: str, array: Any) -> jax.Array:
-        """One parameter of a network, read from a file, each device given its part alone."""
-        leaf = jax.ShapeDtypeStruct(array.shape, array.dtype)
-        (placed,) = place_tree({path: leaf}, self.rules, self._sizes, complete=False)
+        """One parameter of a network, read from a file, each device given its part alone.
+
+        Args:
+            path: its parts joined by slashes, or by points as readers of files have them.
+            array: in host memory.
+        """
+        leaf = {path.replace(".", "/"): jax.ShapeDtypeStruct(array.shape, array.dtype)}
+        (placed,) = place_tree(leaf, self.rules, self._sizes, complete=False)
         return put_whole(array, NamedSharding(self.mesh, placed.spec))
 
 

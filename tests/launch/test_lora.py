@@ -69,6 +69,16 @@ def test_a_run_resumes_bit_for_bit_and_holds_factors_alone(base, trained, tmp_pa
     assert (trained / "previews" / "step_00000004.png").exists()
 
 
+def test_divided_over_devices_it_learns_the_same(base, trained, tmp_path):
+    train.run(adapted(base, **{"mesh.fsdp": 4, "mesh.tensor": 2}), tmp_path / "divided")
+    placed = (tmp_path / "divided" / "placement.txt").read_text().splitlines()
+    assert any(line.split()[0].endswith("qkv/lora_b") and "tensor" in line for line in placed)
+    whole, divided = (open_adapter(d, "raw")[1] for d in (trained, tmp_path / "divided"))
+    for path, pair in whole.factors.items():
+        for one, other in zip(pair, divided.factors[path], strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-3)
+
+
 def test_it_is_sampled_and_converted_with_its_network_and_exported_alone(base, trained, tmp_path):
     network, adapter = open_adapter(trained, "raw")
     before = open_model(base).load()

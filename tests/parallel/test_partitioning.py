@@ -197,6 +197,7 @@ def test_factors_of_a_lora_follow_their_kernels():
 def test_a_frozen_parameter_is_read_to_its_shards():
     placement = ShardedPlacement(create_mesh(fsdp=4, tensor=2), rules_for("dit"))
     array = np.arange(2 * 8 * 16, dtype=np.float32).reshape(2, 8, 16)
-    placed = placement.put_params("blocks/mlp/fc1/kernel", array)
-    assert placed.addressable_shards[0].data.shape == (2, 2, 8)
-    np.testing.assert_array_equal(placed, array)
+    for path in ("blocks/mlp/fc1/kernel", "blocks.mlp.fc1.kernel"):
+        placed = placement.put_params(path, array)
+        assert placed.addressable_shards[0].data.shape == (2, 2, 8)
+        np.testing.assert_array_equal(placed, array)
