@@ -39,6 +39,7 @@ import numpy as np
 import benchmark_distillation
 import benchmark_fastgen
 import benchmark_flux
+import benchmark_parameters
 import turns
 from dit_jax import conditions as conditions_lib
 from dit_jax import evaluation, experiment
@@ -85,7 +86,7 @@ class Case:
 
 PUBLISHED = (
     Case("train", "DiT-S/2", 16, goal=0.90),
-    Case("guided", "DiT-B/2", 8, goal=0.92),
+    Case("guided", "DiT-B/2", 8, layer_loop="unroll", goal=0.92),
     Case("compile", "DiT-XL/2", 16, layer_loop="scan", goal=30.0),
 )
 
@@ -134,7 +135,7 @@ def jax_train(case: Case) -> tuple[Callable[[], None], dict[str, Any]]:
 def jax_guided(case: Case) -> tuple[Callable[[], None], dict[str, Any]]:
     """A function that runs one guided forward pass to its end, and facts about it."""
     denoiser, batch = method_of(case).denoiser, random_batch(case)
-    params = jax.jit(denoiser.network.init)(jax.random.key(0))
+    params = benchmark_parameters.random(denoiser.network)
     conditions = jax.tree.map(jnp.asarray, batch["conditions"])
     nulls = conditions_lib.null_values(denoiser.network.conditions)
     x, t, scale = jnp.asarray(batch["image"]), jnp.float32(500), jnp.float32(1.5)

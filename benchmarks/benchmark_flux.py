@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import benchmark_parameters
 from dit_jax.models import FluxConfig, Network, Request
 
 SIDE, TEXT = 64, 128
@@ -41,21 +42,10 @@ def inputs(batch_size: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     return draw(SIDE, SIDE, CONFIG.in_channels), told
 
 
-def parameters(network: Network) -> Any:
-    """Random ones, put on the device one by one, as those of a checkpoint are."""
-    shapes = jax.eval_shape(lambda: network.as_sampled(network.init(jax.random.key(0))))
-    random = np.random.default_rng(0)
-
-    def draw(leaf):
-        return jax.device_put(0.02 * random.standard_normal(leaf.shape, np.float32))
-
-    return jax.tree.map(draw, shapes)
-
-
 def jax_forward(batch_size: int) -> tuple[Callable[[], Any], dict[str, Any]]:
     """A function that evaluates the network once to its end, and facts about it."""
     network = Network(CONFIG)
-    params = parameters(network)
+    params = benchmark_parameters.random(network)
     x, told = jax.device_put(inputs(batch_size))
     t = jax.numpy.full(batch_size, 500.0)
     started = time.perf_counter()

@@ -48,6 +48,8 @@ class DiTConfig(TransformerConfig):
     mlp_norm_epsilon: float = option(1e-6, "1e-5 in diffusers' default DiT", POSITIVE)
     layer_loop: str = option("auto", "scan | unroll | auto: by backend")
 
+    stacks = ("blocks",)  # no option, and the same in all
+
     def __post_init__(self):
         for name in ("in_channels", "patch_size", "hidden_size", "depth", "num_heads"):
             if getattr(self, name) < 1:
