@@ -8,6 +8,7 @@ import torch
 
 from dit_jax.models import DiTConfig, Network, Request
 from dit_jax.models import dit as dit_lib
+from dit_jax.models.apart import Apart
 from tests.models.conftest import SMALL, random_inputs, random_params
 from tests.references import torch_dit
 from tests.references.torch_params import from_torch
@@ -158,3 +159,14 @@ def test_named_sizes_and_errors():
     for name in ("DiT-M/2", "DiT-S/3", "S/2"):
         with pytest.raises(ValueError, match="expected DiT-"):
             DiTConfig.from_name(name)
+
+
+def test_layers_with_arrays_of_their_own_give_the_same():
+    network = Network(DiTConfig(**SMALL, layer_loop="unroll"))
+    params, inputs = random_params(network), random_inputs(network.config)
+    apart = network.as_sampled(params)
+    assert isinstance(apart["blocks"]["attn"]["qkv"]["kernel"], Apart)
+    apply, request = jax.jit(network.apply), Request(*inputs)
+    np.testing.assert_allclose(
+        apply(apart, request).out, apply(params, request).out, rtol=1e-5, atol=1e-5
+    )
