@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -65,8 +66,12 @@ def environment(devices=1, flags=""):
     return {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
 
 
-def start(command, *arguments, devices=1, flags=""):
-    """Starts `python launch/<command>.py arguments`."""
+def start(command, *arguments, devices=1, flags="", interruptible=False):
+    """Starts `python launch/<command>.py arguments`.
+
+    `interruptible`: by SIGINT, although tests that run in the background ignore it, which a command
+    would inherit.
+    """
     return subprocess.Popen(
         [sys.executable, f"launch/{command}.py", *map(str, arguments)],
         cwd=ROOT,
@@ -74,7 +79,12 @@ def start(command, *arguments, devices=1, flags=""):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=_hear_interruptions if interruptible else None,
     )
+
+
+def _hear_interruptions():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(command, *arguments, devices=1, flags="", status=0):

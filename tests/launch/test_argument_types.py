@@ -44,7 +44,7 @@ def test_every_numeric_flag_is_checked_at_the_door(parser_of, name):
             assert action.type is not Path, action.dest
         if action.type is None or action.type in (str, Path) or action.dest == "labels":
             continue
-        if action.dest in ("out", "picture", "json", "folder", "conditions", "programs"):
+        if action.dest in ("out", "picture", "json", "folder", "conditions", "programs", "lora"):
             continue
         for text in ("nan", "inf", "-inf", "-1", "1e99", "9" * 30, "x", ""):
             if "time" in action.dest or "interval" in action.dest:

@@ -278,7 +278,8 @@ def test_compiled_ahead_into_a_folder(tmp_path):
 
 
 def test_ctrl_c_ends_it_at_once_even_while_it_compiles(folder):
-    process = conftest.start("serve", folder, "--port=0", "--height=8", "--compile", "8x8")
+    options = ("--port=0", "--height=8", "--compile", "8x8")
+    process = conftest.start("serve", folder, *options, interruptible=True)
     line = process.stdout.readline()
     assert re.search(r"FLUX .* of tiny: http://127.0.0.1:\d+ \(Ctrl-C ends\)", line), line
     process.send_signal(signal.SIGINT)
