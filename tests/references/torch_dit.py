@@ -272,7 +272,7 @@ class DDPMTraining:
         """Loss [b] of clean images x0 with labels y, noised by eps at the integer times t."""
         at = {k: v[t].view(-1, 1, 1, 1) for k, v in self.table.items()}
         xt = at["alpha"] * x0 + at["sigma"] * eps
-        out = self.model(xt, t, y)
+        out = self.model(xt, t, y).float()  # under autocast it is bfloat16
         if not self.model.learn_sigma:
             return (out - eps).square().mean(dim=(1, 2, 3))
         eps_hat, v = out.chunk(2, dim=1)
