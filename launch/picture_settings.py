@@ -14,6 +14,7 @@ from dit_jax import ranges
 from dit_jax.evaluation.files import to_pil
 from dit_jax.nearest import did_you_mean
 from dit_jax.pipelines.flux import FluxPipeline
+from dit_jax.pipelines.flux_inputs import is_text
 from dit_jax.ranges import Range
 
 MAX_PROMPT = 10_000  # characters; encoders take 512 tokens at most
@@ -121,6 +122,10 @@ class Reader:
         prompt = settings.prompt
         if not isinstance(prompt, str):
             raise SettingError("prompt", f"prompt: expected text, not {_named(prompt)}")
+        if not is_text(prompt):
+            raise SettingError(
+                "prompt", "prompt: expected text that UTF-8 can write, without lone surrogates"
+            )
         if len(prompt) > MAX_PROMPT:
             raise SettingError(
                 "prompt", f"prompt: {len(prompt):,} characters, expected at most {MAX_PROMPT:,}"

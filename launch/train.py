@@ -116,6 +116,10 @@ def main(argv: list[str]) -> None:
     if distributed.is_first():
         print(f"done: step {result.step}, {result.steps_per_second:.4g} steps/s, in {directory}")
         sample = ["python", "launch/sample.py", f"--workdir={directory}", "--out=samples.png"]
+        if _CONFIG.value.model.name == "flux" and _CONFIG.value.lora.rank:
+            # Prompts are for pipelines, of which a run has the transformer's change alone.
+            adapter = ["--to=lora", str(directory), "lora.safetensors"]
+            sample = ["python", "launch/convert.py", *adapter]
         from dit_jax import config, options
 
         modules = options.extensions(config.choices(_CONFIG.value))

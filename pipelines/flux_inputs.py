@@ -8,9 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from dit_jax import ranges
 from dit_jax.sampling import image_keys
 
 PACKED = 2  # a token is 2 x 2 latents
+
+
+def is_text(prompt: str) -> bool:
+    """Whether UTF-8 can write it, as tokenizers need: no lone half of a surrogate pair."""
+    return not any("\ud800" <= character <= "\udfff" for character in prompt)
 
 
 def as_list(name: str, prompts: str | Sequence[str]) -> list[str]:
@@ -24,6 +30,8 @@ def as_list(name: str, prompts: str | Sequence[str]) -> list[str]:
         raise ValueError(f"{name}: expected a string or a list of strings")
     if not all(isinstance(text, str) for text in prompts):
         raise ValueError(f"{name}: expected a string or a list of strings")
+    if not all(map(is_text, prompts)):
+        raise ValueError(f"{name}: expected text that UTF-8 can write, without lone surrogates")
     return list(prompts)
 
 
@@ -57,9 +65,11 @@ def keys_of(generator: Any, seed: int, first: int, count: int) -> Array:
     """One key a picture, of those number `first` on.
 
     Raises:
-        ValueError: `generator` is no key of JAX, or not one a picture.
+        ValueError: `generator` is no key of JAX, or not one a picture; a seed out of range.
     """
     if generator is None:
+        if not isinstance(seed, int | np.integer) or int(seed) not in ranges.SEED:
+            raise ValueError(f"seed={seed}: expected {ranges.SEED}")
         return image_keys(seed, np.arange(first, first + count))
     dtype = getattr(generator, "dtype", None)
     if not isinstance(generator, jax.Array) or not jax.dtypes.issubdtype(

@@ -103,6 +103,7 @@ def test_pictures_say_how_they_were_made(site):
             "'style' was not loaded (launch/serve.py --lora=FILE): there",
         ),
         ({"lora": 3}, "lora", "lora: 3 given, expected weights by name"),
+        ({"prompt": "\ud800 x"}, "prompt", "without lone surrogates"),
         ({"promt": "a"}, "", "unknown setting 'promt'; did you mean prompt?"),
     ],
 )
