@@ -84,9 +84,9 @@ def cifar10(folder: Path, small: bool, data: str, steps: int) -> Iterator[Measur
     shared += ("--config.training.preview_every=0", "--config.training.tensorboard=False")
     if small:
         shared += ("--config.model.dit.depth=1", "--config.model.dit.hidden_size=32")
-        shared += ("--config.model.dit.num_heads=2", "--config.training.batch_size=4")
+        shared += ("--config.model.dit.num_heads=2", "--config.training.batch_size=8")
         shared += ("--config.optimizer.warmup_steps=1",)
-    images = "100" if small else "10000"
+    images = "200" if small else "10000"
     length = f"--config.training.num_steps={steps}"
     teacher = folder / "uniform"
     runs = {
