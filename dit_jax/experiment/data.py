@@ -9,9 +9,9 @@ from dit_jax import conditions as conditions_lib
 from dit_jax import data as data_lib
 from dit_jax.config import ConfigError, choose
 from dit_jax.data.buckets import parse_buckets
-from dit_jax.data.constants import WithConstant
 from dit_jax.data.latents import caption_command, extraction_command
 from dit_jax.data.registry import SOURCES
+from dit_jax.data.with_constant import WithConstant
 from dit_jax.experiment.network import build_network, size_setting
 from dit_jax.experiment.sampling import build_sampling
 from dit_jax.models import Network

@@ -139,7 +139,9 @@ class Denoising(Learner, OnePhase):
         # What only has the face of a `Network` need not know of it.
         return self.loss, getattr(self.denoiser.network, "as_computed", lambda params: params)
 
-    def kept_bytes(self, state: TrainState, batch: Batch, key: Key[Array, ""]) -> int:
+    def kept_bytes(
+        self, state: TrainState, batch: Batch, key: Key[Array, ""], frozen: Any = None
+    ) -> int:
         """Bytes that the backward pass of one microbatch keeps; of arrays or their shapes."""
 
         def loss(params, examples):
@@ -149,7 +151,7 @@ class Denoising(Learner, OnePhase):
             size = leaf.shape[0] // self.num_microbatches
             return jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype)
 
-        examples = jax.tree.map(part, jax.eval_shape(self.draw_examples, batch, key))
+        examples = jax.tree.map(part, jax.eval_shape(self.draw_examples, batch, key, frozen))
         return remat_choice.kept_bytes(loss, state.params, examples)
 
     def update(

@@ -268,7 +268,7 @@ class _Updates:
             for batch in batches.values():
                 with self._placement.tracing():
                     inputs = state, self._inputs(batch, False)[0], key
-                    least.append(remat_choice.least_bytes(method, *inputs, devices))
+                    least.append(remat_choice.least_bytes(method, *inputs, devices, self._frozen))
             return max(least)
 
         def disagrees(flag):

@@ -101,8 +101,11 @@ class LoraDenoising(Denoising):
 
         return loss, lambda factors: factors
 
-    def kept_bytes(self, state: TrainState, batch: Batch, key: Key[Array, ""]) -> int:
+    def kept_bytes(
+        self, state: TrainState, batch: Batch, key: Key[Array, ""], frozen: Any = None
+    ) -> int:
         """As of denoising, of whose gradients these are a part."""
         base = jax.eval_shape(self.denoiser.network.init, key)
         params = lora.combine(base, state.params)
-        return super().kept_bytes(dataclasses.replace(state, params=params), batch, key)
+        whole = dataclasses.replace(state, params=params)
+        return super().kept_bytes(whole, batch, key, frozen)

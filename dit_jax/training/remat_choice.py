@@ -147,12 +147,15 @@ class Choice:
         self._announce(f"config.model.remat='auto': {policy!r} {what}{of}")
 
 
-def least_bytes(method: Any, state: Any, batch: Any, key: Any, num_devices: int) -> int:
+def least_bytes(
+    method: Any, state: Any, batch: Any, key: Any, num_devices: int, frozen: Any = None
+) -> int:
     """Bytes of a device that an update needs at least: its state and what is kept for backward.
 
     As if both were divided over all devices; 0 for a method that does not tell what it keeps.
+    `frozen` is what the method reads and never trains, as for its update.
     """
     if not hasattr(method, "kept_bytes"):
         return 0
     held = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    return (held + method.kept_bytes(state, batch, key)) // num_devices
+    return (held + method.kept_bytes(state, batch, key, frozen)) // num_devices

@@ -1,4 +1,5 @@
 import dataclasses
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -127,3 +128,32 @@ def test_what_a_method_keeps_is_of_one_microbatch():
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     assert remat_choice.least_bytes(whole, state, batch, key, 4) == (held + kept) // 4
     assert remat_choice.least_bytes(object(), state, batch, key, 4) == 0
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_a_text_conditioned_network_keeps_is_known_with_its_nulls(rank):
+    config = importlib.import_module("dit_jax.configs.flux_tiny").get_config()
+    config.model.update(remat="block")
+    config.model.flux.update(depth=1, single_depth=1, layer_loop="scan")
+    if rank:
+        config.lora.update(rank=rank, base="a/run")
+    method = experiment.build_method(config_lib.resolve(config.to_dict()))
+    assert method.label_dropout > 0
+    declared, side = method.denoiser.network.conditions, method.denoiser.network.config.image_size
+    told = {"text": (3, *declared["text"].shape[1:]), "pooled": declared["pooled"].shape}
+    image = (8, side, side, method.denoiser.network.config.in_channels)
+    shape = jax.ShapeDtypeStruct
+    batch = {
+        "image": shape(image, jnp.float32),
+        "conditions": {name: shape((8, *size), jnp.bfloat16) for name, size in told.items()},
+    }
+    frozen = {"nulls": {name: shape(size, jnp.bfloat16) for name, size in told.items()}}
+    key = jax.random.key(0)
+    state = jax.eval_shape(method.init, key)
+    inputs = (state, batch, key)
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    least = remat_choice.least_bytes(method, *inputs, 1, frozen)
+    assert least == held + method.kept_bytes(*inputs, frozen)
+    assert least > held
+    with pytest.raises(ValueError, match="null value"):
+        method.kept_bytes(*inputs)
