@@ -15,7 +15,7 @@ those of a group take turns. Writes OUT.json (all seconds), OUT.md (the table) a
 extra 'plan') and says what it would take at least.
 
 Not among the rungs: fused projections. Queries, keys and values are one product in all networks
-here, and their weights are stored so.
+that are sampled here, and their weights are stored so.
 """
 
 import argparse

@@ -4,8 +4,9 @@ python launch/demo.py
 
 Everything goes to runs/demo (or --workdir): the teacher's run in teacher/, the student's in
 student/. Running it again starts afresh there. At the end it says how good both are, and where the
-time went. Batches and steps are half those of configs/digits.py and configs/digits_cm.py, learning
-rates higher, and the teacher is sampled in 8 steps instead of 25: quicker, and hardly worse.
+time went. Batches are half those of configs/digits.py and configs/digits_cm.py, steps fewer than
+half, learning rates higher, and the teacher is sampled in 8 steps instead of 25: quicker, and
+hardly worse.
 """
 
 import argparse
