@@ -56,7 +56,7 @@ def start_afresh(directory: Path) -> None:
 
 
 def teacher_config() -> ml_collections.ConfigDict:
-    """configs/digits.py with half its batch and 640 of its 1,500 steps, sampled in a third of its steps."""
+    """configs/digits.py with half its batch and 640 steps, sampled in a third of its own."""
     config = digits.get_config()
     config.training.batch_size //= 2
     config.training.num_steps = 640

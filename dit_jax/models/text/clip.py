@@ -7,7 +7,6 @@ its pooled state, Stable Diffusion its tokens, SDXL both and the tokens before t
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +14,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dit_jax.models import stack
-from dit_jax.models.attention import Attention, LocalAttention
+from dit_jax.models.attention import Attention
 from dit_jax.models.attention_options import AttentionOptions
 from dit_jax.models.layers import LayerNorm
 from dit_jax.models.linear import Linear, Precision, precision_of
-from dit_jax.models.text.parts import TextStates, TokenEmbedding, check_counts
+from dit_jax.models.text.parts import TextStates, TokenEmbedding, check_counts, run_blocks
 
 # Checkpoints whose config says so were saved before transformers knew CLIP's own id of the end
 # token: it is the largest of the vocabulary, and prompts are pooled where the largest id stands.
@@ -193,20 +192,7 @@ class CLIPText(nnx.Module):
         positions = self.position_embedding.embedding[:length].astype(jnp.float32)
         x = self.token_embedding(ids) + positions[None]
         options = AttentionOptions(key_mask=mask, causal=True)
-        attention = LocalAttention(config.attention)
-
-        def call(block: CLIPBlock, x: Any, state: Any, options: AttentionOptions):
-            return block(x, attention, options), state
-
-        x, _, captured = stack.run_stack(
-            self.blocks,
-            call,
-            x,
-            options,
-            depth=config.num_hidden_layers,
-            layer_loop=config.layer_loop,
-            capture=hidden,
-        )
+        x, captured = run_blocks(self.blocks, x, config, options, hidden)
         tokens = self.final_norm(x)
         pooled = jnp.take_along_axis(tokens, self._ends(ids)[:, None, None], axis=1)[:, 0]
         projected = None

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from dit_jax.models import stack
+from dit_jax.models.attention import LocalAttention
+from dit_jax.models.attention_options import AttentionOptions
 from dit_jax.models.batch_axes import divided_by_examples
 from dit_jax.models.linear import (
     FLOAT32,
@@ -16,7 +19,6 @@ from dit_jax.models.linear import (
     resolve_dtype,
     resolve_param_dtype,
 )
-from dit_jax.models.stack import LAYER_LOOPS
 
 
 @jax.tree_util.register_dataclass
@@ -57,6 +59,39 @@ class TokenEmbedding(nnx.Module):
         return divided_by_examples(self.embedding[...][ids].astype(jnp.float32))
 
 
+def run_blocks(
+    blocks: nnx.Module,
+    x: Float[Array, "b l d"],
+    config: Any,
+    options: AttentionOptions,
+    hidden: tuple[int, ...],
+) -> tuple[Float[Array, "b l d"], tuple[Array, ...]]:
+    """The residual stream after a stack of blocks, and after those numbered `hidden`.
+
+    Args:
+        blocks: stacked, each called with the stream, an attention and its options.
+        x: the stream before them.
+        config: of the encoder.
+        options: of every block's attention.
+        hidden: ascending numbers from 0.
+    """
+    attention = LocalAttention(config.attention)
+
+    def call(block: nnx.Module, x: Any, state: Any, options: AttentionOptions):
+        return block(x, attention, options), state
+
+    x, _, captured = stack.run_stack(
+        blocks,
+        call,
+        x,
+        options,
+        depth=config.depth,
+        layer_loop=config.layer_loop,
+        capture=hidden,
+    )
+    return x, captured
+
+
 def check_counts(name: str, config: Any, names: tuple[str, ...]) -> None:
     """Refuses sizes below one, and ways of execution that there are not.
 
@@ -66,8 +101,10 @@ def check_counts(name: str, config: Any, names: tuple[str, ...]) -> None:
     for field in names:
         if getattr(config, field) < 1:
             raise ValueError(f"{name} {field}={getattr(config, field)}: expected at least 1")
-    if config.layer_loop not in LAYER_LOOPS:
-        raise ValueError(f"{name} layer_loop={config.layer_loop!r}: expected one of {LAYER_LOOPS}")
+    if config.layer_loop not in stack.LAYER_LOOPS:
+        raise ValueError(
+            f"{name} layer_loop={config.layer_loop!r}: expected one of {stack.LAYER_LOOPS}"
+        )
     resolve_param_dtype(config.param_dtype)
     # For any backend 'auto' is no float16: naming one here keeps JAX from starting its own.
     if resolve_dtype(config.dtype, backend="cpu") == jnp.float16:

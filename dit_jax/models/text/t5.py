@@ -7,7 +7,6 @@ No layer has a bias of its own, and scores are not divided by the square root of
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +15,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dit_jax.models import stack
-from dit_jax.models.attention import Attention, LocalAttention
+from dit_jax.models.attention import Attention
 from dit_jax.models.attention_options import AttentionOptions
 from dit_jax.models.layers import RMSNorm
 from dit_jax.models.linear import Linear, Precision, precision_of
-from dit_jax.models.text.parts import TextStates, TokenEmbedding, check_counts
+from dit_jax.models.text.parts import TextStates, TokenEmbedding, check_counts, run_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,18 +181,5 @@ class T5Encoder(nnx.Module):
         )
         bias = self.relative_bias.embedding[...][buckets].transpose(2, 0, 1)[None]
         options = AttentionOptions(key_mask=mask, bias=bias.astype(jnp.float32), scale=1.0)
-        attention = LocalAttention(config.attention)
-
-        def call(block: T5Block, x: Any, state: Any, options: AttentionOptions):
-            return block(x, attention, options), state
-
-        x, _, captured = stack.run_stack(
-            self.blocks,
-            call,
-            self.token_embedding(ids),
-            options,
-            depth=config.num_layers,
-            layer_loop=config.layer_loop,
-            capture=hidden,
-        )
+        x, captured = run_blocks(self.blocks, self.token_embedding(ids), config, options, hidden)
         return TextStates(self.final_norm(x), hidden=captured)
