@@ -51,6 +51,16 @@ from dit_jax.models.dit import named_size
 from dit_jax.training.metrics import peak_flops
 
 SIDES = ("jax", "torch")
+SHAPE = ("model", "batch_size", "image_size", "dtype", "layer_loop", "quantization")
+# Of the options that describe a case, those that it takes.
+TAKEN = {
+    None: ("rounds",),
+    "train": (*SHAPE, "remat", "torch_compile", "rounds"),
+    "guided": (*SHAPE, "torch_compile", "rounds"),
+    "compile": (*SHAPE, "remat"),
+    "flux": ("batch_size", "rounds"),
+    "distillation": ("batch_size", "rounds"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,8 +173,7 @@ def torch_side(case: Case) -> tuple[Callable[[], None], dict[str, Any]]:
 
     from tests.references import torch_dit
 
-    cuda = jax.default_backend() == "gpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    device = turns.torch_device()
     size = named_size(case.model)
     model = torch_dit.DiT(
         depth=size["depth"],
@@ -192,7 +201,7 @@ def torch_side(case: Case) -> tuple[Callable[[], None], dict[str, Any]]:
             else:
                 with torch.no_grad():
                     model.guided(x, t, y, 1.5)
-        if cuda:
+        if device.type == "cuda":
             torch.cuda.synchronize()
 
     started = time.perf_counter()
@@ -376,7 +385,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
     parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--describe", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in TAKEN["train"]:
+        if name not in TAKEN[args.case] and getattr(args, name) != parser.get_default(name):
+            case = f"--case={args.case}" if args.case else "the published cases: give --case"
+            parser.error(f"--{name} would do nothing with {case}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -399,9 +413,8 @@ def main(argv: list[str] | None = None) -> None:
             fields = [field.name for field in dataclasses.fields(Case)]
             options = {name: getattr(args, name) for name in fields if hasattr(args, name)}
             if args.case == "flux":
-                shaped = ("model", "image_size", "dtype", "remat", "layer_loop", "quantization")
-                options = {name: x for name, x in options.items() if name not in shaped}
-                options |= {"model": "FLUX", "image_size": benchmark_flux.SIDE, "goal": 0.85}
+                shape = {"model": "FLUX", "image_size": benchmark_flux.SIDE, "goal": 0.85}
+                options |= {**shape, "layer_loop": benchmark_flux.CONFIG.layer_loop}
             cases = (Case(name=args.case, **options),)
         results = []
         for case in cases:

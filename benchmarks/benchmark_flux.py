@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 import benchmark_parameters
+import turns
 from dit_jax.models import FluxConfig, Network, Request
 
 SIDE, TEXT = 64, 128
@@ -64,7 +65,8 @@ def torch_forward(batch_size: int) -> tuple[Callable[[], Any], dict[str, Any]]:
 
     from tests.references import diffusers_flux
 
-    model = diffusers_flux.create_model(CONFIG).eval()
+    device = turns.torch_device()
+    model = diffusers_flux.create_model(CONFIG).eval().to(device)
     x, told = inputs(batch_size)
     patches = x.reshape(batch_size, SIDE // 2, 2, SIDE // 2, 2, -1).transpose(0, 1, 3, 5, 2, 4)
     rows, columns = np.indices((SIDE // 2, SIDE // 2)).reshape(2, -1)
@@ -77,9 +79,12 @@ def torch_forward(batch_size: int) -> tuple[Callable[[], Any], dict[str, Any]]:
         "img_ids": torch.tensor(np.stack([0 * rows, rows, columns], axis=1), dtype=torch.float32),
         "txt_ids": torch.zeros(TEXT, 3),
     }
+    call = {name: tensor.to(device) for name, tensor in call.items()}
 
     def run() -> None:
         with torch.no_grad():
             model(**call)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
     return run, {"compile_seconds": 0.0}

@@ -97,11 +97,13 @@ def cifar10(folder: Path, small: bool, data: str, steps: int) -> Iterator[Measur
     for name, (config, more) in runs.items():
         options = (f"--config=configs/{config}.py", f"--workdir={folder / name}", length, more)
         yield Measurement(f"train {name}", ("launch/train.py", *options, *shared))
-        scored = ("launch/evaluate.py", f"--workdir={folder / name}", f"--num_images={images}")
-        yield Measurement(f"evaluate {name}", scored, f"{name}/evaluation")
-    steps_of = ("--steps=4", "--num_images=" + images)
-    scored = ("launch/evaluate.py", f"--workdir={folder / 'student'}", *steps_of)
-    yield Measurement("evaluate student, 4 steps", scored)
+        scores = {f"evaluate {name}": (f"{name}.json", ())}
+        if name == "student":
+            scores["evaluate student, 4 steps"] = ("student_4.json", ("--steps=4",))
+        for score, (out, how) in scores.items():
+            what = (f"--workdir={folder / name}", f"--num_images={images}", *how)
+            options = (*what, f"--out={folder / out}", "--overwrite")
+            yield Measurement(score, ("launch/evaluate.py", *options), out)
 
 
 def install(wheels: Path) -> None:
@@ -164,8 +166,6 @@ def run(measurement: Measurement, folder: Path, seconds: float) -> dict[str, Any
     record = folder / measurement.record
     if measurement.record and record.is_file():
         found["record"] = json.loads(record.read_text())
-    elif measurement.record and record.is_dir():
-        found["record"] = {p.name: json.loads(p.read_text()) for p in record.glob("*.json")}
     return found
 
 
@@ -191,20 +191,28 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--suite", choices=["speed", "cifar10"], default="speed")
     parser.add_argument("--out", type=Path, required=True, help="OUT.json, and a folder OUT")
     parser.add_argument("--data", help="with --suite=cifar10: .npz of JPEGs, with {split} in it")
-    parser.add_argument("--steps", type=int, default=4000, help="with --suite=cifar10: of training")
+    parser.add_argument("--steps", type=int, help="with --suite=cifar10: of training; default 4000")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of it all")
     parser.add_argument("--wheels", type=Path, help="a folder; what is missing is installed")
     parser.add_argument(
         "--predicted",
         type=Path,
-        default=ROOT / "docs/benchmarks/plans",
-        help="a folder of JSONs of launch/plan.py, by the measurement's name",
+        help="with --suite=speed: a folder of JSONs of launch/plan.py, by the measurement's name; "
+        "default: docs/benchmarks/plans",
     )
     parser.add_argument("--small", action="store_true", help="tiny shapes, to try it on a CPU")
     parser.add_argument("--list", action="store_true", help="print the commands and end")
     args = parser.parse_args(argv)
     if (args.suite == "cifar10") != bool(args.data):
         parser.error("--data and --suite=cifar10 belong together")
+    if args.steps is not None and args.suite != "cifar10":
+        parser.error("--steps is of --suite=cifar10: give that, or leave it out")
+    if args.steps is not None and args.steps < 1:
+        parser.error(f"--steps={args.steps}: expected at least 1")
+    if args.predicted and args.suite != "speed":
+        parser.error("--predicted is of --suite=speed: nothing is predicted of the others")
+    args.steps = args.steps or 4000
+    args.predicted = args.predicted or ROOT / "docs/benchmarks/plans"
     if args.data and "{split}" not in args.data:
         parser.error(f"--data={args.data}: expected {{split}} in it, for train and test")
     if args.wheels and not any(args.wheels.glob("*.whl")):

@@ -55,13 +55,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--quantization", choices=QUANTIZATIONS[1:], help="default: fp8, on a CPU int8"
     )
-    parser.add_argument("--threshold", type=argument_types.share_below_one, default=0.1)
-    parser.add_argument("--runs", type=argument_types.count, default=10, help="timed, of each row")
+    parser.add_argument(
+        "--threshold", type=argument_types.share_below_one, help="of the step cache; default: 0.1"
+    )
+    parser.add_argument("--runs", type=argument_types.count, help="timed, of each row; default: 10")
     parser.add_argument(
         "--groups",
         nargs="+",
         choices=["ladder", "alone", "off"],
-        default=["ladder", "alone", "off"],
+        help="default: all three",
     )
     parser.add_argument("--without", nargs="+", default=[], choices=list(rungs.SWITCHES)[1:])
     parser.add_argument("--predict", choices=["h100", "h200", "a100"], help="measure nothing")
@@ -83,8 +85,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             "--predict: weights do not change what is predicted. Give --config=configs/..."
         )
-    if args.predict and args.trace:
-        parser.error("--trace would do nothing with --predict: nothing runs")
+    idle = [name for name in ("trace", "runs", "groups", "threshold") if getattr(args, name)]
+    if args.predict and idle:
+        parser.error(f"--{idle[0]} would do nothing with --predict: nothing runs")
+    args.runs, args.threshold = args.runs or 10, args.threshold or 0.1
     return args
 
 
@@ -173,10 +177,8 @@ def measure(
 
 
 def psnr(images: np.ndarray, reference: np.ndarray) -> float | None:
-    """Mean over images in [-1, 1], dB; None where all are the same."""
-    values = evaluation.psnr(np.clip(images, -1, 1), np.clip(reference, -1, 1))
-    differing = values[np.isfinite(values)]
-    return float(differing.mean()) if differing.size else None
+    """Mean over images that differ, clipped to [-1, 1], dB; None where all are the same."""
+    return evaluation.mean_psnr(np.clip(images, -1, 1), np.clip(reference, -1, 1))
 
 
 def predict(work: rungs.Workload, group: list[rungs.Setting], accelerator: str):
@@ -307,7 +309,8 @@ def save(args: argparse.Namespace, work: rungs.Workload, rows: list[dict[str, An
     }
     evaluation.save_json(args.out.with_suffix(".json"), record, overwrite=args.overwrite)
     head = f"# The ladder: {name}, {what}\n\n`{command}`\n({device}, jax {jax.__version__}; "
-    head += f"8 bits: `{work.quantization}`, step cache at {work.threshold:g})\n\n"
+    head += f"8 bits: `{work.quantization}`"
+    head += ")\n\n" if args.predict else f", step cache at {work.threshold:g})\n\n"
     args.out.with_suffix(".md").write_text(head + text + "\n")
     plot(args.out.with_suffix(".png"), rows, f"{name}: {what}\n{device}")
     return text
@@ -330,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
                 rows = predict(work, groups["ladder"], args.predict)
             else:
                 images = Path(folder)
-                chosen = [groups[name] for name in groups if name in args.groups]
+                chosen = [groups[name] for name in groups if name in (args.groups or groups)]
                 rows = [row for group in chosen for row in measure(work, group, args, images)]
         print(save(args, work, rows))
 

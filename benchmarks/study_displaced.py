@@ -168,7 +168,7 @@ class Run:
         if setting.mode != "single":
             psnr = evaluation.psnr(images[part], single[part])
             finite = psnr[np.isfinite(psnr)]
-            row["psnr"] = float(finite.mean()) if finite.size else None
+            row["psnr"] = evaluation.mean_psnr(images[part], single[part])
             row["psnr_lowest"] = float(finite.min()) if finite.size else None
             row["equal_images"] = int(np.isinf(psnr).sum())
             row["largest_difference"] = float(np.abs(images[part] - single[part]).max())

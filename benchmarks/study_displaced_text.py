@@ -86,12 +86,10 @@ def study(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name, how in settings(args.devices, args.warmups):
         images = draw(model, told, args, **how)
         single = images if single is None else single
-        psnr = evaluation.psnr(images, single)
-        differing = psnr[np.isfinite(psnr)]
         cut = captioned_digits.halves(images, asked)[0]
         features = evaluation.feature_statistics(judge, evaluation.batches_of(cut, 500))
         row = {"name": name, **how}
-        row["psnr"] = float(differing.mean()) if differing.size else None
+        row["psnr"] = evaluation.mean_psnr(images, single)
         row["shown_as_asked"] = flux_demonstration.shares(judge, images)[2]
         row["frechet"] = float(evaluation.frechet_distance(features, real))
         rows.append(row)

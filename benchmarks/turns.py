@@ -66,6 +66,14 @@ def serve(facts: dict[str, Any], turn: Callable[[str], dict[str, Any]]) -> None:
         print(json.dumps(turn(line.strip())), file=sys.__stdout__, flush=True)
 
 
+def torch_device() -> Any:
+    """PyTorch's device for the other side of a comparison: the GPU where JAX has one, else CPU."""
+    import torch
+
+    both = jax.default_backend() == "gpu" and torch.cuda.is_available()
+    return torch.device("cuda" if both else "cpu")
+
+
 def peak_resident_bytes() -> int:
     """Peak resident memory of this program (Linux; getrusage's would include its parent's)."""
     status = Path("/proc/self/status").read_text()

@@ -74,7 +74,7 @@ from dit_jax.evaluation.reference import (
     save_reference,
 )
 from dit_jax.evaluation.sample_store import SampleStore
-from dit_jax.evaluation.similarity import PerceptualDistance, load_lpips, psnr, ssim
+from dit_jax.evaluation.similarity import PerceptualDistance, load_lpips, mean_psnr, psnr, ssim
 
 __all__ = [
     "CIFAR10",
@@ -132,6 +132,7 @@ __all__ = [
     "load_adm_npz",
     "load_lpips",
     "load_reference",
+    "mean_psnr",
     "memorization_summary",
     "nearest_neighbours",
     "open_reference",

@@ -47,6 +47,17 @@ def psnr(a: AnyArray, b: AnyArray) -> Float[np.ndarray, " n"]:
         return 10.0 * np.log10(data_range**2 / error)
 
 
+def mean_psnr(a: AnyArray, b: AnyArray) -> float | None:
+    """Mean `psnr` over the pairs that differ, dB; None if all are equal.
+
+    Raises:
+        ValueError: as `psnr`.
+    """
+    values = psnr(a, b)
+    differing = values[np.isfinite(values)]
+    return float(differing.mean()) if differing.size else None
+
+
 def ssim(a: AnyArray, b: AnyArray) -> Float64[np.ndarray, " n"]:
     """Structural similarity of each pair of images, Wang et al. 2004 (IEEE TIP 13(4), 600-612).
 

@@ -95,6 +95,7 @@ def test_the_record_the_table_and_the_picture_are_written(tmp_path):
         (["--out=x"], "what is sampled"),
         (["--out=x", "--workdir=r", "--predict=h100"], "weights do not change"),
         (["--out=x", "--config=c", "--predict=h100", "--trace=t"], "nothing runs"),
+        (["--out=x", "--config=c", "--predict=h100", "--runs=3"], "--runs would do nothing"),
     ],
 )
 def test_command_lines_that_cannot_be_meant_are_refused(options, message, capsys):
