@@ -52,12 +52,22 @@ def adapter(text: str) -> tuple[str, float]:
     try:
         weight = float(end)
     except ValueError:
+        if path and Path(path).exists() and not Path(text).exists():
+            raise argparse.ArgumentTypeError(f"{text!r}: the weight {end!r} is no number") from None
         path, weight = text, 1.0
     if not path:
         raise argparse.ArgumentTypeError(f"{text!r}: expected FILE or FILE:WEIGHT")
     if weight == 0 or weight not in ranges.FINITE:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a weight other than 0")
     return path, weight
+
+
+def tile(text: str) -> int:
+    """A type for argparse: the side of a tile in latents, a quarter of which overlaps."""
+    side = count(text)
+    if side % 4:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a multiple of 4, as 64")
+    return side
 
 
 def image_size(text: str) -> int | tuple[int, int]:

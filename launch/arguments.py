@@ -108,7 +108,7 @@ def add_pipeline_arguments(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument(
         "--vae_tile",
-        type=argument_types.count,
+        type=argument_types.tile,
         metavar="LATENTS",
         help="decode in tiles of so many latents a side: less memory, other pixels",
     )
@@ -144,6 +144,11 @@ _OF_PIPELINES = (
 )
 
 
+def is_given(value: Any) -> bool:
+    """Whether an option's value is another than that of an option left out; 0 is."""
+    return value is not None and value is not False and value != ""
+
+
 def check_pretrained(args: argparse.Namespace, *, prompts: bool = True) -> None:
     """Refuses what `add_pretrained_arguments`' options cannot mean, alone and with the others.
 
@@ -155,9 +160,8 @@ def check_pretrained(args: argparse.Namespace, *, prompts: bool = True) -> None:
         ValueError: options of trained models beside --pretrained, or of pipelines without it; no
             prompt, or both ways to give them.
     """
-    idle = (None, False, "")
     others = _OF_PIPELINES if args.pretrained is None else _OF_TRAINED_MODELS
-    given = [f"--{name}" for name in others if getattr(args, name) not in idle]
+    given = [f"--{name}" for name in others if is_given(getattr(args, name))]
     if args.pretrained is None and given:
         raise ValueError(
             f"{', '.join(given)}: give a pipeline that takes prompts, --pretrained=DIR"
@@ -172,7 +176,9 @@ def check_pretrained(args: argparse.Namespace, *, prompts: bool = True) -> None:
     if getattr(args, "rounding", "nearest") != "nearest":
         raise ValueError("--rounding would do nothing beside --pretrained: bytes are the nearest")
     check_parallel(args)
-    if prompts and (args.prompt is None) == (args.prompts is None):
+    if args.prompt is not None and args.prompts is not None:
+        raise ValueError("--prompt and --prompts: give one of them")
+    if prompts and args.prompt is None and args.prompts is None:
         raise ValueError("--pretrained needs either --prompt or --prompts")
 
 
@@ -333,7 +339,7 @@ def check_model(args: argparse.Namespace) -> None:
     if (args.workdir is None) == (args.init_from is None):
         raise ValueError("give one of --workdir (a training run) and --init_from (a checkpoint)")
     for name in ("num_heads", "num_classes", "allow_nonfinite"):
-        if args.workdir and getattr(args, name) not in (None, False):
+        if args.workdir and is_given(getattr(args, name)):
             raise ValueError(f"--{name} does not apply to --workdir: its config.json knows")
 
 
@@ -346,7 +352,7 @@ def check_parallel(args: argparse.Namespace) -> None:
     if args.parallel is None:
         names = ("patch_devices", "warmup_steps", "split_guidance", "ulysses_devices")
         for name in names:
-            if getattr(args, name) not in (None, False):
+            if is_given(getattr(args, name)):
                 modes = "|".join(PARALLEL_MODES)
                 raise ValueError(f"--{name} would do nothing without --parallel={modes}")
     elif args.patch_devices is None and not args.split_guidance:

@@ -115,7 +115,7 @@ _OF_MODELS += ("metrics", "allow_inexact", "allow_nonfinite", "dry_run")
 
 def convert_adapter(args: argparse.Namespace) -> None:
     """Writes the adapter of a run for PEFT and diffusers (docs/lora.md)."""
-    given = [f"--{name}" for name in _OF_MODELS if getattr(args, name) not in (None, False, "")]
+    given = [f"--{name}" for name in _OF_MODELS if arguments.is_given(getattr(args, name))]
     if given or args.source_kind not in ("auto", "dit_jax"):
         raise ValueError(
             f"{', '.join(given) or '--from'}: would do nothing with --to={LORA}, which is of a "

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,18 @@ def read_prompts(file: Path) -> list[str]:
     """The prompts of a file, one a line.
 
     Raises:
-        ValueError: a line is empty, which is named; or there is none; or it is no text.
+        ValueError: there is no such file; a line is empty, which is named; or there is none; or it
+            is no text.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompts={file} is no text: expected UTF-8") from error
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ValueError(
+            f"--prompts={file} cannot be read ({reason}): expected a file of prompts, one a line"
+        ) from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             raise ValueError(
@@ -73,7 +79,7 @@ class Pictures:
     options: dict[str, Any]
 
     def __call__(self, start: int = 0) -> Iterator[np.ndarray]:
-        """Yields them as bytes [n, h, w, 3]; the last batch is filled up, for the same program."""
+        """Yields them as bytes [n, h, w, c]; the last batch is filled up, for the same program."""
         count = len(self.prompts)
         for first in range(start, count, self.batch_size):
             places = range(first, first + self.batch_size)
@@ -84,17 +90,24 @@ class Pictures:
             yield evaluation.to_uint8(self.pipeline.decode(kept))
 
 
-def open_pipeline(args: argparse.Namespace) -> FluxPipeline:
-    """The pipeline that the options choose, and how it runs."""
-    options = {
+def _arithmetic(args: argparse.Namespace) -> dict[str, Any]:
+    """What is computed in which numbers, and what is skipped: arguments of the pipeline."""
+    return {
         "dtype": args.dtype or "auto",
         "param_dtype": args.param_dtype or "auto",
         "quantization": args.quantization or "none",
+        "step_cache": args.step_cache or 0.0,
+    }
+
+
+def open_pipeline(args: argparse.Namespace) -> FluxPipeline:
+    """The pipeline that the options choose, and how it runs."""
+    options = {
+        **_arithmetic(args),
         "offload": args.offload,
         "parallel": wiring.image_parallel(args),
         "vae_devices": args.vae_devices,
         "vae_tile": args.vae_tile,
-        "step_cache": args.step_cache or 0.0,
         "programs": sampling.open_programs(args.programs),
     }
     with memory.exhaustion_explained(f"loading {args.pretrained}", SMALLER):
@@ -121,12 +134,35 @@ def compile_programs(args: argparse.Namespace) -> None:
     given = args.prompt is not None or args.prompts is not None
     count = len(prompts_of(args)) if given else args.num_images or 1
     batch_size = min(args.batch_size or _DEFAULT_BATCH, count)
-    options = settings(args)
-    del options["guidance_scale"]  # an input
     pipeline = open_pipeline(args)
-    _printing_warnings(lambda: pipeline.compile(num_images=batch_size, **options))
+
+    def work() -> None:
+        _print_notes(check(pipeline, args, batch_size))
+        options = settings(args)
+        del options["guidance_scale"]  # an input
+        pipeline.compile(num_images=batch_size, **options)
+
+    _printing_warnings(work)
     made = counted(batch_size, "picture")
     print(f"{made} at once of {pipeline.title} start from {args.programs}")
+
+
+def check(pipeline: FluxPipeline, args: argparse.Namespace, batch_size: int) -> tuple[str, ...]:
+    """Refuses what the pipeline cannot make, before anything is compiled.
+
+    Returns:
+        How an image is split over devices, in words.
+
+    Raises:
+        ValueError: sizes, a guidance scale, devices that it does not take.
+    """
+    if args.guidance_scale and not pipeline.is_guided:
+        raise ValueError(
+            f"--guidance_scale={args.guidance_scale:g}: {pipeline.title} is not told a guidance "
+            "scale; leave it out"
+        )
+    with options_named(wiring.PARALLEL_FLAGS):
+        return pipeline.check(batch_size, **settings(args))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -137,12 +173,11 @@ def run(args: argparse.Namespace) -> None:
     batch_size = min(args.batch_size or _DEFAULT_BATCH, len(prompts))
 
     def work() -> None:
-        with options_named(wiring.PARALLEL_FLAGS):
-            notes = pipeline.check(batch_size, **options)  # before the first screen promises
+        notes = check(pipeline, args, batch_size)  # before the first screen promises
         pictures = Pictures(pipeline, prompts, args.seed, batch_size, options)
         what = f"sampling {counted(len(prompts), 'picture')} of {args.pretrained}, {pipeline.title}"
-        for line in (*(f"note: {note}" for note in notes), _screen(what, args)):
-            print(line, flush=True)
+        _print_notes(notes)
+        print(_screen(what, args), flush=True)
         remedy = f"lower --batch_size={batch_size}, --height or --width, or give --vae_tile=64; "
         what = f"sampling {counted(batch_size, 'picture')} at once"
         with memory.exhaustion_explained(what, remedy + SMALLER):
@@ -152,8 +187,30 @@ def run(args: argparse.Namespace) -> None:
     print(f"{counted(len(prompts), 'picture')}: {args.out}")
 
 
+def _print_notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", flush=True)
+
+
 def _screen(what: str, args: argparse.Namespace) -> str:
     return wiring.first_screen(what, args.out, "time left: known after the first batch")
+
+
+def record_of(args: argparse.Namespace, prompts: list[str]) -> dict[str, Any]:
+    """Everything that decides pictures, as JSON values: only a run of equal ones goes on."""
+    ways = ("parallel", "patch_devices", "warmup_steps", "ulysses_devices", "vae_tile")
+    record = {
+        "pretrained": str(args.pretrained),
+        "seed": args.seed,
+        "num_images": len(prompts),
+        "prompts": prompts,
+        **_arithmetic(args),
+        **{name: getattr(args, name) for name in (*ways, "vae_devices")},
+        **settings(args),
+    }
+    if args.lora:
+        record["lora"] = [f"{path}:{weight:g}" for path, weight in args.lora]
+    return record
 
 
 def _write(args: argparse.Namespace, pictures: Pictures) -> None:
@@ -161,27 +218,12 @@ def _write(args: argparse.Namespace, pictures: Pictures) -> None:
         images = np.concatenate(list(pictures()))
         evaluation.save_grid(args.out, images, overwrite=args.overwrite)
         return
-    pipeline, options = pictures.pipeline, pictures.options
-    record = {
-        "pretrained": str(args.pretrained),
-        "seed": args.seed,
-        "num_images": len(pictures.prompts),
-        "prompts": pictures.prompts,
-        "param_dtype": args.param_dtype or "auto",
-        "quantization": args.quantization or "none",
-        "dtype": args.dtype or "auto",
-        "step_cache": args.step_cache or 0.0,
-        "parallel": args.parallel,
-        "patch_devices": args.patch_devices,
-        **options,
-    }
-    if args.lora:
-        record["lora"] = [f"{path}:{weight:g}" for path, weight in args.lora]
-    shape = (*pipeline.picture_size(args.height, args.width), 3)
-    restart = {"restart": args.overwrite}
-    store = evaluation.SampleStore(args.out, len(pictures.prompts), shape, record, **restart)
+    pipeline, count = pictures.pipeline, len(pictures.prompts)
+    shape = (*pipeline.picture_size(args.height, args.width), pipeline.channels)
+    record, restart = record_of(args, pictures.prompts), {"restart": args.overwrite}
+    store = evaluation.SampleStore(args.out, count, shape, record, **restart)
     if store.done:
-        print(f"going on at picture {store.done} of {len(pictures.prompts)}", flush=True)
+        print(f"going on at picture {store.done} of {count}", flush=True)
     for images in pictures(store.done):
         store.append(images)
     store.finish(None, overwrite=args.overwrite)

@@ -30,13 +30,14 @@ class Execution:
     Attributes:
         parallel: one image on several devices; None for one.
         vae_devices: devices over which the decoder splits an image's rows; None for one.
-        vae_tile: side in latents of tiles that are decoded one by one; None for whole images.
+        vae_tile: side in latents of tiles that are decoded one by one, a multiple of 4; None for
+            whole images.
         step_cache: skip blocks where the first changes less than this, as 0.1 (docs/speed.md); 0:
             never.
         programs: a folder of compiled programs, found there or kept there; None: not kept.
 
     Raises:
-        ValueError: options that exclude each other.
+        ValueError: options that exclude each other, or tiles that cannot overlap.
     """
 
     parallel: ImageParallel | None = None
@@ -46,6 +47,11 @@ class Execution:
     programs: Programs | None = None
 
     def __post_init__(self):
+        if self.vae_tile is not None and (self.vae_tile < 4 or self.vae_tile % 4):
+            raise ValueError(
+                f"vae_tile={self.vae_tile}: expected a multiple of 4, as 64: a quarter of a tile "
+                "overlaps the next"
+            )
         if self.vae_tile is not None and (self.vae_devices or self.programs):
             raise ValueError(
                 f"vae_tile={self.vae_tile} decodes by several small programs on one device: leave "
@@ -168,7 +174,7 @@ class Pixels:
             self._rows = RowDecoder(vae, execution.vae_devices)
             self._params = jax.device_put(params, self._rows.replicated)
 
-    def decode(self, latents: Any) -> Float[np.ndarray, "n h w 3"]:
+    def decode(self, latents: Any) -> Float[np.ndarray, "n h w c"]:
         """In about [-1, 1]."""
         if len(latents) > 1 or self._execution.parallel:  # to be cut, or from another mesh
             latents = np.asarray(latents)

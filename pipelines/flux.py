@@ -39,8 +39,8 @@ class FluxOutput:
     """What a call gives.
 
     Attributes:
-        images: PIL images; or float32 [n, height, width, 3] in [0, 1] ('np'); or latents [n, h, w,
-            channels] ('latent').
+        images: PIL images; or float32 [n, height, width, channels] in [0, 1] ('np'); or latents
+            [n, h, w, channels] ('latent').
     """
 
     images: Any
@@ -139,6 +139,11 @@ class FluxPipeline(Adaptable):
     def side_multiple(self) -> int:
         """What the sides of pictures are multiples of, in pixels: 16."""
         return self.parts.vae.downsampling_factor * flux_inputs.PACKED
+
+    @property
+    def channels(self) -> int:
+        """Of pictures: 3, of a grey pipeline 1."""
+        return self.parts.vae.config.out_channels
 
     def picture_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """(height, width) in pixels, 1024 where None is given.
@@ -342,7 +347,7 @@ class FluxPipeline(Adaptable):
         )
         return self.latents.notes(Draw(size, times, {"pooled": np.zeros((draws, 1))}))
 
-    def decode(self, latents: Any) -> Float[np.ndarray, "n h w 3"]:
+    def decode(self, latents: Any) -> Float[np.ndarray, "n h w c"]:
         """The pixels of latents, in about [-1, 1]; one at a time, so that memory does not grow."""
         return self.pixels.decode(latents)
 

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from dit_jax import FluxPipeline
-from dit_jax.launch import arguments, sample
+from dit_jax.launch import arguments, prompting, sample
 from dit_jax.launch import compile as compile_command
+from tests.launch.served import Painter
 from tests.references import diffusers_flux_pipeline as reference
 
 SMALL = ("--height=8", "--width=12", "--steps=2", "--max_sequence_length=24", "--seed=3")
@@ -71,6 +72,14 @@ def test_prompts_of_a_file_become_a_folder_a_grid_and_those_of_python(folder, tm
             ["--pretrained=FOLDER", "--prompt=a", "--labels=3", "--vae=x"],
             "--vae, --labels would do",
         ),
+        (["--pretrained=FOLDER", "--prompt=a", "--step=0"], "--step would do nothing beside"),
+        (["--pretrained=FOLDER", "--prompt=a", "--vae_tile=3"], "--vae_tile: '3': expected a mult"),
+        (
+            ["--pretrained=FOLDER", "--prompt=a", "--prompts=FILE"],
+            "--prompt and --prompts: give one of them",
+        ),
+        (["--pretrained=FOLDER", "--prompts=none.txt"], "--prompts=none.txt cannot be read (no"),
+        (["--pretrained=FOLDER", "--prompt=a", "--lora=FILE:abc"], "the weight 'abc' is no number"),
         (["--pretrained=FOLDER", "--prompt=a", "--height=10"], "expected multiples of 4"),
         (["--pretrained=FOLDER", "--prompt=a", "--max_sequence_length=600"], "expected 2 to 512"),
         (["--pretrained=FOLDER", "--prompt=a", "--patch_devices=2"], "without --parallel"),
@@ -102,6 +111,49 @@ def test_what_cannot_be_done_is_refused(folder, tmp_path, capsys, options, messa
         options = [option.replace(name, str(path)) for option in options]
     assert message in refusal(capsys, *options, f"--out={tmp_path / 'a.png'}")
     assert not (tmp_path / "a.png").exists()
+
+
+def test_whatever_decides_pictures_is_in_their_record():
+    def record(*options):
+        args = sample.parse_arguments(["--pretrained=x", "--prompt=a", "--out=made", *options])
+        return prompting.record_of(args, args.prompt)
+
+    ways = ("vae_tile=64", "vae_devices=2", "warmup_steps=2", "ulysses_devices=2", "step_cache=0.1")
+    ways += ("patch_devices=2", "parallel=ring", "dtype=bfloat16", "guidance_scale=2")
+    for way in ways:
+        changed = {key for key, value in record(f"--{way}").items() if record()[key] != value}
+        assert changed == {way.partition("=")[0]}
+
+
+def test_grey_pictures_stay_grey(tmp_path, monkeypatch):
+    class Grey(Painter):
+        channels = 1
+
+        def decode(self, latents):
+            return latents[..., :1]
+
+    monkeypatch.setattr(prompting, "open_pipeline", lambda args: Grey())
+    options = ("--prompt=a", "--num_images=2", "--batch_size=1", "--height=16", "--width=32")
+    for name in ("made", "all.npz"):
+        sample.main(["--pretrained=x", *options, f"--out={tmp_path / name}"])
+    files = sorted((tmp_path / "made").glob("*.png"))
+    assert [(Image.open(file).mode, Image.open(file).size) for file in files] == [
+        ("L", (32, 16))
+    ] * 2
+    assert np.load(tmp_path / "all.npz")["arr_0"].shape == (2, 16, 32, 1)
+
+
+def test_a_guidance_scale_that_nobody_is_told_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prompting, "open_pipeline", lambda args: Painter())
+    options = ("--pretrained=x", "--prompt=a", "--guidance_scale=3.5")
+    said = "--guidance_scale=3.5: FLUX.1 test is not told a guidance scale; leave it out\n"
+    assert said in refusal(capsys, *options, f"--out={tmp_path / 'a.png'}")
+    with pytest.raises(SystemExit):
+        compile_command.main([*options, f"--programs={tmp_path / 'programs'}"])
+    assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compile_command.main([*options[:2], "--prompts=b", f"--programs={tmp_path / 'programs'}"])
+    assert "--prompt and --prompts: give one of them" in capsys.readouterr().err
 
 
 def test_memory_that_runs_out_names_what_would_fit(folder, tmp_path, capsys, monkeypatch):
