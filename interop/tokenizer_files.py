@@ -141,6 +141,7 @@ def load_tokenizer(
     Raises:
         InteropError: a file is missing, or not what it should be.
         ImportError: the library `tokenizers` is not installed.
+        ValueError: another `kind`.
     """
     if kind not in _PADDING:
         raise ValueError(f"kind={kind!r}: expected one of {', '.join(_PADDING)}")

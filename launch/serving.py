@@ -235,10 +235,9 @@ def serve(
 def defaults_of(args: argparse.Namespace, pipeline: FluxPipeline) -> Settings:
     """What the page begins with."""
     height, width = pipeline.picture_size(args.height, args.width)
-    guidance = args.guidance_scale
-    if guidance is None and pipeline.is_guided:
-        guidance = 3.5
-    steps = args.steps or (28 if pipeline.is_guided else 4)
+    steps, guidance = args.steps or pipeline.default_steps, args.guidance_scale
+    if guidance is None:
+        guidance = pipeline.default_guidance
     return Settings("", height, width, steps, guidance, 0, 1, dict(pipeline.adapters.weights))
 
 

@@ -65,7 +65,7 @@ class Draw:
 
     Attributes:
         size: (height, width) of the latents.
-        times: of the solver.
+        times: of the solver [n], from noise to clean.
         conditions: of the network, an example each.
         scale: of guidance by two evaluations; 1 for none.
         nulls: what that compares with; None for nothing.
@@ -96,15 +96,15 @@ class Latents:
     def __init__(self, network: Network, params: Any, process: Process, execution: Execution):
         self._network, self._params, self._process = network, params, process
         self._execution = execution
-        self._placed: tuple[Mesh | None, Any] = (None, None)
+        self._placed: _Placed | None = None
         self._placements: dict[Any, ImagePlacement] = {}
 
     def replace_params(self, params: Any) -> None:
         """Goes on with other parameters of the network."""
-        self._params, self._placed = params, (None, None)
+        self._params = params  # of which those that are the same stay where they were placed
 
     def by_keys(self, draw: Draw, keys: Array, noise: Any = None) -> Float[Array, "b h w c"]:
-        """Latents of one key an image, or from noise."""
+        """Latents of one key an image, or from standard normal noise [b, h, w, c]."""
         plan, params, placement = self._plan(draw)
         keys = keys if placement is None else placement.put_keys(keys)
         return plan.sampler(
@@ -147,12 +147,43 @@ class Latents:
         if at_hand not in self._placements:  # once, as it warns
             self._placements[at_hand] = parallel.distribute(plan, batch_size=draw.count)
         placement = self._placements[at_hand]
-        if self._placed[0] != placement.mesh:
-            self._placed = (None, None)  # one copy at a time
-            self._placed = (placement.mesh, placement.place(self._params))
-        sampler = dataclasses.replace(placement.plan.sampler, size=draw.size)
-        plan = dataclasses.replace(plan, sampler=sampler)
-        return plan, self._placed[1], placement
+        if self._placed is not None and self._placed.mesh != placement.mesh:
+            self._placed = None  # one copy at a time
+        if self._placed is None or self._placed.source is not self._params:
+            self._placed = _place(self._params, placement, self._placed)
+        plan = dataclasses.replace(plan, sampler=placement.plan.sampler)
+        return plan, self._placed.params, placement
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Placed:
+    """Parameters on a mesh.
+
+    Attributes:
+        mesh: where they are.
+        source: what was placed.
+        params: the same, placed.
+    """
+
+    mesh: Mesh
+    source: Any
+    params: Any
+
+
+def _place(params: Any, placement: ImagePlacement, before: _Placed | None) -> _Placed:
+    """Places parameters but for arrays that were placed before: a LoRA's weight moves no kernel."""
+    known = {}
+    if before is not None:
+        pairs = zip(*map(jax.tree.leaves, (before.source, before.params)), strict=True)
+        known = {(id(leaf), placed.sharding): placed for leaf, placed in pairs}
+    leaves, structure = jax.tree.flatten(params)
+    wheres = jax.tree.leaves(placement.param_shardings(params))
+    found = [known.get((id(leaf), where)) for leaf, where in zip(leaves, wheres, strict=True)]
+    new = [i for i, placed in enumerate(found) if placed is None]
+    placed = jax.device_put([leaves[i] for i in new], [wheres[i] for i in new])
+    for i, array in zip(new, placed, strict=True):
+        found[i] = array
+    return _Placed(placement.mesh, params, structure.unflatten(found))
 
 
 class Pixels:
@@ -186,7 +217,7 @@ class Pixels:
         return latents if self._rows is None else jax.device_put(latents, self._rows.replicated)
 
     def encode(self, pixels: np.ndarray) -> Float[Array, "n h w c"]:
-        """Latents, the posterior's mean, of pixels in [-1, 1]."""
+        """Latents, the posterior's mean, of pixels [n, h2, w2, c] in [-1, 1]."""
         return _encode(self._vae, self._params, pixels)
 
     def program(self, latents: Any) -> Program:

@@ -131,6 +131,16 @@ class FluxPipeline(Adaptable):
         return self.parts.transformer.config.guidance_embedding
 
     @property
+    def default_steps(self) -> int:
+        """Of the solver: 28, of schnell 4."""
+        return 28 if self.is_guided else 4
+
+    @property
+    def default_guidance(self) -> float | None:
+        """The scale that the network is told, 3.5; None of schnell, which is told none."""
+        return 3.5 if self.is_guided else None
+
+    @property
     def title(self) -> str:
         """Which FLUX it is, as 'FLUX.1 dev'."""
         return self.parts.transformer.config.title
@@ -151,16 +161,8 @@ class FluxPipeline(Adaptable):
         Raises:
             ValueError: no multiples of 16.
         """
-        multiple = self.side_multiple
         default = _DEFAULT_LATENTS * self.parts.vae.downsampling_factor
-        height, width = height or default, width or default
-        if min(height, width) < multiple or height % multiple or width % multiple:
-            near = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
-            raise ValueError(
-                f"height={height}, width={width}: expected multiples of {multiple}, for instance "
-                f"{near[0]} and {near[1]}"
-            )
-        return height, width
+        return flux_inputs.picture_size(height, width, default, self.side_multiple)
 
     def encode_prompt(
         self,
@@ -220,7 +222,8 @@ class FluxPipeline(Adaptable):
             prompt: one or several, or None with `prompt_embeds`.
             prompt_2: for T5, instead of `prompt`.
             image: of Kontext, what to edit: PIL, or [h, w, 3] bytes, or floats in [0, 1].
-            negative_prompt: of guidance by two evaluations, with `true_cfg_scale`; '' by default.
+            negative_prompt: of guidance by two evaluations, with `true_cfg_scale`, one for all
+                pictures; '' by default.
             negative_prompt_2: for T5, instead.
             true_cfg_scale: above 1: that guidance, at twice the cost.
             height: pixels, a multiple of 16; default 1024.
@@ -229,13 +232,14 @@ class FluxPipeline(Adaptable):
             sigmas: times of one's own, before their shift, instead of evenly spaced ones.
             guidance_scale: of which dev and Kontext are told; default 3.5. Not for schnell.
             num_images_per_prompt: pictures of each prompt, one after another.
-            seed: picture i depends on it, and on i.
-            first_image: the number i of the first one.
-            generator: a key of `jax.random`, or one a picture, instead.
-            latents: standard normal noise, instead of the seed's: [n, h, w, channels], or as
+            seed: picture i depends on it, and on i; beside `generator` or `latents` it does
+                nothing.
+            first_image: the number i of the first one, under a seed or one key.
+            generator: a key of `jax.random`, or one a picture, instead of the seed.
+            latents: standard normal noise, instead of all these: [n, h, w, channels], or as
                 diffusers packs it [n, tokens, 4 channels].
-            prompt_embeds: of T5, instead of prompts, with
-            pooled_prompt_embeds: of CLIP; see `encode_prompt`.
+            prompt_embeds: of T5 [n, l, d], instead of prompts, with
+            pooled_prompt_embeds: of CLIP [n, p]; see `encode_prompt`.
             max_sequence_length: T5's tokens; default 512, of schnell 256.
             output_type: 'pil', 'np' or 'latent'.
 
@@ -247,15 +251,14 @@ class FluxPipeline(Adaptable):
             raise ValueError(f"output_type={output_type!r}: expected one of {OUTPUT_TYPES}")
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt}: expected at least 1")
-        if true_cfg_scale <= 1 and (negative_prompt, negative_prompt_2) != (None, None):
-            raise ValueError("a negative_prompt needs a true_cfg_scale above 1")
+        flux_inputs.check_negative(negative_prompt, negative_prompt_2, true_cfg_scale)
         size, times, guidance, length = self._settings(
             height, width, num_inference_steps, sigmas, guidance_scale, max_sequence_length
         )
         count = num_images_per_prompt * flux_inputs.check_prompts(
             prompt, prompt_2, prompt_embeds, pooled_prompt_embeds
         )
-        keys = flux_inputs.keys_of(generator, seed, first_image, count)
+        flux_inputs.check_source(generator, latents, seed, first_image, count)
         noise = None
         if latents is not None:
             channels = self.parts.transformer.config.in_channels
@@ -281,6 +284,7 @@ class FluxPipeline(Adaptable):
         if self.execution.programs is not None and generator is None and latents is None:
             made = self.latents.by_number(draw, seed, first_image)
         else:
+            keys = flux_inputs.keys_of(generator, seed, first_image, count)
             made = self.latents.by_keys(draw, keys, noise)
         return FluxOutput(made if output_type == "latent" else self._pictures(made, output_type))
 
@@ -327,13 +331,27 @@ class FluxPipeline(Adaptable):
         ready(self.pixels.program(self._blank(size)))
         return self.latents.notes(draw)
 
-    def check(self, draws: int = 1, **settings: Any) -> tuple[str, ...]:
+    def check(
+        self,
+        draws: int = 1,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float | None = None,
+        max_sequence_length: int | None = None,
+    ) -> tuple[str, ...]:
         """Refuses what a call of so many pictures would refuse, without compiling anything.
 
         Args:
             draws: pictures at once.
-            settings: height, width, num_inference_steps, sigmas, guidance_scale and
-                max_sequence_length of a call.
+            height: as of a call, like what follows.
+            width: likewise.
+            num_inference_steps: likewise.
+            sigmas: likewise.
+            guidance_scale: likewise.
+            max_sequence_length: likewise.
 
         Returns:
             How an image is split over devices, in words.
@@ -341,9 +359,8 @@ class FluxPipeline(Adaptable):
         Raises:
             ValueError: as a call.
         """
-        names = ("height", "width", "num_inference_steps", "sigmas", "guidance_scale")
         size, times, _, _ = self._settings(
-            *(settings.get(name) for name in (*names, "max_sequence_length"))
+            height, width, num_inference_steps, sigmas, guidance_scale, max_sequence_length
         )
         return self.latents.notes(Draw(size, times, {"pooled": np.zeros((draws, 1))}))
 
@@ -373,15 +390,14 @@ class FluxPipeline(Adaptable):
 
     def _times(self, steps: int | None, sigmas: Sequence[float] | None, tokens: int) -> np.ndarray:
         if sigmas is None:
-            default = 28 if self.is_guided else 4
-            return self.parts.times(default if steps is None else steps, tokens)
+            return self.parts.times(self.default_steps if steps is None else steps, tokens)
         if steps not in (None, len(sigmas)):
             raise ValueError(f"num_inference_steps={steps}, but {len(sigmas)} sigmas are given")
         return self.parts.times.shifted(sigmas, tokens)
 
     def _guidance(self, scale: float | None) -> float | None:
         if self.is_guided:
-            return 3.5 if scale is None else float(scale)
+            return self.default_guidance if scale is None else float(scale)
         if scale:
             raise ValueError(
                 f"guidance_scale={scale}: this FLUX (schnell) is not told a guidance scale; leave "

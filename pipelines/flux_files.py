@@ -34,10 +34,12 @@ from dit_jax.interop.text_encoders import (
 from dit_jax.interop.tokenizer_files import load_tokenizer
 from dit_jax.models import AutoencoderKL, Network
 from dit_jax.models.linear import resolve_dtype, resolve_param_dtype
+from dit_jax.nearest import one_of
 from dit_jax.pipelines.text import TextPart, check_vocabulary
 from dit_jax.untrusted import shown
 
 INDEX = "model_index.json"
+DTYPES = ("auto", "float32", "bfloat16")  # of products; T5's states go beyond float16
 CLASSES = ("FluxPipeline", "FluxKontextPipeline")
 # Folders by what they hold, as diffusers calls them, and the classes that model_index.json names.
 COMPONENTS = {
@@ -108,6 +110,8 @@ def load(
     offload: bool = False,
 ) -> FluxParts:
     """Reads a pipeline; see `flux.FluxPipeline.from_pretrained`."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: {one_of(dtype, DTYPES)}")
     folder = resolve(source)
     kontext = _check_index(folder)
     times = flow_times_from_scheduler(*_scheduler_config(folder))

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Key
 
 from dit_jax import ranges
 from dit_jax.sampling import image_keys
@@ -61,16 +61,55 @@ def check_prompts(prompt: Any, prompt_2: Any, embeds: Any, pooled: Any) -> int:
     return len(embeds)
 
 
-def keys_of(generator: Any, seed: int, first: int, count: int) -> Array:
-    """One key a picture, of those number `first` on.
+def check_negative(prompt: Any, prompt_2: Any, scale: float) -> None:
+    """Refuses anything but one negative prompt for each encoder, or none; and any without guidance.
 
     Raises:
-        ValueError: `generator` is no key of JAX, or not one a picture; a seed out of range.
+        ValueError: says what was expected.
     """
+    for name, text in (("negative_prompt", prompt), ("negative_prompt_2", prompt_2)):
+        if text is not None and not isinstance(text, str):
+            raise ValueError(
+                f"{name} is a {type(text).__name__}: expected a string, the same for all pictures"
+            )
+        if text is not None and scale <= 1:
+            raise ValueError("a negative_prompt needs a true_cfg_scale above 1")
+
+
+def picture_size(
+    height: int | None, width: int | None, default: int, multiple: int
+) -> tuple[int, int]:
+    """(height, width) in pixels, `default` where None is given.
+
+    Raises:
+        ValueError: no multiples of what they have to be.
+    """
+    height, width = height or default, width or default
+    if min(height, width) < multiple or height % multiple or width % multiple:
+        near = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
+        raise ValueError(
+            f"height={height}, width={width}: expected multiples of {multiple}, for instance "
+            f"{near[0]} and {near[1]}"
+        )
+    return height, width
+
+
+def check_source(generator: Any, latents: Any, seed: int, first: int, count: int) -> None:
+    """Refuses what noise cannot be drawn from, and what would do nothing.
+
+    Raises:
+        ValueError: `generator` is no key of JAX, or not one a picture; a seed out of range; two
+            sources of noise, or the number of a first picture where none is looked at.
+    """
+    if latents is not None and generator is not None:
+        raise ValueError("generator would do nothing beside latents, which are the noise")
+    if first and (latents is not None or getattr(generator, "ndim", 0)):
+        given = "latents" if latents is not None else "a generator of one key a picture"
+        raise ValueError(f"first_image={first} would do nothing beside {given}")
     if generator is None:
         if not isinstance(seed, int | np.integer) or int(seed) not in ranges.SEED:
             raise ValueError(f"seed={seed}: expected {ranges.SEED}")
-        return image_keys(seed, np.arange(first, first + count))
+        return
     dtype = getattr(generator, "dtype", None)
     if not isinstance(generator, jax.Array) or not jax.dtypes.issubdtype(
         dtype, jax.dtypes.prng_key
@@ -79,10 +118,17 @@ def keys_of(generator: Any, seed: int, first: int, count: int) -> Array:
             f"generator is a {type(generator).__name__}: expected a key (jax.random.key(0)), or "
             "give seed"
         )
-    if generator.ndim == 0:
-        return jax.vmap(lambda i: jax.random.fold_in(generator, i))(np.arange(count))
-    if generator.shape != (count,):
+    if generator.shape not in ((), (count,)):
         raise ValueError(f"generator of {generator.shape} keys: expected one, or {count}")
+
+
+def keys_of(generator: Key[Array, "*n"] | None, seed: int, first: int, count: int) -> Array:
+    """One key a picture, of those number `first` on; of what `check_source` lets through."""
+    if generator is None:
+        return image_keys(seed, np.arange(first, first + count))
+    if generator.ndim == 0:
+        numbers = np.arange(first, first + count)
+        return jax.vmap(lambda i: jax.random.fold_in(generator, i))(numbers)
     return generator
 
 
@@ -109,7 +155,8 @@ def reference_pixels(image: Any, multiple: int) -> np.ndarray | None:
     """[1, h, w, 3] in [-1, 1] of an image to be edited; None for none.
 
     Raises:
-        ValueError: it has not three channels, or sides that are no multiples.
+        ValueError: it has not three channels, or sides that are no multiples, or is neither of
+            bytes nor of floats in [0, 1].
     """
     if image is None:
         return None
@@ -120,7 +167,15 @@ def reference_pixels(image: Any, multiple: int) -> np.ndarray | None:
             f"image of shape {list(shape)}: expected [height, width, 3] with sides that are "
             f"multiples of {multiple}: resize it"
         )
-    pixels = pixels.astype(np.float32) / (255 if pixels.dtype == np.uint8 else 1)
+    if pixels.dtype == np.uint8:
+        return (2 * (pixels.astype(np.float32) / 255) - 1)[None]
+    wanted = "expected bytes (uint8), or floats in [0, 1]"
+    if not jnp.issubdtype(pixels.dtype, jnp.floating):
+        raise ValueError(f"image of {pixels.dtype}: {wanted}")
+    pixels = pixels.astype(np.float32)
+    low, high = pixels.min(), pixels.max()
+    if not (low >= 0 and high <= 1):  # nor NaN
+        raise ValueError(f"image of floats from {low:g} to {high:g}: {wanted}")
     return (2 * pixels - 1)[None]
 
 

@@ -103,8 +103,8 @@ class CLIPTextConfig:
         return self.num_hidden_layers
 
     @property
-    def max_length(self) -> int | None:
-        """Of a prompt in tokens; None for no limit."""
+    def max_length(self) -> int:
+        """Of a prompt in tokens."""
         return self.max_position_embeddings
 
     @property

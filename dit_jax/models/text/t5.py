@@ -75,11 +75,6 @@ class T5Config:
         return self.num_layers
 
     @property
-    def max_length(self) -> int | None:
-        """Of a prompt in tokens; None for no limit."""
-        return None
-
-    @property
     def precision(self) -> Precision:
         """What products are computed in, and their parameters stored in."""
         return precision_of(self.dtype, self.param_dtype)
