@@ -8,10 +8,8 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-
-import jax
 
 from dit_jax.evaluation import to_uint8
 from dit_jax.launch.picture_settings import Settings, png
@@ -120,6 +118,7 @@ class PictureQueue:
                 job.stops = True
             else:
                 job.state, job.seconds = "cancelled", 0.0
+                self._forget(job)
             self._changed(job)
             return job
 
@@ -144,13 +143,15 @@ class PictureQueue:
             KeyError: there is none.
         """
         with self._changes:
-            return self._described(self._jobs[number])
+            return self._described(self._jobs[number], self._positions())
 
     def state(self, after: int = 0) -> dict[str, Any]:
         """Version, number of the oldest job that is remembered, and jobs changed after a version,
         as JSON."""
         with self._changes:
-            jobs = [self._described(job) for job in self._jobs.values() if job.version > after]
+            places = self._positions()
+            changed = [job for job in self._jobs.values() if job.version > after]
+            jobs = [self._described(job, places) for job in changed]
             oldest = next(iter(self._jobs), 1)
             return {"version": self._version, "oldest": oldest, "jobs": jobs}
 
@@ -231,7 +232,6 @@ class PictureQueue:
             self._stage(job, f"making picture{of}" if of else "making the picture", expected)
         options = {"seed": settings.seed, "first_image": index, **options}
         latents = self._pipeline(output_type="latent", **options).images
-        jax.block_until_ready(latents)
         pixels = to_uint8(self._pipeline.decode(latents))[0]
         file = None if job.compiles else png(pixels, settings, index, self._pipeline.title)
         with self._changes:
@@ -256,25 +256,32 @@ class PictureQueue:
         with self._changes:
             job.state, job.error, job.stage = state, error, ""
             job.seconds = time.monotonic() - began
-            self._forget()
+            self._forget(job)
             self._changed(job)
         made = f"compiled {job.settings.size}" if job.compiles else f"picture {job.number}"
         line = f"{made}: {error}" if error else f"{made}: {state}, {job.seconds:.1f} s"
         self._announce(line)
 
-    def _forget(self) -> None:
-        """Lets the oldest jobs go where there are too many of them or of their bytes."""
+    def _forget(self, latest: Job) -> None:
+        """Lets the oldest finished jobs go where there are too many of them or of their bytes.
+
+        That which has just ended stays, and the newest.
+        """
         sizes = {n: sum(map(len, job.images)) for n, job in self._jobs.items()}
         total = sum(sizes.values())
         for number, job in list(self._jobs.items())[:-1]:
-            fits = len(self._jobs) <= _MAX_JOBS and total <= _MAX_BYTES
-            if fits or job.state not in FINISHED:
+            if len(self._jobs) <= _MAX_JOBS and total <= _MAX_BYTES:
                 return
-            total -= sizes[number]
-            del self._jobs[number]
+            if job.state in FINISHED and job is not latest:
+                total -= sizes[number]
+                del self._jobs[number]
 
     def _waiting(self) -> list[Job]:
         return [job for job in self._jobs.values() if job.state == "waiting"]
+
+    def _positions(self) -> dict[int, int]:
+        """Places in the queue from 1 on, by jobs' numbers."""
+        return {job.number: place for place, job in enumerate(self._waiting(), 1)}
 
     def _changed(self, job: Job) -> None:
         """Counts a change, of those that wait, too: their places may be others."""
@@ -283,8 +290,7 @@ class PictureQueue:
             other.version = self._version
         self._changes.notify_all()
 
-    def _described(self, job: Job) -> dict[str, Any]:
-        waiting = self._waiting()
+    def _described(self, job: Job, positions: Mapping[int, int]) -> dict[str, Any]:
         running = job.state == "running"
         images = range(len(job.images))
         return {
@@ -292,7 +298,7 @@ class PictureQueue:
             "kind": "compile" if job.compiles else "images",
             "settings": dataclasses.asdict(job.settings),
             "state": job.state,
-            "position": waiting.index(job) + 1 if job in waiting else None,
+            "position": positions.get(job.number),
             "stage": job.stage,
             "elapsed": time.monotonic() - job.began if running else job.seconds,
             "expected": job.expected if running else None,

@@ -231,6 +231,20 @@ def test_the_oldest_pictures_are_forgotten(monkeypatch):
         assert client.ask("/api/images/4/0.png")[0] == 404
 
 
+def test_cancelled_jobs_are_forgotten_while_one_is_made(slow, monkeypatch):
+    monkeypatch.setattr(picture_queue, "_MAX_JOBS", 3)
+    running = slow.json("/api/images", {"prompt": "a"})[1]["id"]
+    assert slow.pipeline.began.acquire(timeout=60)
+    waiting = slow.json("/api/images", {"prompt": "a"})[1]["id"]
+    for _ in range(4):
+        number = slow.json("/api/images", {"prompt": "a"})[1]["id"]
+        status, answer = slow.json(f"/api/images/{number}", None, "DELETE")
+        assert status == 200 and answer["state"] == "cancelled"
+    state = slow.json("/api/images")[1]
+    places = [(job["id"], job["position"]) for job in state["jobs"]]
+    assert places == [(running, None), (waiting, 1), (number, None)]
+
+
 @pytest.mark.filterwarnings("ignore:.*this was cut off")
 def test_a_real_pipeline_gives_what_python_gives(folder, tmp_path):
     pipe = FluxPipeline.from_pretrained(folder)
