@@ -1,5 +1,7 @@
 """Numbers as they are read: sizes in the unit that suits them, things counted, tables."""
 
+from collections.abc import Collection
+
 
 def format_bytes(number: float) -> str:
     """A size of memory or disk: '2.00 GiB', '31.5 MiB', '1000 bytes'."""
@@ -12,6 +14,15 @@ def format_bytes(number: float) -> str:
 def counted(number: int, noun: str) -> str:
     """'1 image', '2 images'."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def spelled_numbers(numbers: Collection[int]) -> str:
+    """Several in one name, ascending, as a shell expands them: '3', '{0..3}', '{0,2,5}'."""
+    numbers = sorted(set(numbers))
+    if len(numbers) == 1:
+        return str(numbers[0])
+    whole = numbers == list(range(numbers[0], numbers[-1] + 1))
+    return "{" + (f"{numbers[0]}..{numbers[-1]}" if whole else ",".join(map(str, numbers))) + "}"
 
 
 def table(rows: list[tuple[str, ...]]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.interop.claims import check_types
+from dit_jax.interop.claims import check_counts, check_types
 from dit_jax.interop.table import (
     Constant,
     Row,
@@ -127,6 +127,7 @@ def config_from_original(
         mlp_hidden = shapes["blocks.0.mlp.fc1.weight"][0]
     except (KeyError, ValueError, IndexError) as error:
         raise InteropError(f"{file.path} is no DiT in the original layout: {error}") from error
+    check_counts(file.path, {"depth": depth}, file)
     length = shapes["pos_embed"][1] if "pos_embed" in shapes else None
     side = _side(file, length)
     if out_channels not in (in_channels, 2 * in_channels):

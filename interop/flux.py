@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dit_jax.diffusion.process import RectifiedFlow
-from dit_jax.interop.claims import check_types
+from dit_jax.interop.claims import check_counts, check_types
 from dit_jax.interop.dit import mlp_ratio
 from dit_jax.interop.schedulers import FLUX_SHIFT, FlowTimes
 from dit_jax.interop.table import Row, Table, Transform, affine, identity, linear, swap_halves
@@ -289,6 +289,7 @@ def config_from_original(file: TensorFile) -> tuple[FluxConfig, tuple[str, ...]]
         ) from error
     except (ValueError, IndexError) as error:
         raise InteropError(f"{file.path} is no FLUX in the original layout: {error}") from error
+    check_counts(file.path, {"depth": depth, "single_depth": single_depth}, file)
     _check_channels(file.path, in_channels, out_channels)
     if head_dim < 1 or hidden_size < 1 or hidden_size % head_dim:
         raise InteropError(

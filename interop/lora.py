@@ -22,7 +22,14 @@ from dit_jax.atomic import atomic_file, atomic_folder, check_destination
 from dit_jax.interop import hub
 from dit_jax.interop.claims import check_types, read_object
 from dit_jax.interop.finiteness import Finiteness, WatchedFile
-from dit_jax.interop.lora_names import Part, family_of, grouped, part_of, spellings
+from dit_jax.interop.lora_names import (
+    Part,
+    family_of,
+    grouped,
+    in_first_layer,
+    part_of,
+    spellings,
+)
 from dit_jax.interop.lora_targets import Target, export_targets, normalised, targets
 from dit_jax.interop.tensors import (
     InteropError,
@@ -39,6 +46,7 @@ from dit_jax.untrusted import shown
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _METADATA = "lora_adapter_metadata"  # in what diffusers saves, of PEFT's configurations
 _PEFT_PREFIX = "base_model.model."
+_PEFT_ALPHA = 8  # its default, of a configuration without lora_alpha
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +154,11 @@ def _require_known(
     half: list[str],
 ) -> None:
     title = network.config.title
-    family = family_of(file.specs)
-    if not modules and not half:
+    # Modules of blocks beyond the network's depth are this family's, however many they are.
+    deeper = [name for name in unknown if _find(in_first_layer(name), network)]
+    is_own = unknown and len(deeper) == len(unknown)
+    family = None if is_own else family_of(file.specs)
+    if not modules and not half and not deeper:
         what = f"it is an adapter of {family}" if family else "none of its tensors is for it"
         some = ", ".join(grouped(unknown)[:8]) or "no factors"
         raise InteropError(f"{file.path} is no LoRA of {title}: {what} (it has {some})")
@@ -196,7 +207,7 @@ class _Scales:
     """What PEFT's configuration says of scales, beside the tensors; empty where there is none.
 
     Attributes:
-        alpha: of modules that no pattern is for; None: their rank.
+        alpha: of modules that no pattern is for; None, without a configuration: their rank.
         patterns: alpha by the end of a module's name.
         rank_stabilised: whether alpha is divided by the root of the rank.
     """
@@ -249,7 +260,9 @@ class _Scales:
         for key in patterns:
             if not all(part.replace("_", "").isalnum() for part in key.split(".")):
                 raise InteropError(f"{where}: alpha_pattern has {shown(key)}: expected a module")
-        return cls(values.get("lora_alpha"), patterns, bool(values.get("use_rslora")))
+        alpha = values.get("lora_alpha")
+        alpha = _PEFT_ALPHA if alpha is None else alpha
+        return cls(alpha, patterns, bool(values.get("use_rslora")))
 
     def __call__(self, module: str, rank: int, alpha: float | None) -> float:
         """What the product is multiplied by."""
@@ -258,6 +271,7 @@ class _Scales:
         for end, value in self.patterns.items():
             if module == end or module.endswith(f".{end}"):
                 alpha = value
+                break  # of several that match PEFT takes the first
         if alpha is None:
             alpha = self.alpha
         if alpha is None:
@@ -334,7 +348,8 @@ def save_lora(
         overwrite: replace what is there.
 
     Raises:
-        InteropError: a layer has no name outside; NaN or infinity in the factors.
+        InteropError: it changes no layer, or one that has no name outside; NaN or infinity in the
+            factors.
         FileExistsError: `path` exists.
     """
     path, is_flux = Path(path), isinstance(network.config, FluxConfig)
@@ -355,6 +370,8 @@ def save_lora(
 
 
 def _places(network: Network, adapter: Adapter) -> list[Target]:
+    if not adapter.factors:
+        raise InteropError("the adapter changes no layer: there is nothing to write")
     places = [target for target in export_targets(network) if target.ours in adapter.factors]
     missing = sorted(set(adapter.factors) - {target.ours for target in places})
     if missing:

@@ -9,6 +9,8 @@ import dataclasses
 import re
 from collections.abc import Collection, Iterable
 
+from dit_jax.quantities import spelled_numbers
+
 _FACTOR = re.compile(
     r"(?P<module>.+?)\.(?P<kind>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|down|up)"
     r"(\.(?P<adapter>[^.]+))?\.weight"
@@ -40,6 +42,7 @@ _OTHERS = (
     (r"\.(diff|diff_b)", "whole differences of weights"),
 )
 _XLABS_STREAMS = {"1": "img", "2": "txt"}
+_NUMBER = re.compile(r"(?<=[._])\d+(?=[._])")
 
 # What a file's names are of, the most telling first.
 _FAMILIES = (
@@ -130,21 +133,19 @@ def family_of(names: Collection[str]) -> str | None:
     return None
 
 
+def in_first_layer(name: str) -> str:
+    """The name of the same module in a stack's layer 0."""
+    return _NUMBER.sub("0", name, count=1)
+
+
 def grouped(names: Iterable[str]) -> list[str]:
     """Names for a message, those that differ in the first number alone as one."""
     groups: dict[str, list[int]] = {}
     for name in names:
-        match = re.search(r"(?<=[._])\d+(?=[._])", name)
+        match = _NUMBER.search(name)
         pattern = name if match is None else f"{name[: match.start()]}{{}}{name[match.end() :]}"
         groups.setdefault(pattern, []).extend([] if match is None else [int(match[0])])
-    return [_with_numbers(pattern, sorted(set(found))) for pattern, found in groups.items()]
-
-
-def _with_numbers(pattern: str, numbers: list[int]) -> str:
-    if not numbers:
-        return pattern
-    if len(numbers) == 1:
-        return pattern.replace("{}", str(numbers[0]), 1)
-    whole = numbers == list(range(numbers[0], numbers[-1] + 1))
-    text = f"{numbers[0]}..{numbers[-1]}" if whole else ",".join(map(str, numbers))
-    return pattern.replace("{}", f"{{{text}}}", 1)
+    return [
+        pattern.replace("{}", spelled_numbers(found), 1) if found else pattern
+        for pattern, found in groups.items()
+    ]

@@ -16,12 +16,6 @@ from dit_jax.training.lora import LoraOptions
 from dit_jax.training.saved_weights import RunWeights
 
 
-def weights_of_base(options: LoraOptions) -> str:
-    """Which weights of the base: files that hold one set know no name of it."""
-    has_several = (Path(options.base) / workdir.CHECKPOINTS).is_dir()
-    return options.weights if has_several or options.weights != "ema" else ""
-
-
 def merged(factors: FoundModel, base: FoundModel, options: LoraOptions) -> FoundModel:
     """The network of a run with its factors folded into the kernels, one parameter at a time.
 
@@ -38,7 +32,7 @@ def merged(factors: FoundModel, base: FoundModel, options: LoraOptions) -> Found
             return base.read(name, dtype)
         a, b = (factors.read(f"{layer}.lora_{part}") for part in "ab")
         change = np.float32(options.scale) * np.matmul(a, b)
-        return (base.read(name) + change).astype(dtype)
+        return base.finiteness.look(name, (base.read(name) + change).astype(dtype))
 
     return dataclasses.replace(factors, read=read, paths=base.paths, finiteness=base.finiteness)
 

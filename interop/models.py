@@ -108,6 +108,25 @@ def open_model(
     return found
 
 
+def open_configured(source: str, weights: str, like: Any) -> FoundModel:
+    """Opens a model that a configuration names, for an experiment.
+
+    Args:
+        source: as of `open_model`.
+        weights: which of the several that a run or a training checkpoint has; a file or folder
+            that holds one set is good for 'ema'.
+        like: config.model of the experiment.
+
+    Raises:
+        InteropError: see `open_model`; or there are no such weights.
+        CheckpointError: the run has no such weights.
+    """
+    found = open_model(source, like=like)
+    if weights != "ema" or (found.path / workdir.CHECKPOINTS).is_dir():
+        found = open_model(source, weights=weights, like=like)
+    return found
+
+
 def _open(
     path: Path,
     kind: str,
@@ -265,9 +284,8 @@ def _open_workdir(path: Path, weights: str, step: int | None) -> FoundModel:
     if not config.lora.rank:
         return found
     options = prepared.method.lora
-    return lora_runs.merged(
-        found, open_model(options.base, weights=lora_runs.weights_of_base(options)), options
-    )
+    base = open_configured(options.base, options.weights, config.model)
+    return lora_runs.merged(found, base, options)
 
 
 def read_card(folder: Path) -> dict[str, Any]:

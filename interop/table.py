@@ -20,6 +20,7 @@ import numpy as np
 
 from dit_jax.interop.finiteness import Finiteness, WatchedFile
 from dit_jax.interop.tensors import InteropError, TensorFile, TensorSpec
+from dit_jax.quantities import spelled_numbers
 
 LAYER = "{layer}"
 
@@ -315,14 +316,7 @@ def resolve_names(table: Table, shapes: Shapes, file: TensorFile) -> dict[str, l
 
 
 def _with_layers(pattern: str, layers: list[int]) -> str:
-    name = pattern.split("|")[0]
-    if LAYER not in name:
-        return name
-    if len(layers) == 1:
-        return name.replace(LAYER, str(layers[0]))
-    whole = layers == list(range(layers[0], layers[-1] + 1))
-    shown = f"{layers[0]}..{layers[-1]}" if whole else ",".join(map(str, layers))
-    return name.replace(LAYER, "{" + shown + "}")
+    return pattern.split("|")[0].replace(LAYER, spelled_numbers(layers))
 
 
 class ParameterReader:

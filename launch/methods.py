@@ -15,9 +15,8 @@ from dit_jax import experiment
 from dit_jax.config import ConfigError, differences
 from dit_jax.data import Pairs, Source
 from dit_jax.interop.kinds import kinds
-from dit_jax.interop.models import FoundModel, open_model
+from dit_jax.interop.models import FoundModel, open_configured
 from dit_jax.models.linear import resolve_param_dtype
-from dit_jax.training import workdir
 from dit_jax.training.checkpoints import fingerprint
 from dit_jax.training.lora import BASE
 from dit_jax.training.method import Method
@@ -117,10 +116,7 @@ def _require_there(key: str, source: str) -> None:
 
 def _open(config: ml_collections.ConfigDict, key: str, source: str, weights: str) -> FoundModel:
     _require_there(key, source)
-    found = open_model(source, like=config.model)
-    if weights != "ema" or (found.path / workdir.CHECKPOINTS).is_dir():
-        # Of the several that a run has; a file of another format holds one, good for "ema".
-        found = open_model(source, weights=weights, like=config.model)
+    found = open_configured(source, weights, config.model)
     student = config.copy_and_resolve_references()
     with student.unlocked():
         if key == "teacher.path":

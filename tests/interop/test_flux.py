@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from dit_jax.interop import flux
 from dit_jax.interop.export import write_model
@@ -196,6 +197,15 @@ def test_errors_name_what_is_there(saved, tmp_path):
     ):
         with pytest.raises(InteropError, match=message):
             load_flux(with_config(f"changed{len(list(tmp_path.iterdir()))}", **changes))
+
+
+def test_a_block_far_beyond_the_others_is_refused_before_any_is_looked_for(saved, tmp_path):
+    file = tmp_path / "flux1.safetensors"
+    save_flux_original(file, *load_flux(saved[1]))
+    tensors = load_file(file) | {"double_blocks.1000000.x": np.zeros(1, np.float32)}
+    save_file(tensors, file)
+    with pytest.raises(InteropError, match=r"depth=1000001, but .* holds only .* tensors"):
+        open_flux(file)
 
 
 def test_errors_of_other_families_name_them(saved, tmp_path):

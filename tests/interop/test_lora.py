@@ -17,7 +17,7 @@ from dit_jax.interop.tensors import InteropError
 from dit_jax.models import DiTConfig, FluxConfig, Network, lora
 from tests.compilations import compilations
 from tests.models.test_flux import random_request
-from tests.models.test_lora import drawn
+from tests.models.test_lora import CONFIGS, drawn
 from tests.references import diffusers_flux, torch_dit
 
 DEV = FluxConfig.from_name("flux_tiny", guidance_embedding=True)
@@ -68,7 +68,8 @@ def models(tmp_path_factory):
     linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
     one = {"r": 3, "lora_alpha": 6, "target_modules": linear}
     patterns = {"rank_pattern": {"proj_mlp": 4}, "alpha_pattern": {"proj_mlp": 2}}
-    two = {"r": 2, "lora_alpha": 3, "target_modules": SOME, **patterns}
+    patterns["alpha_pattern"] |= {"single_transformer_blocks.1.proj_mlp": 5}  # too late: unused
+    two = {"r": 2, "lora_alpha": 3, "target_modules": SOME, "use_rslora": True, **patterns}
     files = {}
     for seed, (name, options) in enumerate({"one": one, "two": two}.items()):
         state = add_adapter(model, name, seed, **options)
@@ -257,6 +258,13 @@ def deeper(models):
     }
 
 
+def much_deeper(models):
+    found = before_peft(models)[0]
+    name = "transformer.transformer_blocks.1.attn.to_q.lora."
+    own = {key: value for key, value in found.items() if key.startswith(name)}
+    return {key.replace("blocks.1.", "blocks.9."): value for key, value in own.items()}
+
+
 def wider(models):
     return {key: np.concatenate([v, v], 1) for key, v in before_peft(models)[0].items()}
 
@@ -306,6 +314,42 @@ def test_errors_of_what_does_not_match(models, tmp_path, written, message):
     with pytest.raises(InteropError) as caught:
         load_lora(tmp_path / "x.safetensors", models.network)
     assert message in str(caught.value)
+
+
+def test_blocks_beyond_the_depth_are_no_other_familys(models, tmp_path):
+    for number, written in enumerate((deeper, much_deeper)):
+        save_file(written(models), tmp_path / f"{number}.safetensors")
+        with pytest.raises(InteropError) as caught:
+            load_lora(tmp_path / f"{number}.safetensors", models.network)
+        assert "not in the network: transformer." in str(caught.value)
+        assert "names are those" not in str(caught.value) and "DiT" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_adapters_of_every_network_come_back_as_they_were(tmp_path, name):
+    network = Network(CONFIGS[name])
+    adapter = drawn(network)
+    file = tmp_path / ("x.safetensors" if name == "flux" else "x")
+    save_lora(file, network, adapter)
+    same(changes(load_lora(file, network)), changes(adapter))
+    with pytest.raises(InteropError, match="the adapter changes no layer"):
+        save_lora(tmp_path / f"none{file.suffix}", network, lora.Adapter({}))
+
+
+def test_a_configuration_without_alpha_has_that_of_peft(tmp_path):
+    import peft
+
+    network = Network(CONFIGS["dit"])
+    adapter = drawn(network, paths=["blocks.attn.proj"])
+    save_lora(tmp_path / "x", network, adapter)
+    values = json.loads((tmp_path / "x" / PEFT_CONFIG).read_text())
+    alpha = peft.LoraConfig().lora_alpha
+    assert values.pop("lora_alpha") == adapter.rank != alpha
+    for given in (values, values | {"lora_alpha": None}):
+        (tmp_path / "x" / PEFT_CONFIG).write_text(json.dumps(given))
+        found = changes(load_lora(tmp_path / "x", network))["blocks.attn.proj"]
+        expected = changes(adapter)["blocks.attn.proj"] * alpha / adapter.rank
+        np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_errors_of_other_networks_and_names(models, tmp_path):

@@ -316,6 +316,14 @@ def test_a_configuration_that_contradicts_the_tensors_is_refused(tmp_path):
             open_model(tmp_path)
 
 
+def test_a_block_far_beyond_the_others_is_refused(tmp_path):
+    write_model(in_memory(TINY)[0], "dit_pt", tmp_path / "x.pt")
+    tensors = torch.load(tmp_path / "x.pt") | {"blocks.1000000.x": torch.zeros(1)}
+    torch.save(tensors, tmp_path / "x.pt")
+    with pytest.raises(InteropError, match=r"depth=1000001, but .* holds only .* tensors"):
+        open_model(tmp_path / "x.pt", num_heads=TINY.num_heads)
+
+
 def test_embedders_trained_apart_are_refused(tmp_path):
     model = diffusers_model(TINY)
     with torch.no_grad():

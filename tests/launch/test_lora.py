@@ -1,5 +1,6 @@
 """Training of a LoRA: the run holds factors alone, resumes, and is sampled, converted, exported."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,10 +10,12 @@ import pytest
 from dit_jax.config import ConfigError
 from dit_jax.interop.export import write_model
 from dit_jax.interop.lora import load_lora
-from dit_jax.interop.lora_runs import open_adapter
-from dit_jax.interop.models import open_model
+from dit_jax.interop.lora_runs import merged, open_adapter
+from dit_jax.interop.models import open_configured, open_model
+from dit_jax.interop.tensors import InteropError
 from dit_jax.launch import convert, loading, train
 from dit_jax.models import DiTConfig
+from dit_jax.training.lora import LoraOptions
 from dit_jax.tree_paths import by_path
 from tests.interop.test_models import in_memory
 from tests.launch.conftest import tiny_config
@@ -96,6 +99,39 @@ def test_it_is_sampled_and_converted_with_its_network_and_exported_alone(base, t
     for path, (a, b) in adapter.factors.items():
         found = np.matmul(*again.factors[path])
         np.testing.assert_allclose(found, np.matmul(a, b), atol=1e-6)
+
+
+def test_a_state_dict_is_read_for_sampling_as_it_was_for_training(base, trained, tmp_path):
+    """Its tensors do not tell the number of heads, which the configuration does."""
+    write_model(open_model(base), "sit_pt", tmp_path / "sit.pt")
+    workdir = tmp_path / "run"
+    train.run(adapted(f"sit_pt:{tmp_path}/sit.pt", **{"training.num_steps": 2}), workdir)
+    network, adapter = open_adapter(workdir, "raw")
+    assert network.config.num_heads == DIT.num_heads
+    kernel = open_model(workdir, weights="raw").load()["blocks"]["attn"]["qkv"]["kernel"]
+    before = open_model(base).load()["blocks"]["attn"]["qkv"]["kernel"]
+    change = np.matmul(*adapter.factors["blocks.attn.qkv"])
+    np.testing.assert_allclose(kernel, before + change, atol=1e-6)
+
+
+def test_the_weights_of_a_base_are_those_configured_however_it_is_spelled(base, trained):
+    for source in (trained, f"dit_jax:{trained}"):
+        for weights, found in (("raw", "raw"), ("ema", "ema_0.9")):
+            assert open_configured(str(source), weights, None).weights == found
+    assert open_configured(str(base), "ema", None).kind == "dit_jax"  # which holds one set
+
+
+def test_factors_that_diverged_are_refused(base):
+    model = open_model(base)
+
+    def read(name, dtype=np.float32):
+        return np.full((1, 32, 2) if name.endswith("a") else (1, 2, 96), np.nan, dtype)
+
+    factors = dataclasses.replace(
+        model, read=read, paths=("blocks.attn.qkv.lora_a", "blocks.attn.qkv.lora_b")
+    )
+    with pytest.raises(InteropError, match=r"NaN or infinity in 1 of .*blocks\.attn\.qkv\.kernel"):
+        merged(factors, model, LoraOptions(rank=2)).load()
 
 
 @pytest.mark.parametrize(
