@@ -36,11 +36,11 @@ from dit_jax.distill.student import (
     build_student,
     build_teacher,
     drift_metrics,
-    nulls_of,
 )
 from dit_jax.models.call import Request
 from dit_jax.nearest import one_of
 from dit_jax.options import option
+from dit_jax.training.learner import nulls_of
 from dit_jax.training.method import Batch, Metrics, OnePhase, accumulated_gradients
 
 

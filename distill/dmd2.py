@@ -32,11 +32,12 @@ from dit_jax.distill.adversarial import (
     refuse_changed,
 )
 from dit_jax.distill.few_step import FewStepMethod, build_few_steps, counted_config
-from dit_jax.distill.student import build_student, build_teacher, drift_metrics, nulls_of
+from dit_jax.distill.student import build_student, build_teacher, drift_metrics
 from dit_jax.models.call import Request
 from dit_jax.nearest import one_of
 from dit_jax.options import option
 from dit_jax.ranges import NOT_NEGATIVE, POSITIVE
+from dit_jax.training.learner import nulls_of
 from dit_jax.training.method import Batch, Metrics
 
 FAKE_SCORE_LOSSES = ("raw", "x0", "eps", "velocity")

@@ -42,11 +42,11 @@ from dit_jax.distill.student import (
     build_student,
     build_teacher,
     drift_metrics,
-    nulls_of,
 )
 from dit_jax.models.call import Request
 from dit_jax.models.linear import resolve_dtype
 from dit_jax.training.denoising import require_augmentation
+from dit_jax.training.learner import nulls_of
 from dit_jax.training.method import Batch, Metrics, OnePhase, accumulated_gradients
 
 Examples = dict[str, Any]

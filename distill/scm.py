@@ -42,7 +42,6 @@ from dit_jax.distill.student import (
     build_teacher,
     create_player,
     drift_metrics,
-    nulls_of,
     require_forward_mode,
     update_player,
 )
@@ -51,6 +50,7 @@ from dit_jax.models.call import Request
 from dit_jax.nearest import one_of
 from dit_jax.options import option
 from dit_jax.ranges import NOT_NEGATIVE, PERIOD, POSITIVE
+from dit_jax.training.learner import nulls_of
 from dit_jax.training.method import Batch, Metrics, OnePhase, accumulated_gradients
 
 VELOCITIES = ("data", "teacher")

@@ -182,7 +182,8 @@ class Teacher:
         Args:
             params: the teacher's.
             request: in process time.
-            nulls: "no condition" where the network does not know it by itself (`nulls_of`).
+            nulls: "no condition" where the network does not know it by itself
+                (`training.learner.nulls_of`).
         """
 
         def evaluate(x, t, conditions, carry):
@@ -233,11 +234,6 @@ class Teacher:
         return process.interpret(raw, x, t), conditional.features
 
 
-def nulls_of(frozen: Any) -> Mapping[str, Any] | None:
-    """What stands for "no condition" where a network does not know it by itself, if given."""
-    return (frozen or {}).get("nulls")
-
-
 def drift_metrics(x0: Float[Array, "b h w c"]) -> Metrics:
     """Mean and standard deviation of what the student generates: the first things to drift."""
     return {"student_mean": jnp.mean(x0), "student_std": jnp.std(x0)}
@@ -259,10 +255,6 @@ def build_student(config: ml_collections.ConfigDict) -> Student:
 def build_teacher(config: ml_collections.ConfigDict) -> Teacher:
     """The teacher of `config.teacher`: the student's architecture and process, one time only."""
     interval = tuple(config.teacher.guidance_interval)
-    if len(interval) not in (0, 2):
-        raise ConfigError(
-            f"config.teacher.guidance_interval={interval}: expected (low, high) or ()"
-        )
     config = config.copy_and_resolve_references()
     with config.unlocked():
         # A teacher is never differentiated forwards, and sees one time.

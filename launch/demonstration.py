@@ -17,7 +17,7 @@ import numpy as np
 from dit_jax import evaluation, experiment
 from dit_jax.configs import digits, digits_cm
 from dit_jax.launch import classifier_scores, loading, training
-from dit_jax.launch.timing import Stopwatch
+from dit_jax.launch.timing import Stopwatch, times
 from dit_jax.quantities import table
 from dit_jax.training.metrics import format_duration
 from dit_jax.training.workdir import CONFIG_FILE
@@ -133,16 +133,6 @@ def report(teacher: Result, student: Result, clock: Stopwatch) -> str:
         ]
     )
     return f"{scores}\n\n{times(clock)}"
-
-
-def times(clock: Stopwatch) -> str:
-    """The table of where the time went; its last row is the sum of those above."""
-    named = {"importing": clock.seconds["importing"], "compiling": clock.compiling, **clock.seconds}
-    total = time.perf_counter() - clock.started
-    named["data, checkpoints and the rest"] = total - sum(named.values())
-    named["everything together"] = total
-    rows = [(name, format_duration(seconds)) for name, seconds in named.items()]
-    return table([("where the time went", ""), *rows])
 
 
 def save_picture(path: Path, teacher, student, labels, test) -> None:

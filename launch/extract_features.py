@@ -19,8 +19,13 @@ was, and ends with the same bits. Then train with
 import argparse
 import math
 import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dit_jax.launch import argument_types, arguments, command, spelling
+
+if TYPE_CHECKING:
+    from dit_jax.data import Header
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -137,10 +142,32 @@ def extract(args: argparse.Namespace) -> None:
     if args.text_encoders is None:
         train.append(f"--config.model.num_classes={header.num_classes}")
     else:
-        train.append("--init_from=FLUX.1-dev")
+        train += text_options(args.text_encoders, header)
     if extraction.flip_of(args) != "pairs" and args.text_encoders is None:
         train.append("--config.data.horizontal_flip=False")
     print(f"next: {spelling.spelled(shlex.join(train))}")
+
+
+def text_options(encoders: str, header: "Header") -> list[str]:
+    """Options of launch/train.py for embeddings of captions: where to start, and sizes of its own.
+
+    Args:
+        encoders: --text_encoders.
+        header: of what was made.
+    """
+    from dit_jax.configs import flux_dev_sft
+
+    sizes = {"text_dim": header.fields["text"].shape[-1]}
+    sizes["pooled_dim"] = header.fields["pooled"].shape[-1]
+    published = flux_dev_sft.get_config().model.flux
+    own = [
+        f"--config.model.flux.{key}={size}" for key, size in sizes.items() if size != published[key]
+    ]
+    whole = encoders.startswith("hub:") or (Path(encoders).expanduser() / "transformer").is_dir()
+    if whole:
+        return [f"--init_from={encoders}", *own]
+    # Encoders alone: published networks fit those of their sizes, and no others.
+    return own or ["--init_from=FLUX.1-dev"]
 
 
 def start() -> None:

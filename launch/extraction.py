@@ -19,7 +19,13 @@ from dit_jax.data.records.header import LABEL
 from dit_jax.interop import hub
 from dit_jax.interop.autoencoder_kl import load_autoencoder
 from dit_jax.launch import recording, wiring
-from dit_jax.launch.text_extraction import MAX_LENGTH, TextFeatures, open_texts
+from dit_jax.launch.text_extraction import (
+    MAX_LENGTH,
+    TextFeatures,
+    find_encoders,
+    open_texts,
+    require_length,
+)
 from dit_jax.models.autoencoder_kl import AutoencoderKL
 from dit_jax.models.linear import resolve_dtype
 from dit_jax.named_options import options_named
@@ -117,6 +123,7 @@ def make_header(
     source: data_lib.Source,
     shard_size: int,
     texts: TextFeatures | None = None,
+    text_dtype: str | None = None,
 ) -> data_lib.Header:
     """What the latents will be, with the embeddings of captions if there are `texts`."""
     vae = Path(args.vae).expanduser().absolute()
@@ -128,7 +135,7 @@ def make_header(
         "seed": args.seed,
         "compute_dtype": resolve_dtype(args.compute_dtype).name,
     }
-    conditions = condition_fields(source) if texts is None else texts.fields(args.text_dtype)
+    conditions = condition_fields(source) if texts is None else texts.fields(text_dtype)
     settings |= {} if texts is None else texts.provenance()
     shape = autoencoder.latent_shape(*info.image_shape[:2])
     if info.buckets:
@@ -161,11 +168,12 @@ def flip_of(args: argparse.Namespace) -> str:
     return args.flip or ("none" if args.data == "captioned_folder" else "pairs")
 
 
-def open_captions(args: argparse.Namespace) -> TextFeatures | None:
-    """The encoders of captions, if there are any.
+def check_captions(args: argparse.Namespace) -> None:
+    """Refuses what the command line cannot mean of captions, before anything is read.
 
     Raises:
-        ValueError: an option is missing, or would do nothing.
+        ValueError: an option is missing, or would do nothing; a length that is no prompt's.
+        InteropError: the encoders are no folder of a pipeline; those of the hub are fetched.
     """
     given = {"text_encoders": args.text_encoders, "text_length": args.text_length}
     given["text_dtype"] = args.text_dtype
@@ -173,14 +181,27 @@ def open_captions(args: argparse.Namespace) -> TextFeatures | None:
         idle = [name for name, value in given.items() if value is not None]
         if idle:
             raise ValueError(f"--{idle[0]} does nothing with --data={args.data}: leave it out")
-        return None
+        return
     if args.text_encoders is None:
         raise ValueError(
             "--data=captioned_folder needs --text_encoders=PIPELINE, the folder of the CLIP and T5 "
             "that captions are told by, or for instance hub:black-forest-labs/FLUX.1-dev"
         )
-    args.text_dtype = args.text_dtype or "bfloat16"
-    return open_texts(args.text_encoders, args.text_length or MAX_LENGTH, args.compute_dtype)
+    require_length(text_length_of(args))
+    find_encoders(args.text_encoders)
+
+
+def open_captions(args: argparse.Namespace) -> tuple[TextFeatures, str] | tuple[None, None]:
+    """The encoders of captions and the dtype of T5's states on disk, if there are captions."""
+    if args.data != "captioned_folder":
+        return None, None
+    texts = open_texts(args.text_encoders, text_length_of(args), args.compute_dtype)
+    return texts, args.text_dtype or "bfloat16"
+
+
+def text_length_of(args: argparse.Namespace) -> int:
+    """--text_length, by default the longest."""
+    return MAX_LENGTH if args.text_length is None else args.text_length
 
 
 def condition_fields(source: data_lib.Source) -> dict[str, data_lib.Field]:
@@ -323,6 +344,7 @@ def tell_of_captions(texts: TextFeatures, source: CaptionedFolder) -> None:
 
 def run(args: argparse.Namespace) -> tuple[Path, data_lib.Header]:
     """Extracts the latents of one split; returns their folder and what they are."""
+    check_captions(args)
     folder = args.out.expanduser() / ("train" if args.split.startswith("train") else "test")
     check_destination(folder, "latents", "another --out")
     placement = DataParallel(create_mesh())
@@ -336,15 +358,16 @@ def run(args: argparse.Namespace) -> tuple[Path, data_lib.Header]:
     if several:
         params = jax.tree.map(lambda array: put_whole(array, placement.replicated), params)
     source = open_images(args, autoencoder)
-    texts = open_captions(args)
-    header = make_header(args, autoencoder, sha256, source, shard_size, texts)
+    texts, text_dtype = open_captions(args)
+    header = make_header(args, autoencoder, sha256, source, shard_size, texts, text_dtype)
     encode = make_encoder(
         autoencoder, placement, kind=args.kind, flip=flip_of(args), seed=args.seed
     )
     nulls, embed = source.info.null_conditions, None
     if texts:
         distributed.on_first(lambda: tell_of_captions(texts, source))
-        nulls, embed = texts.nulls(), texts.encoding(placement)
+        embed = texts.encoding(placement)
+        nulls = texts.nulls(embed, placement)
 
     def compute(given) -> dict[str, jax.Array]:
         numbers, batch = given

@@ -26,7 +26,7 @@ from dit_jax.interop.pixel_autoencoder import pixel_autoencoder
 from dit_jax.interop.schedulers import FlowTimes
 from dit_jax.launch import extract_features, extraction, loading, training
 from dit_jax.launch.spelling import spelled
-from dit_jax.launch.timing import Stopwatch
+from dit_jax.launch.timing import Stopwatch, times
 from dit_jax.models import Network
 from dit_jax.pipelines import flux_files
 from dit_jax.pipelines.flux import FluxPipeline
@@ -240,15 +240,10 @@ def report(trained: dict, evaluations: dict, scores: dict, real: float, clock: S
     for number, kind in enumerate(kinds):
         label = f"shown as asked, {kind if number == 2 else f'as {chr(34)}{kind}{chr(34)}'}"
         rows.append(row(label, lambda name, number=number: f"{scores[name][number]:.1%}"))
-    named = {"importing": clock.seconds["importing"], "compiling": clock.compiling, **clock.seconds}
-    total = time.perf_counter() - clock.started
-    named["checkpoints and the rest"] = max(0.0, total - sum(named.values()))
-    named["everything together"] = total
-    times = os.times()
-    spent = [(name, format_duration(seconds)) for name, seconds in named.items()]
-    spent.append(("seconds of all cores", f"{times.user + times.system:.0f}s"))
+    used = os.times()
+    cores = ("seconds of all cores", f"{used.user + used.system:.0f}s")
     note = f"(real digits, held out, are recognised at {real:.1%})"
-    return f"{table(rows)}\n{note}\n\n{table([('where the time went', ''), *spent])}"
+    return f"{table(rows)}\n{note}\n\n{times(clock, [cores])}"
 
 
 def sample_command(workdir: Path, steps: int) -> str:

@@ -24,6 +24,7 @@ from dit_jax.quantities import counted
 
 MAX_LENGTH = 512
 _AT_ONCE = 1024  # captions that are looked at together
+Encode = Callable[[dict[str, Any]], dict[str, jax.Array]]
 _FOLDERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
@@ -79,12 +80,6 @@ class TextFeatures:
             "pooled": data_lib.Field(vector, "float32", condition=True),
         }
 
-    def nulls(self) -> dict[str, np.ndarray]:
-        """Those of the empty prompt, without a batch axis, for captions that are dropped."""
-        params = {"clip": self.clip.params, "t5": self.t5.params}
-        made = jax.jit(self._states)(params, self.ids([""]))
-        return {name: np.asarray(array[0]) for name, array in made.items()}
-
     def provenance(self) -> dict[str, Any]:
         """What decides the numbers."""
         made = {"text_encoders": self.name, "text_sha256": self.sha256}
@@ -94,12 +89,25 @@ class TextFeatures:
         """Token ids of captions for each encoder, too long ones cut."""
         return {"clip": self.clip.ids(captions), "t5": self.t5.ids(captions)}
 
-    def encoding(self, placement: DataParallel) -> Callable[[dict[str, Any]], dict[str, jax.Array]]:
+    def encoding(self, placement: DataParallel) -> Encode:
         """A function of ids that lie on the devices; gives the fields, each device its share."""
         params = {"clip": self.clip.params, "t5": self.t5.params}
         params = jax.tree.map(lambda array: put_whole(array, placement.replicated), params)
         states = jax.jit(self._states, out_shardings=placement.split)
         return functools.partial(states, params)
+
+    def nulls(self, encode: Encode, placement: DataParallel) -> dict[str, np.ndarray]:
+        """Those of the empty prompt, without a batch axis, for captions that are dropped.
+
+        Args:
+            encode: what `encoding` returned, which has the parameters on the devices.
+            placement: as given to that.
+        """
+        # One a device, not a batch: what goes on with another --batch_size has to find the same
+        # bits.
+        count = placement.num_devices // jax.process_count()
+        made = encode(placement.put_batch(self.ids([""] * count)))
+        return {name: np.asarray(array.addressable_data(0)[0]) for name, array in made.items()}
 
     def _states(self, params: dict[str, Any], ids: dict[str, jax.Array]) -> dict[str, jax.Array]:
         text = self.t5.encoder.encode(params["t5"], ids["t5"]).tokens
@@ -135,6 +143,32 @@ class TextFeatures:
         return tuple(lines)
 
 
+def require_length(length: int) -> None:
+    """Refuses a length of T5's states that is no prompt's.
+
+    Raises:
+        ValueError: with those that are.
+    """
+    if not 2 <= length <= MAX_LENGTH:
+        raise ValueError(f"--text_length={length}: expected 2 to {MAX_LENGTH} tokens")
+
+
+def find_encoders(source: str) -> Path:
+    """The folder of a pipeline with encoders and tokenizers; one of the hub is fetched.
+
+    Raises:
+        InteropError: there is none, or it lacks a component.
+    """
+    folder = resolve(source)
+    missing = [f"{name}/" for name in _FOLDERS if not (folder / name).is_dir()]
+    if missing:
+        raise InteropError(
+            f"--text_encoders={folder} lacks {', '.join(missing)}: expected the folder of a FLUX "
+            f"pipeline, or one with these of its parts: {', '.join(_FOLDERS)}"
+        )
+    return folder
+
+
 def open_texts(source: str, length: int, dtype: str) -> TextFeatures:
     """The encoders of a FLUX pipeline, and nothing else of it.
 
@@ -148,15 +182,8 @@ def open_texts(source: str, length: int, dtype: str) -> TextFeatures:
         ValueError: a length that is no prompt's.
         InteropError: a component is missing, or is another model's.
     """
-    if not 2 <= length <= MAX_LENGTH:
-        raise ValueError(f"--text_length={length}: expected 2 to {MAX_LENGTH} tokens")
-    folder = resolve(source)
-    missing = [f"{name}/" for name in _FOLDERS if not (folder / name).is_dir()]
-    if missing:
-        raise InteropError(
-            f"--text_encoders={folder} lacks {', '.join(missing)}: expected the folder of a FLUX "
-            f"pipeline, or one with these of its parts: {', '.join(_FOLDERS)}"
-        )
+    require_length(length)
+    folder = find_encoders(source)
     sides = []
     for title, kind, encoder, tokenizer in (
         ("CLIP", CLIP, "text_encoder", "tokenizer"),

@@ -2,9 +2,12 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
+
+from dit_jax.quantities import table
+from dit_jax.training.metrics import format_duration
 
 # Durations that JAX reports of making a program; they may lie in one another.
 _COMPILATION = "/jax/core/compile/"
@@ -58,3 +61,18 @@ class Stopwatch:
     def add(self, phase: str, seconds: float) -> None:
         """Adds seconds measured elsewhere."""
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+
+def times(clock: Stopwatch, more: Sequence[tuple[str, str]] = ()) -> str:
+    """The table of where the time went; the last row of the clock's is the sum of those above.
+
+    Args:
+        clock: of a command that has noted the phase "importing".
+        more: rows below, (name, value).
+    """
+    named = {"importing": clock.seconds["importing"], "compiling": clock.compiling, **clock.seconds}
+    total = time.perf_counter() - clock.started
+    named["data, checkpoints and the rest"] = total - sum(named.values())
+    named["everything together"] = total
+    rows = [(name, format_duration(seconds)) for name, seconds in named.items()]
+    return table([("where the time went", ""), *rows, *more])

@@ -16,7 +16,13 @@ from typing import Any
 import numpy as np
 
 from dit_jax.data.image_folder import ImageFolder, ImageFolderOptions, Opening
-from dit_jax.data.image_listing import Listing, find_split, in_split, validate_fraction
+from dit_jax.data.image_listing import (
+    Listing,
+    find_split,
+    in_split,
+    validate_fraction,
+    validate_split,
+)
 from dit_jax.data.images import SUFFIXES, Size, split_by_suffix
 from dit_jax.data.source import Example, fingerprint
 from dit_jax.quantities import counted
@@ -50,9 +56,11 @@ def open_captioned_folder(
     Raises:
         FileNotFoundError: The folder, metadata.jsonl, the split or an image that a line names is
             missing.
-        ValueError: A line is not JSON or lacks file_name or text, which its number tells; images
-            without a caption, or with two; and what `open_image_folder` refuses.
+        ValueError: Another split; a line that is not JSON or lacks file_name or text, which its
+            number tells; images without a caption, or with two; and what `open_image_folder`
+            refuses.
     """
+    validate_split(split, "captioned_folder")
     opening = Opening("captioned_folder", split, image_size, channels, resize, buckets)
     opening.check(verify)
     folder = Path(path).expanduser()

@@ -21,6 +21,7 @@ from dit_jax.data.image_listing import (
     list_images,
     subfolders,
     validate_fraction,
+    validate_split,
 )
 from dit_jax.data.images import (
     DECODE_ERRORS,
@@ -109,9 +110,10 @@ def open_image_folder(
 
     Raises:
         FileNotFoundError: The folder, or the split, is missing or holds no image.
-        ValueError: Images of mixed or unexpected sizes, too many corrupt files, contradictory
-            options.
+        ValueError: Another split, images of mixed or unexpected sizes, too many corrupt files,
+            contradictory options.
     """
+    validate_split(split, "image_folder")
     opening = Opening("image_folder", split, image_size, channels, resize, buckets)
     opening.check(verify)
     root, class_root, held_out_exists = find_split(Path(path).expanduser(), split)
@@ -158,7 +160,9 @@ class Opening:
         chosen: Bool[np.ndarray, " n"] | None,
         verify: str,
         index_cache: str | None,
-    ) -> tuple:
+    ) -> tuple[
+        Path, list[str], Int32[np.ndarray, " k"], DatasetInfo, str, Int32[np.ndarray, " k"] | None
+    ]:
         """The arguments of `ImageFolder`: corrupt files left out, sizes known.
 
         Args:

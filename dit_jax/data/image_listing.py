@@ -28,10 +28,27 @@ class Listing:
     class_names: tuple[str, ...]
 
 
-def find_split(path: Path, split: str) -> tuple[Path, Path, bool]:
-    """Return the split's folder, the one that defines the classes, and: is the split on disk."""
+def validate_split(split: str, source: str) -> None:
+    """Refuse a split that a source of this name does not have.
+
+    Raises:
+        ValueError: It is neither "train" nor "test".
+    """
     if split not in _SPLIT_FOLDERS:
-        raise ValueError(f"image_folder has the splits 'train' and 'test', not {split!r}")
+        raise ValueError(f"{source} has the splits 'train' and 'test', not {split!r}")
+
+
+def find_split(path: Path, split: str) -> tuple[Path, Path, bool]:
+    """Return the split's folder, the one that defines the classes, and: is the split on disk.
+
+    Args:
+        path: The folder of all splits.
+        split: "train" or "test".
+
+    Raises:
+        FileNotFoundError: `path` is no folder.
+        ValueError: There are two folders for the test split.
+    """
     if not path.is_dir():
         kind = "is not a folder" if path.exists() else "does not exist"
         raise FileNotFoundError(f"image folder {path} {kind}")

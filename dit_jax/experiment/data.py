@@ -72,7 +72,8 @@ def open_data(config: ml_collections.ConfigDict, split: str):
     ]
     if misfits:
         raise ConfigError(
-            f"{name} tells of an image {'; '.join(misfits)}: choose data and a network that fit"
+            f"{name} tells of an image {'; '.join(misfits)}: "
+            f"{_text_sizes(config, info, network)}choose data and a network that fit"
         )
     if info.num_classes != model.num_classes and model.num_classes:
         raise ConfigError(
@@ -80,6 +81,23 @@ def open_data(config: ml_collections.ConfigDict, split: str):
             f"config.model.num_classes={info.num_classes}"
         )
     return source
+
+
+def _text_sizes(
+    config: ml_collections.ConfigDict, info: data_lib.DatasetInfo, network: Network
+) -> str:
+    """'set KEY=VALUE, or ' where sizes of a network's text are all that does not fit the data."""
+    if config.model.name != "flux":
+        return ""
+    keys = {"text": "text_dim", "pooled": "pooled_dim"}
+    wanted = [
+        f"config.model.flux.{key}={info.declared[name].shape[-1]}"
+        for name, key in keys.items()
+        if name in info.declared
+        and len(info.declared[name].shape) == len(network.conditions[name].shape)
+        and info.declared[name].shape[-1] != config.model.flux[key]
+    ]
+    return f"set {' and '.join(wanted)}, or " if wanted else ""
 
 
 def _with_guidance(

@@ -145,15 +145,24 @@ def unguidable(config: ml_collections.ConfigDict) -> str:
     network = build_network(config)
     if not network.conditions:
         return "needs a class-conditional model; config.model.num_classes is 0"
+    labels = "label" in network.conditions
     if not conditions_lib.can_guide(network.conditions):
+        if not labels:
+            return (
+                "needs conditions that can be left out, and this model takes "
+                f"{conditions_lib.describe(network.conditions)}. Use guidance_scale=1"
+            )
         return (
             "needs a null class, and this model has none (config.model.dit.null_class is False): "
             "it was trained without label dropout. Use guidance_scale=1"
         )
     if not config.method.label_dropout:
+        names, nulls = ("labels", "its null class means")
+        if not labels:
+            names, nulls = ("conditions", "their null values mean")
         return (
-            "needs a model that has also seen images without labels; this one never has "
-            "(config.method.label_dropout is 0.0), so its null class means nothing. Use "
+            f"needs a model that has also seen images without {names}; this one never has "
+            f"(config.method.label_dropout is 0.0), so {nulls} nothing. Use "
             "guidance_scale=1, or train with --config.method.label_dropout=0.1"
         )
     return ""

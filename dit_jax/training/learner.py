@@ -1,6 +1,7 @@
 """One network that learns: its conditions, its update, its averages, whatever the objective."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,6 +11,11 @@ from jaxtyping import Array, Key
 from dit_jax import conditions as conditions_lib
 from dit_jax.training import ema as ema_lib
 from dit_jax.training.method import Batch
+
+
+def nulls_of(frozen: Any) -> Mapping[str, Any] | None:
+    """What stands for "no condition" where a network does not know it by itself, if given."""
+    return (frozen or {}).get("nulls")
 
 
 def drop_conditions(
@@ -32,7 +38,7 @@ def drop_conditions(
     conditions = conditions_lib.select(declared, batch)
     if not rate or not conditions_lib.can_guide(declared):
         return conditions
-    nulls = conditions_lib.null_values(declared, (frozen or {}).get("nulls"))
+    nulls = conditions_lib.null_values(declared, nulls_of(frozen))
     dropped = jax.random.bernoulli(key, rate, batch["image"].shape[:1])
     return conditions_lib.drop(conditions, nulls, dropped)
 

@@ -47,6 +47,9 @@ def test_splits_are_those_on_disk_or_a_share(tmp_path):
     options = {"path": str(tmp_path / "two"), "resize": "adm", "image_size": 4}
     for split, text in (("train", "train"), ("test", "validation")):
         assert open_captioned_folder(split, **options).captions == (text,)
+    for path in (str(whole), options["path"]):
+        with pytest.raises(ValueError, match=r"captioned_folder has .* not 'validation'"):
+            open_captioned_folder("validation", path=path)
 
 
 def test_a_corrupt_image_is_replaced_with_its_caption(tmp_path):

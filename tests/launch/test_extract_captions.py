@@ -1,10 +1,12 @@
 """launch/extract_features.py of captioned images: embeddings beside latents."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from dit_jax import experiment
+from dit_jax import data, experiment
 from dit_jax.config import ConfigError
 from dit_jax.configs import flux_dev_sft, flux_schnell_dmd2
 from dit_jax.data import captioned_digits, open_source
@@ -95,6 +97,9 @@ def test_captions_that_are_too_long_are_told(images, pipeline, tmp_path, capsys)
     for title, length in (("CLIP", 10), ("T5", 8)):
         assert f"note: 1 of 6 captions is longer than {title}'s {length} tokens and cut" in out
     assert "5.png" in out and "--config=configs/flux_dev_sft.py" in out
+    # Nothing is published that takes states of these sizes.
+    sizes = "--config.model.flux.text_dim=16 --config.model.flux.pooled_dim=8"
+    assert sizes in out and "--init_from" not in out
     source = open_source("latents", "train", path=str(tmp_path / "out"))
     assert source.records.header.fields["text"].dtype == "bfloat16"
 
@@ -114,6 +119,8 @@ def test_captions_that_are_too_long_are_told(images, pipeline, tmp_path, capsys)
 )
 def test_what_cannot_be_done_is_refused(images, pipeline, tmp_path, capsys, options, message):
     options = [option.replace("IMAGES", str(images)) for option in options]
+    if not options[0].startswith("path="):  # said before the VAE is looked for
+        options.append("vae=no/such/vae")
     with pytest.raises(SystemExit) as ended:
         extract(images, pipeline, tmp_path / "out", *options)
     assert ended.value.code == 2 and message in capsys.readouterr().err
@@ -121,7 +128,7 @@ def test_what_cannot_be_done_is_refused(images, pipeline, tmp_path, capsys, opti
 
 
 def test_captions_need_encoders(images, pipeline, tmp_path, capsys):
-    options = ["data=captioned_folder", f"path={images}", f"vae={pipeline}", f"out={tmp_path}"]
+    options = ["data=captioned_folder", f"path={images}", "vae=no/vae", f"out={tmp_path}"]
     with pytest.raises(SystemExit):
         extract_features.main([f"--{option}" for option in options])
     assert "--data=captioned_folder needs --text_encoders=PIPELINE" in capsys.readouterr().err
@@ -178,6 +185,31 @@ def test_flux_dev_is_fine_tuned_on_them_from_a_diffusers_folder(features, dev, t
     missing.data.latents.path = str(features)
     with pytest.raises(ConfigError, match=r"config\.data\.guidance=2\.0 would do nothing"):
         training.run(missing, tmp_path / "none")
+
+
+def test_what_does_not_fit_a_networks_text_is_refused_with_what_to_set(features):
+    wrong = {"model.flux.text_dim": 24, "model.flux.pooled_dim": 12}
+    config = experiment.resolve_config(tiny(flux_dev_sft, features, **wrong))
+    sizes = r"config\.model\.flux\.text_dim=16 and config\.model\.flux\.pooled_dim=8"
+    with pytest.raises(ConfigError, match=f"set {sizes}, or choose data"):
+        experiment.open_data(config, "train")
+
+
+def test_where_flux_is_trained_from_is_where_the_encoders_are(features, pipeline):
+    header = open_source("latents", "train", path=str(features)).records.header
+    sizes = ["--config.model.flux.text_dim=16", "--config.model.flux.pooled_dim=8"]
+    assert extract_features.text_options(str(pipeline), header) == sizes
+    whole = "hub:somebody/flux"
+    assert extract_features.text_options(whole, header) == [f"--init_from={whole}", *sizes]
+    published = {"text": data.Field((8, 4096), "bfloat16"), "pooled": data.Field((768,), "float32")}
+    header = dataclasses.replace(header, fields={**header.fields, **published}, nulls={})
+    assert extract_features.text_options(str(pipeline), header) == ["--init_from=FLUX.1-dev"]
+
+
+def test_guidance_that_means_nothing_is_refused_in_words_of_conditions(features):
+    values = {"method.label_dropout": 0.0, "sampling.guidance_scale": 2.0}
+    with pytest.raises(ConfigError, match=r"images without conditions; .* null values"):
+        experiment.resolve_config(tiny(flux_dev_sft, features, **values))
 
 
 def distillation(features, dev):
