@@ -228,13 +228,14 @@ def place_tree(
         RuleError: naming the parameters that no rule matches, and the rules that match none.
     """
     rules = tuple(rules)
-    used, unknown, placed = set(), [], []
+    used, unknown, placed, factors_alone = set(), [], [], True
     for entries, leaf in jax.tree_util.tree_leaves_with_path(tree):
         path = _OF_LAYER.sub("", path_of(entries))
         if not leaf.ndim or not path or path.endswith("/kernel_scale"):
             placed.append(Placed(path, leaf.shape, leaf.dtype.itemsize, PartitionSpec()))
             continue
         owner = re.sub(r"/lora_[ab]$", "/kernel", path)
+        factors_alone = factors_alone and owner != path
         matching = [rule for rule in rules if rule.matches(owner)]
         if not matching:
             unknown.append(f"  {path} {leaf.shape}")
@@ -246,8 +247,8 @@ def place_tree(
         spec, note = resolve_spec(path, leaf.shape, axes, sizes)
         placed.append(Placed(path, leaf.shape, leaf.dtype.itemsize, spec, note))
     idle = [f"  {rule.pattern}" for rule in rules if not rule.optional and rule not in used]
-    if placed and not any(re.search(r"/(kernel|embedding)$", place.path) for place in placed):
-        idle = []  # a tree of factors alone
+    if placed and factors_alone:
+        idle = []
     problems = []
     if unknown:
         problems += ["no partition rule matches these parameters:", *unknown]

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dit_jax.interop.lora import load_lora
 from dit_jax.models import Network, lora
 from dit_jax.nearest import did_you_mean
@@ -137,7 +139,7 @@ class Adaptable:
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         weights = 1.0 if adapter_weights is None else adapter_weights
-        if isinstance(weights, int | float):
+        if np.ndim(weights) == 0:
             weights = [weights] * len(names)
         self.adapters.choose(names, list(weights))
         self.latents.replace_params(self.adapters.params)

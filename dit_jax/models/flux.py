@@ -219,7 +219,8 @@ class Flux(nnx.Module):
         leaves with a leading layer axis.
 
         Raises:
-            ValueError: a reference image of odd sides.
+            ValueError: latents, or a reference image's, whose sides are no multiples of the patch
+                size; features that are not ascending numbers of blocks, or any with a step cache.
         """
         config, x = self.config, request.x
         strategy = request.attention or attention_lib.LocalAttention(
@@ -321,9 +322,7 @@ class _Stacks:
         if request.step_cache is not None:
             return self._run_cached(request, streams)
         depth, wanted = self.config.depth, request.features
-        last = depth + self.config.single_depth - 1
-        if wanted and not 0 <= min(wanted) <= max(wanted) <= last:
-            raise ValueError(f"features {wanted}: expected ascending numbers of 0 to {last}")
+        stack.check_capture(wanted, depth + self.config.single_depth)
         double, single = request.carry or (None, None)
         first = tuple(i for i in wanted if i < depth)
         later = tuple(i - depth for i in wanted if i >= depth)

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from dit_jax.models.apart import Apart, is_apart
-from dit_jax.models.network import Network, Params, Structure, linear_layers
+from dit_jax.models.network import Network, Params, linear_layers
 from dit_jax.quantities import counted
 
 Factors = tuple[Float[np.ndarray, "*layers i r"], Float[np.ndarray, "*layers r o"]]
@@ -92,8 +92,6 @@ def attach(
     wanted = dict.fromkeys(
         [*layers, *(path for adapter, _ in adapters for path in adapter.factors)]
     )
-    if not wanted:
-        return detach(params)
     result = detach(params)
     for path in wanted:
         a, b = _joined(path, shapes[path], adapters, rank)
@@ -183,11 +181,6 @@ def detach(params: Params) -> Params:
         for name, value in params.items()
         if name not in ("lora_a", "lora_b")
     }
-
-
-def is_adapted(params: Params) -> bool:
-    """Whether parameters carry the factors of a LoRA."""
-    return bool(Structure.of(params).adapted)
 
 
 def merge(params: Params) -> Params:

@@ -5,14 +5,15 @@ column) in video. Channels of a head are shared out among the axes; those of an 
 the angles position x theta^(-2 i / channels), in pairs of neighbouring channels, as in FLUX. Turned
 so, the product of a query and a key depends on the difference of their positions. All in float32.
 
-    table = rotary_table(grid_ids((rows, columns), axes=3), (16, 56, 56))
-    table = own_tokens(attention, table, tokens.shape[1])  # of the tokens at hand
+    def of_grid(grid):
+        return rotary_table(grid_ids(grid, axes=3), (16, 56, 56))
+
+    table = own_positions(attention, (rows, columns), of_grid)  # of the tokens at hand
     q, k = apply_rotary(q, table), apply_rotary(k, table)
 """
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
@@ -36,13 +37,12 @@ def grid_ids(grid: Sequence[int], axes: int | None = None) -> np.ndarray:
 
 
 def rotary_table(
-    ids: Num[Array | np.ndarray, "tokens axes"], channels: Sequence[int], theta: float = 10_000.0
-) -> Float[Array | np.ndarray, "tokens half 2"]:
+    ids: Num[np.ndarray, "tokens axes"], channels: Sequence[int], theta: float = 10_000.0
+) -> Float[np.ndarray, "tokens half 2"]:
     """Cosines and sines of every token's angles, float32 [tokens, head_dim / 2, (cos, sin)].
 
     Args:
-        ids: positions. NumPy's give a constant, computed in float64; JAX's may be traced, and are
-            computed in float32.
+        ids: positions. Angles are computed in float64.
         channels: of a head, by axis; their sum is the head's size.
         theta: base of the frequencies.
 
@@ -54,17 +54,12 @@ def rotary_table(
             f"rotary channels {tuple(channels)} for positions of {ids.shape[1]} axes: expected one "
             "even number an axis"
         )
-    numpy = jnp if isinstance(ids, jax.Array) else np
     frequencies = [theta ** (-np.arange(0, count, 2) / count) for count in channels]
-    positions = ids.astype(np.float32 if numpy is jnp else np.float64)
-    angles = numpy.concatenate(
-        [
-            positions[:, i, None] * values[None].astype(positions.dtype)
-            for i, values in enumerate(frequencies)
-        ],
-        axis=1,
+    positions = ids.astype(np.float64)
+    angles = np.concatenate(
+        [positions[:, i, None] * values[None] for i, values in enumerate(frequencies)], axis=1
     )
-    return numpy.stack([numpy.cos(angles), numpy.sin(angles)], axis=-1).astype(np.float32)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
 
 
 def apply_rotary(

@@ -99,6 +99,16 @@ def _unstack(tree: Any, depth: int) -> list[Any]:
     return [treedef.unflatten([parts[i] for parts in split]) for i in range(depth)]
 
 
+def check_capture(capture: tuple[int, ...], depth: int) -> None:
+    """Refuses numbers of layers whose activations are wanted, unless they ascend.
+
+    Raises:
+        ValueError: they do not, or are none of `depth` layers.
+    """
+    if list(capture) != sorted(set(capture)) or not all(0 <= i < depth for i in capture):
+        raise ValueError(f"features {capture}: expected ascending numbers of 0 to {depth - 1}")
+
+
 def run_stack(
     blocks: nnx.Module,
     call: Callable[..., tuple[Any, Any]],
@@ -139,8 +149,7 @@ def run_stack(
     Raises:
         ValueError: `capture` is not ascending numbers of layers.
     """
-    if list(capture) != sorted(set(capture)) or not all(0 <= i < depth for i in capture):
-        raise ValueError(f"features {capture}: expected ascending numbers of 0 to {depth - 1}")
+    check_capture(capture, depth)
     graph, parameters = nnx.split(blocks)
     dtypes = products_dtypes(blocks)
     if dtypes:  # see `converted`

@@ -80,8 +80,9 @@ def test_the_scanned_network_matches_diffusers(models, name, size, features):
     np.testing.assert_allclose(result.out, expected, atol=1e-4, rtol=0)
     assert len(network.feature_shapes) == 4  # of both stacks
     assert [a.shape for a in result.features] == [(2, 4, 3, 32)] * len(features)
-    with pytest.raises(ValueError, match="ascending numbers of 0 to 3"):
-        jax.eval_shape(network.apply, params, request.replace(features=(4,)))
+    for wrong in ((4,), (3, 0), (0, 0), (-1,)):
+        with pytest.raises(ValueError, match="ascending numbers of 0 to 3"):
+            jax.eval_shape(network.apply, params, request.replace(features=wrong))
 
 
 def test_scanned_and_rematerialised_it_is_the_same_and_gradients_are_right(dev):

@@ -17,7 +17,7 @@ from dit_jax.denoiser import Denoiser
 from dit_jax.diffusion import RectifiedFlow
 from dit_jax.diffusion.samplers import make_solver, schedule
 from dit_jax.experiment import SamplingPlan
-from dit_jax.models import FluxConfig, Network, Request
+from dit_jax.models import FluxConfig, Network, Request, lora
 from dit_jax.models.flux_config import PRESETS
 from dit_jax.models.step_cache import CachedNetwork, StepCache
 from dit_jax.parallel.mesh import DataParallel, create_mesh
@@ -27,6 +27,7 @@ from dit_jax.parallel.sampling import ImageParallel
 from dit_jax.sampling import Sampler, image_keys
 from tests.long import long, only_long
 from tests.models.conftest import random_params
+from tests.models.test_lora import drawn
 
 # 10 rows of 3 patches: over 4 devices some rows are padding.
 CONFIG = FluxConfig.from_name("flux_tiny", image_size=(20, 6), num_heads=4, layer_loop="scan")
@@ -92,6 +93,16 @@ def test_exact_modes_are_the_single_device(params, evaluated, mode, devices, opt
     kernel = placed["single_blocks"]["linear1"]["kernel"]
     parts = devices if mode == "tensor" else 1
     assert kernel.addressable_shards[0].data.size * parts == kernel.size
+
+
+def test_with_a_lora_tensor_parallelism_is_the_single_device(params, evaluated):
+    network, (request, base) = Network(CONFIG), evaluated
+    adapted = lora.attach(network, params, [(drawn(network), 1.0)])
+    expected = jax.jit(network.apply)(lora.merge(adapted), request).out
+    placement = distribute(make_plan(), ImageParallel("tensor", patch_devices=2))
+    out = jax.jit(placement.plan.sampler.denoiser.network.apply)(placement.place(adapted), request)
+    np.testing.assert_allclose(out.out, expected, atol=1e-4)
+    assert np.abs(expected - base).max() > 0.05
 
 
 @pytest.mark.parametrize("devices", [2, long(4)])

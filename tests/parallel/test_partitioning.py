@@ -149,6 +149,9 @@ def test_a_parameter_without_a_rule_and_a_rule_without_a_parameter_are_errors():
     assert "a/strange (3,)" in str(error.value) and "b/kernel" in str(error.value)
     assert "match no parameter" in str(error.value)
     place_tree({"a": {"kernel": shape(8, 8)}}, rules, SIZES, complete=False)
+    rules = (Rule(r"a/bias", (None,)), *rules)
+    with pytest.raises(RuleError, match="match no parameter"):
+        place_tree({"a": {"bias": shape(8)}}, rules, SIZES)
     with pytest.raises(RuleError, match="fewer dimensions"):
         place_tree({"a": {"kernel": shape(8)}}, rules, SIZES, complete=False)
     with pytest.raises(RuleError, match=r"'sdxl' has no partition rules; .*dit, flux"):
@@ -192,6 +195,17 @@ def test_factors_of_a_lora_follow_their_kernels():
         assert specs["single_blocks/linear1/lora_b"] == P(None, None, "tensor")
         assert specs["single_blocks/linear2/lora_a"] == P(None, "tensor")
         assert specs["final_layer/linear/lora_b"] == P()
+
+
+def test_the_state_of_a_loras_training_is_of_factors_alone():
+    config = importlib.import_module("dit_jax.configs.digits").get_config()
+    config.lora.update(rank=2, base="given")
+    method = experiment.build_method(experiment.resolve_config(config))
+    state = jax.eval_shape(method.init, jax.random.key(0))
+    specs = {placed.path: placed.spec for placed in place_tree(state, rules_for("dit"), SIZES)}
+    following = [path for path in specs if path.endswith("blocks/attn/qkv/lora_b")]
+    assert len(following) >= 4  # factors, average and two moments
+    assert {specs[path] for path in following} == {P(None, None, "tensor")}
 
 
 def test_a_frozen_parameter_is_read_to_its_shards():

@@ -244,6 +244,8 @@ def test_adapters_change_pictures_as_in_diffusers_and_are_swapped_without_compil
         pipe.save_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"no adapter 'twoo'.*did you mean"):
         pipe.set_adapters("twoo")
+    pipe.set_adapters(["one", "two"], np.float32(0.25))
+    assert pipe.adapters.weights == {"one": 0.25, "two": 0.25}
     with pytest.raises(ValueError, match="a weight for each"):
         pipe.set_adapters(["one"], [1.0, 2.0])
     with pytest.raises(ValueError, match="there is one already"):
