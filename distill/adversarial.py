@@ -127,7 +127,7 @@ class Adversary:
         self,
         params: Any,
         fake_features: tuple[Array, ...],
-        examples: dict[str, Array],
+        examples: dict[str, Any],
         process: Process,
         features: Callable[[Array, Array], tuple[Array, ...]],
     ) -> tuple[Array, Metrics]:
