@@ -25,7 +25,7 @@ from dit_jax.interop.finiteness import Finiteness
 from dit_jax.interop.found_model import FoundModel, no_guidance
 from dit_jax.interop.kinds import KINDS, registered
 from dit_jax.interop.model_card import model_card
-from dit_jax.interop.models import CARD, FORMAT, WEIGHTS
+from dit_jax.interop.own_folders import CARD, FORMAT, WEIGHTS
 from dit_jax.interop.pixel_autoencoder import TOLERANCE, pixel_autoencoder
 from dit_jax.interop.schedulers import scheduler_config
 from dit_jax.interop.table import (

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dit_jax.interop.dit import PIPELINE_NULL_CLASS
-from dit_jax.interop.models import read_card
+from dit_jax.interop.own_folders import read_card
 from dit_jax.interop.tensors import InteropError
 from dit_jax.models.layers import sincos_position_embedding
 

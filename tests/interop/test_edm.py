@@ -172,10 +172,10 @@ def test_any_network_is_recognised_in_its_own_state_dict(tmp_path_factory, confi
     params = random_params(Network(config), seed)
     leaves = dict(flatten(params))
     sections = edm.sections(edm.Preconditioned(config))
-    from dit_jax.interop.models import _configured
+    from dit_jax.interop.opened import configured
 
     model = FoundModel(
-        "dit_jax", folder / "none", _configured(**sections), leaves.__getitem__, tuple(leaves)
+        "dit_jax", folder / "none", configured(**sections), leaves.__getitem__, tuple(leaves)
     )
     assert model.network.config == config
     write_model(model, "edm_pt", folder / "a.pt")
