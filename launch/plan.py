@@ -59,6 +59,11 @@ _WARMUP_STEPS = flags.DEFINE_integer(
 _SPLIT_GUIDANCE = flags.DEFINE_bool(
     "split_guidance", False, "The two evaluations of guidance on devices of their own."
 )
+_COMPUTED_SHARE = flags.DEFINE_float(
+    "computed_share",
+    None,
+    "With a step cache: the share of the evaluations to count as computed in full; by default all.",
+)
 _ULYSSES_DEVICES = flags.DEFINE_integer(
     "ulysses_devices", None, "Of --patch_devices, those that exchange heads."
 )
@@ -116,6 +121,7 @@ def main(argv: list[str]) -> None:
             accelerator_name=_ACCELERATOR.value,
             hbm_gib=_HBM_GIB.value,
             parallel=parallel,
+            computed_share=_COMPUTED_SHARE.value,
             out=out,
             overwrite=_OVERWRITE.value,
         )
@@ -136,6 +142,7 @@ def main(argv: list[str]) -> None:
             reason=reason,
             size=(_HEIGHT.value, _WIDTH.value),
             options=options,
+            computed_share=_COMPUTED_SHARE.value,
         )
         print(format_plan(plan))
         if out:

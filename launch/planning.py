@@ -17,10 +17,11 @@ from dit_jax.parallel.planning import plan as planning
 from dit_jax.parallel.planning.accelerators import accelerator
 from dit_jax.parallel.planning.gpu_targets import TARGET_TEXTS
 from dit_jax.parallel.sampling import ImageParallel
-from dit_jax.ranges import POSITIVE
+from dit_jax.ranges import POSITIVE, Range
 
 KINDS_OF_RUN = ("train", "sample")
 _TRUTHS = {"true": True, "false": False}
+_SHARE = Range(0, 1, above=True)
 
 
 def check_options(
@@ -30,6 +31,7 @@ def check_options(
     accelerator_name: str,
     hbm_gib: float | None = None,
     parallel: ImageParallel | None = None,
+    computed_share: float | None = None,
     out: Path | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -41,6 +43,8 @@ def check_options(
         accelerator_name: see `parallel.planning.accelerators`.
         hbm_gib: memory of one device, None for the accelerator's own.
         parallel: how devices share an image, or None.
+        computed_share: of the evaluations with a step cache, those that are computed in full, or
+            None.
         out: a file of JSON that must not be there yet, or None.
         overwrite: it may be there.
 
@@ -58,6 +62,13 @@ def check_options(
             f"--parallel={parallel.mode} would do nothing with --what={what}: devices share an "
             "image in sampling. Add --what=sample"
         )
+    if computed_share is not None and what != "sample":
+        raise ValueError(
+            f"--computed_share={computed_share} would do nothing with --what={what}: a step cache "
+            "skips blocks in sampling. Add --what=sample"
+        )
+    if computed_share is not None and computed_share not in _SHARE:
+        raise ValueError(f"--computed_share={computed_share}: expected {_SHARE}")
     if hbm_gib is not None and hbm_gib not in POSITIVE:
         raise ValueError(f"--hbm_gib={hbm_gib}: expected {POSITIVE}")
     if out is not None and out.exists() and not overwrite:
@@ -94,6 +105,34 @@ def check_xla_options(options: dict[str, str | bool], accelerator_name: str, rea
         raise ValueError(
             f"--xla={next(iter(options))}=... would do nothing: no GPU is compiled for"
             + (f" ({reason})" if reason else "")
+        )
+
+
+def check_computed_share(config: ml_collections.ConfigDict, share: float | None) -> None:
+    """Refuses a share of computed evaluations that no step cache of the configuration can have.
+
+    Args:
+        config: resolved.
+        share: those computed in full, None if nothing was said.
+
+    Raises:
+        ValueError: there is no step cache; it computes more of them in any case.
+    """
+    if share is None:
+        return
+    plan = experiment.build_sampling(config)
+    if not plan.has_cache:
+        raise ValueError(
+            f"--computed_share={share} would do nothing: there is no step cache. Add "
+            "--config.cache.name=first_block, or leave it out"
+        )
+    cache, evaluations = plan.network.cache, plan.evaluations
+    least = cache.least_computed(evaluations)
+    if share < least / evaluations:
+        raise ValueError(
+            f"--computed_share={share}: of {evaluations} evaluations at least {least} "
+            f"({least / evaluations:.1%}) are computed in full with config.cache.first_block."
+            f"warmup={cache.warmup} and max_reuses={cache.max_reuses}"
         )
 
 
@@ -153,6 +192,7 @@ def make_plan(
     reason: str = "",
     size: tuple[int | None, int | None] = (None, None),
     options: dict[str, str | bool] | None = None,
+    computed_share: float | None = None,
 ) -> dict[str, Any]:
     """All there is to say of an experiment on devices that are not there, as plain values.
 
@@ -167,6 +207,8 @@ def make_plan(
         reason: of `why_virtual`.
         size: (height, width) of the images in pixels; None for the configured one.
         options: of XLA's GPU compiler, see `xla_options`.
+        computed_share: of the evaluations with a step cache, those that are computed in full; None
+            for all.
 
     Raises:
         ConfigError: the configuration cannot work.
@@ -181,6 +223,7 @@ def make_plan(
         compiler = compilers.GpuCompiler(accelerator_name, devices, options or {})
     with compiler.targeting():
         config = experiment.resolve_config(sizes.at_size(config, *size))
+        check_computed_share(config, computed_share)
 
     def needs(config: ml_collections.ConfigDict) -> programs.Needs:
         if parallel is not None:
@@ -193,5 +236,5 @@ def make_plan(
             raise ConfigError(message)
         return programs.plan_training(config, placement, method)
 
-    subject = planning.Subject(config, given, what, needs)
+    subject = planning.Subject(config, given, what, needs, computed_share)
     return planning.make_plan(subject, compiler, hbm_gib, reason)

@@ -26,6 +26,8 @@ from dit_jax.ranges import COUNT, Range
 SHARE_INSIDE = Range(0, 1, above=True, below=True)
 ORDER = Range(0, 2, whole=True)
 LEAST_EVALUATIONS = 8  # with fewer, evaluations differ too much for any to be skipped
+DECISION_SCOPE = "step_cache"
+"""The name scope in which is decided, by which the decision is found in a compiled program."""
 
 _TINY = 1e-12
 
@@ -120,6 +122,11 @@ class StepCache:
                 f"solver makes {evaluations_per_step} a step, some of the same time: use order=0, "
                 "or a solver of one evaluation a step"
             )
+
+    def least_computed(self, evaluations: int) -> int:
+        """In how many of so many evaluations all blocks run at least."""
+        later = max(0, evaluations - self.warmup)
+        return min(self.warmup, evaluations) + later // (self.max_reuses + 1)
 
     def empty(self, zeros: Float[Array, "b l d"]) -> "CacheState":
         """The state before the first evaluation of activations like `zeros`."""
@@ -281,7 +288,8 @@ def run_cached(
         )
         return out, new_state, new_layers
 
-    return jax.lax.cond(cache.everyone.agree(similar.all()), skip, compute)
+    with jax.named_scope(DECISION_SCOPE):
+        return jax.lax.cond(cache.everyone.agree(similar.all()), skip, compute)
 
 
 def _similar(cache: StepCache, state: CacheState, added: Array) -> Bool[Array, " b"]:

@@ -139,8 +139,12 @@ class GpuCompiler:
         """In which 'auto' is what it is on a GPU."""
         return targeting("gpu")
 
-    def compile(self, lower: Callable[[], Any]) -> Compiled:
+    def compile(self, lower: Callable[[], Any], computed_share: float = 1.0) -> Compiled:
         """Traces by `lower() -> jax.stages.Lowered`, compiles and predicts.
+
+        Args:
+            lower: of the program.
+            computed_share: see `program.Program`.
 
         Raises:
             ValueError: an option that this XLA does not have, or not with this value.
@@ -158,7 +162,7 @@ class GpuCompiler:
         seconds = time.perf_counter() - started
         with self.targeting():
             check_compiled(lowered, compiled)
-        program = Program(compiled.as_text())
+        program = Program(compiled.as_text(), computed_share)
         schedule = predict(program, self.accelerator)
         return Compiled(program, memory_by_kind(compiled), seconds, schedule)
 
@@ -190,8 +194,12 @@ class VirtualCompiler:
         """Nothing: 'auto' has been replaced (`programs.accelerator_config`)."""
         return contextlib.nullcontext()
 
-    def compile(self, lower: Callable[[], Any]) -> Compiled:
+    def compile(self, lower: Callable[[], Any], computed_share: float = 1.0) -> Compiled:
         """Traces by `lower() -> jax.stages.Lowered` a program called `PROGRAM_NAME`, and compiles.
+
+        Args:
+            lower: of the program.
+            computed_share: see `program.Program`.
 
         Raises:
             RuntimeError: XLA has not written it where it should.
@@ -209,7 +217,7 @@ class VirtualCompiler:
                     f"({jax.__version__}) names its passes otherwise than 0.10 does"
                 )
             text = written[-1].read_text()
-        return Compiled(Program(text), memory_by_kind(compiled), seconds)
+        return Compiled(Program(text, computed_share), memory_by_kind(compiled), seconds)
 
 
 def virtual_xla_flags(devices: int, folder: Path) -> tuple[str, ...]:

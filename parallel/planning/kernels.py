@@ -41,7 +41,7 @@ class Kernel:
         nbytes: read and written, see `traffic.bytes_moved`.
         seconds: the longer of both at the accelerator's peaks.
         bound: which that is, 'arithmetic' or 'memory'.
-        count: how often it runs in a run of the program.
+        count: how often it runs in a run of the program; a mean where that is not whole.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Kernel:
     nbytes: float
     seconds: float
     bound: str
-    count: int = 1
+    count: float = 1
 
     @property
     def is_product(self) -> bool:

@@ -38,12 +38,15 @@ class Subject:
         given: as it was given.
         what: 'train' or 'sample'.
         needs: its programs and what they hold, of a configuration like `config`.
+        computed_share: of the evaluations with a step cache, those that run all blocks; None where
+            nothing was said of it, and all are counted.
     """
 
     config: ml_collections.ConfigDict
     given: ml_collections.ConfigDict
     what: str
     needs: Callable[[ml_collections.ConfigDict], Needs]
+    computed_share: float | None = None
 
 
 def make_plan(
@@ -94,7 +97,8 @@ def _plan(
         chosen = choices.made(config, subject.given)
         input_size = experiment.build_network(config).sample_shape[:2]
     count = len(compiler.devices())
-    compiled = {planned.name: compiler.compile(planned.lower) for planned in needs.programs}
+    share = 1.0 if subject.computed_share is None else subject.computed_share
+    compiled = {p.name: compiler.compile(p.lower, share) for p in needs.programs}
     predicted = isinstance(compiler, GpuCompiler)
     memory = _memory(needs, compiled, device, hbm_gib, compiler)
     if subject.what == "train" and not predicted:
@@ -117,10 +121,11 @@ def _plan(
         "batch_size": needs.batch_size,
         "batch_parts": needs.batch_parts,
         "num_microbatches": config.training.num_microbatches if subject.what == "train" else 1,
+        "step_cache": _step_cache(subject, compiled, share),
         "memory": memory,
         "model_flops": needs.model_flops,
         "programs": {
-            planned.name: _describe(planned, compiled[planned.name], device)
+            planned.name: _describe(planned, compiled[planned.name], device, share)
             for planned in needs.programs
         },
     }
@@ -133,6 +138,27 @@ def _plan(
             plan["remats"] = _remats(subject, compiler, memory)
         plan["suggestions"] = suggestions(config, plan)
     return plan
+
+
+def _step_cache(
+    subject: Subject, compiled: dict[str, Compiled], share: float
+) -> dict[str, Any] | None:
+    """What is assumed of a step cache, which decides when the program runs; None without one.
+
+    Raises:
+        ValueError: the compiled programs do not show where it decides.
+    """
+    if subject.what != "sample" or subject.config.cache.name == "none":
+        return None
+    programs = [c.program for c in compiled.values()]
+    if not any(p.decides_step_cache(i) for p in programs for i in p.instructions()):
+        raise ValueError(
+            "XLA's program does not show where the step cache decides: what it skips cannot "
+            f"be counted: jax {jax.__version__} names its conditionals otherwise than 0.10 does"
+        )
+    options = subject.config.cache[subject.config.cache.name].to_dict()
+    stated = subject.computed_share is not None
+    return {"options": options, "computed_share": share, "is_stated": stated}
 
 
 def _memory(
@@ -169,10 +195,13 @@ def _memory(
     }
 
 
-def _describe(planned: Planned, compiled: Compiled, device: Accelerator) -> dict[str, Any]:
+def _describe(
+    planned: Planned, compiled: Compiled, device: Accelerator, computed_share: float
+) -> dict[str, Any]:
     """One program as plain values."""
     work = compiled.program.work()
-    bound = limits(device, work.flops, planned.least_traffic, work.collectives)
+    traffic = planned.least_traffic * computed_share
+    bound = limits(device, work.flops, traffic, work.collectives)
     kinds = collections.defaultdict(lambda: {"count": 0, "bytes_sent": 0.0, "seconds": 0.0})
     for collective in work.collectives:
         kind = "reduce-scatter" if collective.keeps_part else collective.kind

@@ -59,7 +59,7 @@ def _collectives(found: dict[str, Any]) -> str:
     ]
     alike = collections.defaultdict(list)
     for entry in found["communication"]:
-        beside = "none" if entry["is_synchronous"] else f"{entry['products']}"
+        beside = "none" if entry["is_synchronous"] else f"{entry['products']:.0f}"
         key = (
             f"{entry['kind']} {entry['dtype']} of {entry['devices']}, {_place(entry['source'])}",
             f"{entry['bytes_sent'] / _MIB:.3f}",
@@ -71,7 +71,7 @@ def _collectives(found: dict[str, Any]) -> str:
         alike[key].append(entry["count"])
     ordered = sorted(alike.items(), key=lambda item: -float(item[0][2]) * sum(item[1]))
     for (what, *figures), counts in ordered[:20]:
-        rows.append((what, f"{len(counts)}", f"{sum(counts):,}", *figures))
+        rows.append((what, f"{len(counts)}", f"{sum(counts):,.0f}", *figures))
     text = table(rows)
     if len(ordered) > 20:
         text += f"\n({len(ordered) - 20} more kinds of small ones)"
@@ -86,7 +86,7 @@ def _longest(found: dict[str, Any]) -> str:
             (
                 f"{kernel['kind']} ({kernel['name']})",
                 kernel["result"],
-                f"{kernel['count']:,}",
+                f"{kernel['count']:,.0f}",
                 _us(kernel["seconds"]),
                 _ms(kernel["seconds"] * kernel["count"]),
                 kernel["bound"],

@@ -10,10 +10,11 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from dit_jax.models.step_cache import DECISION_SCOPE
 from dit_jax.parallel.planning.groups import replica_groups
 from dit_jax.parallel.planning.hlo import Instruction, parse_instruction
 from dit_jax.parallel.planning.products import find_product
@@ -34,7 +35,7 @@ class Collective:
         dtype: of its (first) array.
         groups: ids of the devices that communicate, a row a group; of a permutation, a row a pair.
         group_size: devices of a group; 2 for a permutation.
-        count: how often it runs in a run of the program.
+        count: how often it runs in a run of the program; a mean where that is not whole.
         keeps_part: an all-reduce of which every device uses only its part: XLA makes a
             reduce-scatter of it on GPUs and TPUs, not on CPUs, and it is counted as one.
     """
@@ -45,7 +46,7 @@ class Collective:
     dtype: str
     groups: np.ndarray
     group_size: int
-    count: int = 1
+    count: float = 1
     keeps_part: bool = False
 
     @property
@@ -90,7 +91,7 @@ class Work:
         """By all collectives together, in bytes a device."""
         return math.fsum(c.bytes_sent * c.count for c in self.collectives)
 
-    def times(self, count: int) -> "Work":
+    def times(self, count: float) -> "Work":
         """The same, `count` times."""
         repeated = tuple(
             dataclasses.replace(c, count=c.count * count) for c in self.collectives if count
@@ -113,14 +114,20 @@ class Program:
         entry: name of the computation that is run.
         num_devices: over which the program is partitioned.
         is_scheduled: whether instructions stand in the order in which they are launched.
+        computed_share: of the evaluations with a step cache, those that run all blocks.
     """
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, computed_share: float = 1.0):
         """Parses `Compiled.as_text()`.
+
+        Args:
+            text: of the program.
+            computed_share: what a step cache decides when the program runs, above 0 and up to 1.
 
         Raises:
             ValueError: it is not the text of a compiled program.
         """
+        self.computed_share = computed_share
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
         counts = [re.search(rf"\bnum_{name}=(\d+)", text[:100_000]) for name in _COUNTS]
@@ -172,7 +179,7 @@ class Program:
         return [Loop(i.name, i.called[0], self.trip_count(i)) for i in whiles]
 
     def work(self) -> Work:
-        """What one run does, loops multiplied out; of a conditional, its costliest branch."""
+        """What one run does, loops multiplied out; of conditionals see `branch_shares`."""
         return self._work(self.entry)
 
     def depends_on(
@@ -224,6 +231,25 @@ class Program:
         ]
         return constants[0] if len(constants) == 1 else None
 
+    def decides_step_cache(self, conditional: Instruction) -> bool:
+        """Whether it is here that a step cache skips blocks or does not."""
+        return conditional.source.endswith(f"{DECISION_SCOPE}/cond")
+
+    def branch_shares(self, conditional: Instruction, costs: Sequence[float]) -> list[float]:
+        """How often each branch of a conditional runs, a time it is reached.
+
+        The costliest always, since what decides is not known before the program runs; where a step
+        cache does, the costliest in `computed_share` and the other in the rest.
+
+        Args:
+            conditional: the instruction.
+            costs: of its branches, in order.
+        """
+        costliest = max(range(len(costs)), key=costs.__getitem__)
+        share = self.computed_share if self.decides_step_cache(conditional) else 1.0
+        rest = (1.0 - share) / max(1, len(costs) - 1)
+        return [share if i == costliest else rest for i in range(len(costs))]
+
     @functools.cache  # noqa: B019 (a program lives as long as its analysis)
     def _work(self, computation: str) -> Work:
         body = self.computations[computation]
@@ -239,7 +265,10 @@ class Program:
                 total += inside
                 total += Work(unknown_loops=(instruction.name,) if count is None else ())
             elif instruction.opcode == "conditional":
-                total += max(map(self._work, instruction.called), key=lambda work: work.flops)
+                works = [self._work(name) for name in instruction.called]
+                shares = self.branch_shares(instruction, [work.flops for work in works])
+                for work, share in zip(works, shares, strict=True):
+                    total += work.times(share)
             elif instruction.opcode in ("fusion", "call", "async-start"):
                 for name in instruction.called:
                     total += self._work(name)

@@ -46,7 +46,21 @@ def _what(plan: dict[str, Any]) -> str:
             for name, remat in tried.items()
         )
         lines.append(f"config.model.remat=auto takes the first that fits, in GiB: {listed}")
+    if plan["step_cache"]:
+        lines.append(_step_cache(plan["step_cache"]))
     return "\n".join([*lines, *(f"note: {note}" for note in plan["notes"])])
+
+
+def _step_cache(cache: dict[str, Any]) -> str:
+    listed = ", ".join(f"{key}={value}" for key, value in cache["options"].items())
+    head = f"step cache ({listed}) decides when the program runs. "
+    if not cache["is_stated"]:
+        return head + "Counted: all evaluations in full (--computed_share says otherwise)"
+    share = cache["computed_share"]
+    return head + (
+        f"Assumed, not found out: {share:.1%} of the evaluations are computed in full, the others "
+        "skip the blocks behind the first; MFU counts all of them as computed"
+    )
 
 
 def _memory(plan: dict[str, Any]) -> str:
@@ -95,7 +109,7 @@ def _program(plan: dict[str, Any], name: str, program: dict[str, Any]) -> str:
     for kind, entry in sorted(program["collectives"].items(), key=lambda e: -e[1]["bytes_sent"]):
         sent, ms = entry["bytes_sent"] / _MIB, entry["seconds"] * 1e3
         ms = f"{ms:.2f}" if plan["bounds"] else ""
-        rows.append((kind, f"{entry['count']}", f"{sent:,.1f}", ms))
+        rows.append((kind, f"{entry['count']:.0f}", f"{sent:,.1f}", ms))
     if len(rows) == 1:
         rows.append(("none", "0", "0.0", "0.00"))
     lines.append(table(rows))

@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 
 from dit_jax.parallel.planning.accelerators import Accelerator
 from dit_jax.parallel.planning.hlo import Instruction
@@ -31,19 +32,19 @@ class Communication:
         other_seconds: how long the other kernels in between take.
         exposed: how long kernels wait for it.
         is_synchronous: nothing can run beside it.
-        count: how often it runs in a run of the program.
+        count: how often it runs in a run of the program; a mean where that is not whole.
     """
 
     collective: Collective
     source: str
     computation: str
     seconds: float
-    products: int
+    products: float
     product_seconds: float
     other_seconds: float
     exposed: float
     is_synchronous: bool
-    count: int = 1
+    count: float = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +63,10 @@ class Schedule:
     communication: tuple[Communication, ...] = ()
     unknown_loops: tuple[str, ...] = ()
 
-    def times(self, count: int) -> "Schedule":
+    def times(self, count: float) -> "Schedule":
         """The same, `count` times."""
+        if not count:
+            return Schedule(unknown_loops=self.unknown_loops)
         return Schedule(
             self.seconds * count,
             tuple(dataclasses.replace(k, count=k.count * count) for k in self.kernels),
@@ -87,7 +90,7 @@ class Schedule:
         return math.fsum(k.seconds * k.count for k in self.kernels if k.is_product)
 
     @property
-    def launches(self) -> int:
+    def launches(self) -> float:
         """Kernels that are run."""
         return sum(k.count for k in self.kernels)
 
@@ -177,7 +180,10 @@ class _Follower:
             unknown = (instruction.name,) if count is None else ()
             return dataclasses.replace(inside, unknown_loops=(*inside.unknown_loops, *unknown))
         if instruction.opcode == "conditional":
-            return max(map(self.follow, instruction.called), key=lambda s: s.seconds)
+            branches = [self.follow(name) for name in instruction.called]
+            seconds = [branch.seconds for branch in branches]
+            shares = self.program.branch_shares(instruction, seconds)
+            return _together(branch.times(s) for branch, s in zip(branches, shares, strict=True))
         if instruction.opcode == "call":
             return self.follow(instruction.called[0])
         if instruction.opcode.endswith("-start") and instruction.called:
@@ -219,6 +225,18 @@ class _Follower:
             exposed=exposed,
             is_synchronous=_is_synchronous(instruction),
         )
+
+
+def _together(schedules: Iterable[Schedule]) -> Schedule:
+    """One after the other."""
+    schedules = list(schedules)
+    return Schedule(
+        math.fsum(schedule.seconds for schedule in schedules),
+        *(
+            tuple(entry for schedule in schedules for entry in getattr(schedule, name))
+            for name in ("kernels", "communication", "unknown_loops")
+        ),
+    )
 
 
 def _is_synchronous(instruction: Instruction) -> bool:

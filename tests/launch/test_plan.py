@@ -99,11 +99,28 @@ def test_seven_billion_parameters_and_the_size_of_a_state():
 def test_sampling_is_planned_and_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setattr(planning.wiring, "create_placement", lambda *_: one_device())
-    plan = planning.make_plan(tiny_config(), "sample", "tpu_v5p", 1, tmp_path, reason="a test")
+    cached = {"cache.name": "first_block", "sampling.steps": 8, "model.dit.depth": 4}
+    config = tiny_config(**cached)
+
+    def plan_with(**options):
+        return planning.make_plan(
+            config, "sample", "tpu_v5p", 1, tmp_path, reason="a test", **options
+        )
+
+    plan = plan_with(computed_share=0.5)
     found = plan["programs"]["sample"]
-    assert 3 in found["loops"].values() and not found["collectives"]
-    assert found["flops_per_device"] == pytest.approx(plan["model_flops"], rel=0.05)
-    assert "fits: " in format_plan(plan)
+    assert 8 in found["loops"].values() and not found["collectives"]
+    # Of four blocks the first runs always, the others in half of the evaluations.
+    block = 8 * 32**2 * (4 + 8) * 2 * 16 + 4 * 16**2 * 32 * 8
+    expected = plan["model_flops"] - 0.5 * 3 * block * plan["batch_size"]
+    assert found["flops_per_device"] == pytest.approx(expected, rel=0.05)
+    text = format_plan(plan)
+    assert "fits: " in text and "Assumed, not found out: 50.0% of the evaluations" in text
+    with pytest.raises(ValueError, match=r"=0.2: of 8 evaluations at least 3 \(37.5%\) are comput"):
+        plan_with(computed_share=0.2)
+    config.cache.name = "none"
+    with pytest.raises(ValueError, match="would do nothing: there is no step cache"):
+        plan_with(computed_share=0.5)
 
 
 def test_a_cpu_is_planned_as_a_cpu_and_without_times(tmp_path, monkeypatch):
@@ -146,6 +163,8 @@ def test_errors_of_the_command(tiny_file):
         ({"accelerator_name": "abacus"}, "accelerator='abacus': expected one of h100"),
         ({"what": "evaluate"}, "--what='evaluate': expected one of train, sample"),
         ({"devices": 0}, "--devices=0: expected at least 1"),
+        ({"computed_share": 0.5}, "--computed_share=0.5 would do nothing with --what=train"),
+        ({"computed_share": 0.0, "what": "sample"}, "--computed_share=0.0: expected above 0 and"),
         ({"hbm_gib": -1.0}, "--hbm_gib=-1.0: expected above 0"),
         ({"hbm_gib": float("nan")}, "--hbm_gib=nan: expected above 0"),
         ({"out": Path(__file__)}, "exists: choose another --out"),

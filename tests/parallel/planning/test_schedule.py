@@ -135,6 +135,17 @@ dimensions={0}, to_apply=%add
   ROOT %l = f32[64]{0} custom-call(%q), custom_call_target="large_one"
 }
 
+%first_block (r: s32[]) -> f32[64] {
+  %r = s32[] parameter(0)
+  ROOT %first = f32[64]{0} custom-call(%r), custom_call_target="one"
+}
+
+%all_blocks (t: s32[]) -> f32[64] {
+  %t = s32[] parameter(0)
+  %u = f32[4096]{0} custom-call(%t), custom_call_target="many"
+  ROOT %every = f32[64]{0} custom-call(%u), custom_call_target="the rest"
+}
+
 ENTRY %main (x0: f32[64,64], state0: bf16[28,64,64], i0: s32[], g: f32[8,1024]) -> f32[64] {
   %x0 = f32[64,64]{1,0} parameter(0)
   %state0 = bf16[28,64,64]{2,1,0} parameter(1)
@@ -153,6 +164,9 @@ replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, to_apply=%add
   %halved = bf16[64,64]{1,0} fusion(%x0), kind=kLoop, calls=%rounded
   %sugared = f32[1,1024] reduce-scatter-done(%sugar)
   %choice = f32[64]{0} conditional(%i0, %i0, %i0), branch_computations={%small, %large}
+  %cached = f32[64]{0} conditional(%i0, %i0, %i0), \
+branch_computations={%all_blocks, %first_block}, \
+metadata={op_name="jit(f)/while/body/step_cache/cond"}
   ROOT %out = f32[64]{0} fusion(%x0), kind=kInput, calls=%summed
 }
 """
@@ -178,6 +192,17 @@ def test_lines_of_every_form():
     assert scattered.other_seconds == pytest.approx(beside)
     assert scattered.exposed == pytest.approx(scattered.seconds - beside)
     assert summed.exposed == summed.seconds and summed.products == 0
+
+
+def test_of_a_step_cache_both_branches_count_in_the_share_that_is_stated():
+    whole, shared = (predict(Program(LINES, share), H100) for share in (1.0, 0.25))
+    counts = {kernel.name: kernel.count for kernel in shared.kernels}
+    assert (counts["u"], counts["every"], counts["first"]) == (0.25, 0.25, 0.75)
+    assert counts["half0"] == 1 and ("s" in counts) != ("l" in counts)  # no step cache's
+    times = {k.name: k.seconds for s in (whole, shared) for k in s.kernels}
+    saved = 0.75 * (times["u"] + times["every"] - times["first"])
+    assert shared.seconds == pytest.approx(whole.seconds - saved)
+    assert "first" not in {kernel.name for kernel in whole.kernels}
 
 
 def test_a_program_without_an_order_is_refused():
