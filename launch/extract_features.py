@@ -7,8 +7,9 @@
   python launch/extract_features.py --data=captioned_folder --path=pictures --image_size=512 \\
       --vae=FLUX.1-dev --text_encoders=FLUX.1-dev --compute_dtype=bfloat16 --out=features
 
-Of a captioned_folder (pictures with metadata.jsonl, docs/data.md) the embeddings of the captions
-are written beside the latents, T5's states and CLIP's vector, and those of the empty prompt.
+Of a captioned_folder (pictures with metadata.jsonl) and of captioned_shards (tar archives of
+pictures and captions, docs/data.md) the embeddings of the captions are written beside the latents,
+T5's states and CLIP's vector, and those of the empty prompt.
 
 The latents of a split go to OUT/SPLIT. Interrupted or killed, the same command goes on where it
 was, and ends with the same bits. Then train with
@@ -35,15 +36,22 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     images.add_argument(
         "--data",
         required=True,
-        choices=["image_folder", "captioned_folder", "tfds", "jpeg_npz", "digits"],
+        choices=[
+            *("image_folder", "captioned_folder", "captioned_shards"),
+            *("tfds", "jpeg_npz", "digits"),
+        ],
     )
-    images.add_argument("--path", default="", help="folder, .npz with {split}, or TFDS data_dir")
+    images.add_argument(
+        "--path",
+        default="",
+        help="folder, shards as 'pictures-{00000..00012}.tar', .npz with {split}, or TFDS data_dir",
+    )
     images.add_argument("--dataset", default="", help="the TFDS data set")
     images.add_argument("--split", default="train", help="train or test; any of TFDS's own")
     images.add_argument(
         "--test_fraction",
         type=argument_types.share_below_one,
-        help="of folders: share held out",
+        help="of folders and shards: share held out",
     )
     images.add_argument(
         "--image_size",
@@ -54,8 +62,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     images.add_argument(
         "--buckets",
         default="",
-        help="of folders: sizes of which each image gets the one of nearest aspect ratio, "
-        "'192x320,256x256,320x192', or auto:64 (docs/data.md)",
+        help="of folders and shards: sizes of which each image gets the one of nearest aspect "
+        "ratio, '192x320,256x256,320x192', or auto:64 (docs/data.md)",
     )
     vae = parser.add_argument_group("VAE")
     vae.add_argument(
@@ -66,7 +74,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     vae.add_argument(
         "--compute_dtype", default="float32", help="bfloat16, float16 or auto (bfloat16 on GPUs)"
     )
-    text = parser.add_argument_group("captions, of captioned_folder")
+    text = parser.add_argument_group("captions, of captioned_folder and captioned_shards")
     text.add_argument(
         "--text_encoders", help="a FLUX pipeline's folder or hub:owner/name, of which CLIP and T5"
     )

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax import data as data_lib
-from dit_jax.data.captioned_folder import CAPTION, CaptionedFolder, open_captioned_folder
+from dit_jax.data.captioned_folder import CAPTION, CaptionedImages, open_captioned_folder
+from dit_jax.data.captioned_shards import open_captioned_shards
 from dit_jax.data.images import as_size
-from dit_jax.data.records import check_destination
+from dit_jax.data.records import check_destination, unfinished_nulls
 from dit_jax.data.records.header import LABEL
 from dit_jax.interop import hub
 from dit_jax.interop.autoencoder_kl import load_autoencoder
@@ -34,6 +35,7 @@ from dit_jax.parallel.mesh import DataParallel, create_mesh, put_whole
 from dit_jax.quantities import counted
 
 DEFAULT_BATCH = 32  # images a device
+CAPTIONED = {"captioned_folder": open_captioned_folder, "captioned_shards": open_captioned_shards}
 
 
 def choose_sizes(
@@ -58,7 +60,7 @@ def source_options(args: argparse.Namespace, channels: int) -> dict[str, Any]:
     """
     takes = {
         "image_folder": {"path", "image_size", "buckets", "test_fraction"},
-        "captioned_folder": {"path", "image_size", "buckets", "test_fraction"},
+        **{name: {"path", "image_size", "buckets", "test_fraction"} for name in CAPTIONED},
         "tfds": {"path", "dataset", "image_size"},
         "jpeg_npz": {"path", "image_size"},
         "digits": {"image_size"},
@@ -69,7 +71,7 @@ def source_options(args: argparse.Namespace, channels: int) -> dict[str, Any]:
     useless = [name for name, value in given.items() if value is not None and name not in takes]
     if useless:
         raise ValueError(f"--{useless[0]} does nothing with --data={args.data}: leave it out")
-    folders = dict.fromkeys(("image_folder", "captioned_folder", "jpeg_npz"), "path")
+    folders = dict.fromkeys(("image_folder", *CAPTIONED, "jpeg_npz"), "path")
     needed = (folders | {"tfds": "dataset"}).get(args.data)
     if needed and given[needed] is None:
         raise ValueError(f"--data={args.data} needs --{needed}=...")
@@ -102,8 +104,8 @@ def open_images(args: argparse.Namespace, autoencoder: AutoencoderKL) -> data_li
     }
     with options_named(names):
         options = source_options(args, channels)
-        if args.data == "captioned_folder":
-            source = open_captioned_folder(args.split, **options)
+        if args.data in CAPTIONED:
+            source = CAPTIONED[args.data](args.split, **options)
         else:
             source = data_lib.open_source(args.data, args.split, **options)
     height, width, found = source.info.image_shape
@@ -165,7 +167,7 @@ def make_header(
 
 def flip_of(args: argparse.Namespace) -> str:
     """--flip, by default none of captioned images: captions tell left from right."""
-    return args.flip or ("none" if args.data == "captioned_folder" else "pairs")
+    return args.flip or ("none" if args.data in CAPTIONED else "pairs")
 
 
 def check_captions(args: argparse.Namespace) -> None:
@@ -177,14 +179,14 @@ def check_captions(args: argparse.Namespace) -> None:
     """
     given = {"text_encoders": args.text_encoders, "text_length": args.text_length}
     given["text_dtype"] = args.text_dtype
-    if args.data != "captioned_folder":
+    if args.data not in CAPTIONED:
         idle = [name for name, value in given.items() if value is not None]
         if idle:
             raise ValueError(f"--{idle[0]} does nothing with --data={args.data}: leave it out")
         return
     if args.text_encoders is None:
         raise ValueError(
-            "--data=captioned_folder needs --text_encoders=PIPELINE, the folder of the CLIP and T5 "
+            f"--data={args.data} needs --text_encoders=PIPELINE, the folder of the CLIP and T5 "
             "that captions are told by, or for instance hub:black-forest-labs/FLUX.1-dev"
         )
     require_length(text_length_of(args))
@@ -193,7 +195,7 @@ def check_captions(args: argparse.Namespace) -> None:
 
 def open_captions(args: argparse.Namespace) -> tuple[TextFeatures, str] | tuple[None, None]:
     """The encoders of captions and the dtype of T5's states on disk, if there are captions."""
-    if args.data != "captioned_folder":
+    if args.data not in CAPTIONED:
         return None, None
     texts = open_texts(args.text_encoders, text_length_of(args), args.compute_dtype)
     return texts, args.text_dtype or "bfloat16"
@@ -333,7 +335,7 @@ def batch_counts(source: data_lib.Source, batch_size: int) -> list[int]:
     return counts
 
 
-def tell_of_captions(texts: TextFeatures, source: CaptionedFolder) -> None:
+def tell_of_captions(texts: TextFeatures, source: CaptionedImages) -> None:
     """Says how many captions there are, and which do not fit the encoders."""
     captions = [source.captions[number] for number in source.used]
     told = counted(len(set(captions)), "different caption")
@@ -367,7 +369,9 @@ def run(args: argparse.Namespace) -> tuple[Path, data_lib.Header]:
     if texts:
         distributed.on_first(lambda: tell_of_captions(texts, source))
         embed = texts.encoding(placement)
-        nulls = texts.nulls(embed, placement)
+        nulls = texts.nulls(embed, placement, batch_size)
+        # Of a set that was begun: another --batch_size is another program, which rounds otherwise.
+        nulls |= distributed.on_first(lambda: unfinished_nulls(folder)) or {}
 
     def compute(given) -> dict[str, jax.Array]:
         numbers, batch = given

@@ -96,17 +96,17 @@ class TextFeatures:
         states = jax.jit(self._states, out_shardings=placement.split)
         return functools.partial(states, params)
 
-    def nulls(self, encode: Encode, placement: DataParallel) -> dict[str, np.ndarray]:
+    def nulls(
+        self, encode: Encode, placement: DataParallel, batch_size: int
+    ) -> dict[str, np.ndarray]:
         """Those of the empty prompt, without a batch axis, for captions that are dropped.
 
         Args:
             encode: what `encoding` returned, which has the parameters on the devices.
             placement: as given to that.
+            batch_size: of captions, over all processes: the program is that of their batches.
         """
-        # One a device, not a batch: what goes on with another --batch_size has to find the same
-        # bits.
-        count = placement.num_devices // jax.process_count()
-        made = encode(placement.put_batch(self.ids([""] * count)))
+        made = encode(placement.put_batch(self.ids([""] * (batch_size // jax.process_count()))))
         return {name: np.asarray(array.addressable_data(0)[0]) for name, array in made.items()}
 
     def _states(self, params: dict[str, Any], ids: dict[str, jax.Array]) -> dict[str, jax.Array]:

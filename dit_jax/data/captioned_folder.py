@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
+from dit_jax.data.image_files import FolderFiles, ImageFiles
 from dit_jax.data.image_folder import ImageFolder, ImageFolderOptions, Opening
 from dit_jax.data.image_listing import (
-    Listing,
     find_split,
     in_split,
     validate_fraction,
@@ -30,8 +31,8 @@ from dit_jax.untrusted import open_regular, parse_json, shown, walk_files
 
 METADATA = "metadata.jsonl"
 CAPTION = "caption"
-# Of one line: a caption is text, and nobody writes a megabyte of it below an image.
-_MAX_LINE = 2**20
+# Bytes of one: a caption is text, and nobody writes a megabyte of it below an image.
+MAX_CAPTION = 2**20
 _NAMED = 3
 
 
@@ -46,7 +47,7 @@ def open_captioned_folder(
     test_fraction: float = ImageFolderOptions.test_fraction,
     verify: str = ImageFolderOptions.verify,
     index_cache: str | None = None,
-) -> CaptionedFolder:
+) -> CaptionedImages:
     """Open a folder of images and metadata.jsonl.
 
     metadata.jsonl lies in `path`, or, with splits on disk, in `path`/train and `path`/test (or val,
@@ -71,15 +72,14 @@ def open_captioned_folder(
     validate_fraction(test_fraction, split, held_out_exists, root)
     captions = read_captions(root)
     files = sorted(captions)
-    # Labels are the numbers of the captions: an image that stands for a corrupt one keeps its own.
-    listing = Listing(files, np.arange(len(files), dtype=np.int32), ())
     chosen = None if held_out_exists else in_split(len(files), split, test_fraction)
-    read = opening.read(root, listing, chosen, verify, index_cache)
-    return CaptionedFolder([captions[name] for name in files], *read)
+    images = FolderFiles(root, files)
+    texts = [captions[name] for name in files]
+    return CaptionedImages.read(opening, images, texts, chosen, verify, index_cache)
 
 
-class CaptionedFolder(ImageFolder):
-    """See `open_captioned_folder`.
+class CaptionedImages(ImageFolder):
+    """See `open_captioned_folder` and `captioned_shards.open_captioned_shards`.
 
     An example is {"image": uint8 [h, w, c], "caption": the number of its text in `captions`}.
 
@@ -96,6 +96,30 @@ class CaptionedFolder(ImageFolder):
             conditions=(CAPTION,),
             fingerprint=fingerprint(self.info.fingerprint, texts),
         )
+
+    @classmethod
+    def read(
+        cls,
+        opening: Opening,
+        images: ImageFiles,
+        captions: Sequence[str],
+        chosen: Bool[np.ndarray, " n"] | None,
+        verify: str,
+        index_cache: str | None,
+    ) -> CaptionedImages:
+        """Those of a split; see `Opening.read` for arguments and errors.
+
+        Args:
+            opening: How they become a source.
+            images: All of them.
+            captions: One an image.
+            chosen: Which are of the split; None for all.
+            verify: See `open_image_folder`.
+            index_cache: See there.
+        """
+        # Labels are the numbers of captions: an image that stands for a corrupt one keeps its own.
+        labels = np.arange(len(images), dtype=np.int32)
+        return cls(captions, *opening.read(images, labels, (), chosen, verify, index_cache))
 
     def __getitem__(self, index: int) -> Example:
         """Return example `index`, or the next readable one if its file turns out corrupt."""
@@ -129,10 +153,10 @@ def read_captions(root: Path) -> dict[str, str]:
     captions: dict[str, str] = {}
     with open_regular(metadata) as file:
         number = 0
-        while line := file.readline(_MAX_LINE + 1):
+        while line := file.readline(MAX_CAPTION + 1):
             number += 1
-            if len(line) > _MAX_LINE:
-                raise ValueError(f"{metadata}, line {number} is longer than {_MAX_LINE} bytes")
+            if len(line) > MAX_CAPTION:
+                raise ValueError(f"{metadata}, line {number} is longer than {MAX_CAPTION} bytes")
             if line.strip():
                 name, text = _parse(line, f"{metadata}, line {number}", present)
                 if name in captions:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,9 @@ import numpy as np
 from jaxtyping import Bool, Int, Int32, UInt8
 
 from dit_jax.data.buckets import Bucket, nearest_bucket, parse_buckets
+from dit_jax.data.image_files import FolderFiles, ImageFiles
 from dit_jax.data.image_index import check_images, validate_verify
 from dit_jax.data.image_listing import (
-    Listing,
     find_split,
     in_split,
     list_images,
@@ -120,7 +119,9 @@ def open_image_folder(
     validate_fraction(test_fraction, split, held_out_exists, root)
     listing = list_images(root, tuple(subfolders(class_root)))
     chosen = None if held_out_exists else in_split(len(listing.files), split, test_fraction)
-    return ImageFolder(*opening.read(root, listing, chosen, verify, index_cache))
+    files = FolderFiles(root, listing.files)
+    labelled = files, listing.labels, listing.class_names
+    return ImageFolder(*opening.read(*labelled, chosen, verify, index_cache))
 
 
 @dataclass(frozen=True)
@@ -155,20 +156,22 @@ class Opening:
 
     def read(
         self,
-        root: Path,
-        listing: Listing,
+        files: ImageFiles,
+        labels: Int32[np.ndarray, " n"],
+        class_names: tuple[str, ...],
         chosen: Bool[np.ndarray, " n"] | None,
         verify: str,
         index_cache: str | None,
     ) -> tuple[
-        Path, list[str], Int32[np.ndarray, " k"], DatasetInfo, str, Int32[np.ndarray, " k"] | None
+        ImageFiles, Int32[np.ndarray, " k"], DatasetInfo, str, Int32[np.ndarray, " k"] | None
     ]:
         """The arguments of `ImageFolder`: corrupt files left out, sizes known.
 
         Args:
-            root: The split's folder.
-            listing: Its images.
-            chosen: Which of them are of the split; None for all.
+            files: The images.
+            labels: Of each.
+            class_names: What labels mean.
+            chosen: Which images are of the split; None for all.
             verify: See `open_image_folder`.
             index_cache: See there.
 
@@ -177,37 +180,39 @@ class Opening:
             ValueError: Too many corrupt files, or images of mixed sizes.
         """
         sizes = _bucket_sizes(self.buckets, self.image_size, self.resize)
-        index = check_images(root, listing.files, verify, index_cache)
-        _report_corrupt(root, listing.files, index.reasons)
-        chosen = np.ones(len(listing.files), bool) if chosen is None else chosen
+        index = check_images(files, verify, index_cache)
+        _report_corrupt(files, index.reasons)
+        chosen = np.ones(len(files), bool) if chosen is None else chosen
         chosen[list(index.reasons)] = False
         kept = np.flatnonzero(chosen)
+        root = files.root
         if kept.size == 0:
             raise FileNotFoundError(f"split {self.split!r} of {root} holds no readable image")
-        files, labels = [listing.files[i] for i in kept], listing.labels[kept]
+        files, labels = files.take(kept), labels[kept]
         of_image, found = None, ()
         if sizes:
             of_image, found = fill_buckets(root, index.sizes[kept], sizes)
             height, width = max((bucket.size for bucket in found), key=math.prod)
         elif self.resize == "none":
-            width, height = _common_size(root, files, index.sizes[kept], self.image_size)
+            width, height = _common_size(files, index.sizes[kept], self.image_size)
         else:
             height, width = as_size(self.image_size)
         shape = (height, width, self.channels)
-        identity = [self.source, files, index.byte_counts[kept], labels, shape, self.resize]
+        names = [files.name(number) for number in range(len(files))]
+        identity = [self.source, names, index.byte_counts[kept], labels, shape, self.resize]
         if sizes:
             identity.append([bucket.size for bucket in found])
         info = DatasetInfo(
             name=f"{self.source}/{root.name}",
             split=self.split,
             image_shape=shape,
-            num_classes=len(listing.class_names),
+            num_classes=len(class_names),
             num_examples=len(files),
-            class_names=listing.class_names,
+            class_names=class_names,
             fingerprint=fingerprint(*identity),
             buckets=found,
         )
-        return root, files, labels, info, self.resize, of_image
+        return files, labels, info, self.resize, of_image
 
 
 def _bucket_sizes(
@@ -253,17 +258,14 @@ class ImageFolder(Source):
 
     def __init__(
         self,
-        root: Path,
-        files: Sequence[str],
+        files: ImageFiles,
         labels: Int[np.ndarray, " n"],
         info: DatasetInfo,
         resize: str,
         of_image: Int32[np.ndarray, " n"] | None = None,
     ):
         self.info, self.bucket_of = info, of_image
-        self._root = str(root)
-        # One array of bytes instead of a list: a million paths pickle in one piece.
-        self._files = np.array([os.fsencode(name) for name in files])
+        self._files = files
         self._labels = labels.astype(np.int32)
         self._resize = resize
         self._failed: set[int] = set()
@@ -277,7 +279,7 @@ class ImageFolder(Source):
                 self._note_failure(candidate, error)
                 continue
             return {"image": pixels, "label": int(self._labels[candidate])}
-        raise ValueError(f"no image of {self._root} can be decoded")
+        raise ValueError(f"no image of {self._files.root} can be decoded")
 
     def _candidates(self, index: int) -> Iterator[int]:
         """The example and those that may stand for it: of the same bucket, if there are any."""
@@ -290,16 +292,16 @@ class ImageFolder(Source):
 
     def describe(self, index: int) -> str:
         """Name an example by its file."""
-        return os.path.join(self._root, os.fsdecode(self._files[index]))
+        return self._files.describe(index)
 
     def _decode(self, index: int) -> UInt8[np.ndarray, "h w c"]:
         height, width, channels = shape = self.shape_of(np.array([index]))
-        path, size = self.describe(index), (height, width)
-        pixels = decode_image(path, channels=channels, resize=self._resize, image_size=size)
+        file, size = self._files.open(index), (height, width)
+        pixels = decode_image(file, channels=channels, resize=self._resize, image_size=size)
         if pixels.shape != shape:
             raise ValueError(
                 f"it is now {pixels.shape[1]}x{pixels.shape[0]}, it was {width}x{height} when "
-                f"the folder was opened"
+                f"{self._files.place} was opened"
             )
         return pixels
 
@@ -316,16 +318,18 @@ class ImageFolder(Source):
         )
         if len(self._failed) > max(1, MAX_CORRUPT_FRACTION * len(self)):
             raise ValueError(
-                f"{len(self._failed)} of {len(self)} images in {self._root} cannot be decoded, "
-                f"more than {MAX_CORRUPT_FRACTION:.0%}, the last being {self.describe(index)}. "
-                f"Replace or delete them; verify='full' finds them all at the start."
+                f"{len(self._failed)} of {len(self)} images in {self._files.root} cannot be "
+                f"decoded, more than {MAX_CORRUPT_FRACTION:.0%}, the last being "
+                f"{self.describe(index)}. Replace or delete them; verify='full' finds them all at "
+                f"the start."
             ) from error
 
 
-def _report_corrupt(root: Path, files: Sequence[str], reasons: dict[int, str]) -> None:
+def _report_corrupt(files: ImageFiles, reasons: dict[int, str]) -> None:
     if not reasons:
         return
-    named = [f"{root / files[i]} ({reason})" for i, reason in sorted(reasons.items())]
+    root = files.root
+    named = [f"{files.describe(i)} ({reason})" for i, reason in sorted(reasons.items())]
     share = f"{len(reasons)} of {len(files)} images ({len(reasons) / len(files):.2%})"
     if len(reasons) > MAX_CORRUPT_FRACTION * len(files):
         more = f", and {len(named) - 5} more" if len(named) > 5 else ""
@@ -339,7 +343,7 @@ def _report_corrupt(root: Path, files: Sequence[str], reasons: dict[int, str]) -
 
 
 def _common_size(
-    root: Path, files: Sequence[str], sizes: Int32[np.ndarray, "n 2"], image_size: Size | None
+    files: ImageFiles, sizes: Int32[np.ndarray, "n 2"], image_size: Size | None
 ) -> tuple[int, int]:
     """Return the (width, height) of all images."""
     first = tuple(int(side) for side in sizes[0])
@@ -347,13 +351,13 @@ def _common_size(
     if other.size:
         width, height = sizes[other[0]]
         raise ValueError(
-            f"images of mixed sizes: {root / files[0]} is {first[0]}x{first[1]}, "
-            f"{root / files[other[0]]} is {width}x{height} (width x height). Set resize='adm' "
-            f"and image_size to scale and crop them to one size."
+            f"images of mixed sizes: {files.describe(0)} is {first[0]}x{first[1]}, "
+            f"{files.describe(int(other[0]))} is {width}x{height} (width x height). Set "
+            f"resize='adm' and image_size to scale and crop them to one size."
         )
     if image_size is not None and first[::-1] != as_size(image_size):
         raise ValueError(
-            f"the images in {root} are {first[0]}x{first[1]} (width x height), not "
+            f"the images in {files.root} are {first[0]}x{first[1]} (width x height), not "
             f"image_size={size_text(image_size)}. Correct image_size, or set resize='adm' to scale "
             f"and crop them."
         )

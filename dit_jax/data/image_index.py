@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from jaxtyping import Int32, Int64
 from PIL import UnidentifiedImageError
 
 from dit_jax.atomic import atomic_file
+from dit_jax.data.image_files import ImageFiles
 from dit_jax.data.images import (
     DECODE_ERRORS,
     FORMATS,
@@ -55,45 +56,40 @@ def validate_verify(verify: str) -> None:
         raise ValueError(f"verify must be one of {list(VERIFY_MODES)}, not {verify!r}")
 
 
-def check_images(
-    root: Path, files: Sequence[str], verify: str, index_cache: str | None = None
-) -> ImageIndex:
+def check_images(files: ImageFiles, verify: str, index_cache: str | None = None) -> ImageIndex:
     """Check every file, or recall the last check of the very same files.
 
     Args:
-        root: The folder.
-        files: Paths relative to it.
+        files: The images.
         verify: "fast" (headers and ends) or "full" (decode).
-        index_cache: Path of the index file; default `root`/.dit_jax_index.npz, if writable.
+        index_cache: Path of the index file; default .dit_jax_index.npz in their root, if writable.
     """
-    stats = [os.stat(root / name) for name in files]
-    byte_counts = np.array([stat.st_size for stat in stats], np.int64)
-    times = np.array([stat.st_mtime_ns for stat in stats], np.int64)
+    byte_counts, times = files.stats()
     key = _key(files, byte_counts, times, verify)
-    cache = Path(index_cache).expanduser() if index_cache else root / ".dit_jax_index.npz"
+    cache = Path(index_cache).expanduser() if index_cache else files.root / ".dit_jax_index.npz"
     recalled = _recall(cache, key, len(files))
     if recalled is not None:
         return ImageIndex(recalled[0], byte_counts, recalled[1])
 
     if len(files) > _LARGE:
-        logger.info("checking the %d images in %s, once", len(files), root)
+        logger.info("checking the %d images in %s, once", len(files), files.root)
     workers = min(32, 2 * (os.cpu_count() or 1))
     with ThreadPoolExecutor(workers) as pool:
-        results = list(pool.map(lambda name: _check(root / name, verify), files))
+        results = list(pool.map(lambda number: _check(files, number, verify), range(len(files))))
     sizes = np.array([size for size, _ in results], np.int32).reshape(len(files), 2)
     reasons = {i: reason for i, (_, reason) in enumerate(results) if reason}
     _keep(cache, key, sizes, reasons, required=index_cache is not None)
     return ImageIndex(sizes, byte_counts, reasons)
 
 
-def _check(path: Path, verify: str) -> tuple[tuple[int, int], str]:
+def _check(files: ImageFiles, number: int, verify: str) -> tuple[tuple[int, int], str]:
     """Return (size, "") or ((0, 0), what is wrong)."""
     try:
-        with open_image(path) as image:
-            size = upright_size(image)
-            # Decoding is what costs; a file with a proper end is taken to be whole.
-            if verify == "full" or not _has_proper_end(path, image.format):
-                decode_image(path, channels=3)
+        with open_image(files.open(number)) as image:
+            size, image_format = upright_size(image), image.format
+        # Decoding is what costs; a file with a proper end is taken to be whole.
+        if verify == "full" or not _has_proper_end(files.open(number), image_format):
+            decode_image(files.open(number), channels=3)
     except DECODE_ERRORS as error:
         if isinstance(error, UnidentifiedImageError):
             return (0, 0), f"not an image in one of the formats {', '.join(FORMATS)}"
@@ -101,11 +97,11 @@ def _check(path: Path, verify: str) -> tuple[tuple[int, int], str]:
     return size, ""
 
 
-def _has_proper_end(path: Path, image_format: str) -> bool:
+def _has_proper_end(file: io.BufferedReader, image_format: str) -> bool:
     """Tell whether a file ends as its format demands, so that it was not cut short."""
-    byte_count = path.stat().st_size
-    with open(path, "rb") as file:
+    with file:
         head = file.read(12)
+        byte_count = file.seek(0, os.SEEK_END)
         file.seek(max(0, byte_count - 64))
         tail = file.read()
     if image_format == "PNG":
@@ -117,9 +113,10 @@ def _has_proper_end(path: Path, image_format: str) -> bool:
     return tail.rstrip(b"\0\r\n").endswith(b"\xff\xd9")
 
 
-def _key(files: Sequence[str], byte_counts: np.ndarray, times: np.ndarray, verify: str) -> str:
+def _key(files: ImageFiles, byte_counts: np.ndarray, times: np.ndarray, verify: str) -> str:
     digest = hashlib.sha256(f"{_VERSION} {verify}".encode())
-    digest.update("\0".join(files).encode(errors="surrogateescape"))
+    names = "\0".join(files.name(number) for number in range(len(files)))
+    digest.update(names.encode(errors="surrogateescape"))
     digest.update(byte_counts.tobytes() + times.tobytes())
     return digest.hexdigest()
 

@@ -31,7 +31,7 @@ DECODE_ERRORS += (Image.DecompressionBombWarning,)  # where warnings are errors
 
 
 def decode_image(
-    file: str | os.PathLike | bytes,
+    file: str | os.PathLike | bytes | io.BufferedReader,
     *,
     channels: int,
     resize: str = "none",
@@ -40,7 +40,7 @@ def decode_image(
     """Read one JPEG, PNG, WebP, BMP or TIFF image (of several, the first).
 
     Args:
-        file: A path, or the file's content.
+        file: A path, the file's content, or a file that was opened, which is closed.
         channels: 3 for RGB, 1 for grey (luma of ITU-R 601 where the file is coloured). Palettes
             are looked up, CMYK is converted, 16-bit grey keeps its upper 8 bits, transparent
             pixels are laid over white. Photographs that EXIF says lie on a side are put upright.
@@ -64,13 +64,16 @@ def decode_image(
 
 
 @contextlib.contextmanager
-def open_image(file: str | os.PathLike | bytes) -> Iterator[Image.Image]:
-    """Open an image, whose size is then known, without decoding it.
+def open_image(file: str | os.PathLike | bytes | io.BufferedReader) -> Iterator[Image.Image]:
+    """Open an image, whose size is then known, without decoding it; a file given is closed.
 
     Raises:
         OSError, SyntaxError, ValueError, EOFError, DecompressionBombError: See `decode_image`.
     """
-    stream = io.BytesIO(file) if isinstance(file, bytes) else open_regular(file)
+    if isinstance(file, bytes):
+        stream = io.BytesIO(file)
+    else:
+        stream = open_regular(file) if isinstance(file, str | os.PathLike) else file
     with stream, Image.open(stream, formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError(

@@ -16,12 +16,14 @@ from dit_jax.untrusted.files import (
     walk_files,
 )
 from dit_jax.untrusted.json_files import Fields, parse_json, read_json, read_json_text
+from dit_jax.untrusted.tar_files import TarEntry, read_tar
 from dit_jax.untrusted.zip_files import MAX_INFLATION, check_inflation, open_zip
 
 __all__ = [
     "MAX_INFLATION",
     "Fields",
     "FileRefusedError",
+    "TarEntry",
     "check_file_name",
     "check_inflation",
     "check_regular",
@@ -35,6 +37,7 @@ __all__ = [
     "read_json_text",
     "read_npy_header",
     "read_npz",
+    "read_tar",
     "shown",
     "walk_files",
 ]

@@ -16,6 +16,7 @@ from dit_jax.data.records import (
     RecordWriter,
     check_destination,
     open_records,
+    unfinished_nulls,
 )
 from dit_jax.data.records.header import LABEL
 
@@ -173,6 +174,8 @@ def test_other_settings_and_destinations_are_refused(tmp_path):
     before = contents(tmp_path / "a")
     with pytest.raises(ValueError, match=r"begun with other settings.*sha256"):
         RecordWriter(tmp_path / "a", HEADER, nulls={"text": EMPTY + 1})
+    np.testing.assert_array_equal(unfinished_nulls(tmp_path / "a")["text"], EMPTY)
+    assert unfinished_nulls(tmp_path / "none") == {}
     assert contents(tmp_path / "a") == before
     write(tmp_path / "b", rows_of())
     with pytest.raises(FileExistsError, match="finished set of embeddings"):

@@ -20,7 +20,9 @@ from dit_jax.interop.tokenizer_files import load_tokenizer
 from dit_jax.launch import extract_features, methods, training
 from dit_jax.models import FluxConfig, Network
 from dit_jax.pipelines.small_text import write_text_encoders
+from tests.compilations import compilations
 from tests.data.test_captioned_folder import write
+from tests.data.test_captioned_shards import pack
 from tests.long import only_long
 
 LONG = "four and five side by side " * 3
@@ -90,8 +92,19 @@ def test_batches_hold_the_embeddings_of_their_captions(features, pipeline, image
     assert settings["text_length"] == 8 and len(settings["text_sha256"]) == 64
 
 
-def test_captions_that_are_too_long_are_told(images, pipeline, tmp_path, capsys):
-    extract(images, pipeline, tmp_path / "out", given=("text_length=8",))
+def test_captions_that_are_too_long_are_told_and_shards_are_as_folders(
+    images, pipeline, features, tmp_path, capsys
+):
+    files = [
+        pair
+        for name, text in CAPTIONS.items()
+        for pair in ((name, (images / name).read_bytes()), (f"{name[0]}.txt", text.encode()))
+    ]
+    shard = pack(tmp_path / "pictures-000.tar", files)
+    options = ("data=captioned_shards", f"path={shard.parent}/pictures-{{000..000}}.tar")
+    with compilations("_states") as compiled:
+        extract(images, pipeline, tmp_path / "out", *options, given=("text_length=8",))
+    assert len(compiled) == 1  # of captions, and of the null value
     out = capsys.readouterr().out
     assert "6 different captions, told by" in out
     for title, length in (("CLIP", 10), ("T5", 8)):
@@ -102,6 +115,10 @@ def test_captions_that_are_too_long_are_told(images, pipeline, tmp_path, capsys)
     assert sizes in out and "--init_from" not in out
     source = open_source("latents", "train", path=str(tmp_path / "out"))
     assert source.records.header.fields["text"].dtype == "bfloat16"
+    of_folder = open_source("latents", "train", path=str(features))
+    order = np.arange(len(CAPTIONS))
+    ours, theirs = source.batch(order), of_folder.batch(order)
+    np.testing.assert_array_equal(ours["pooled"], theirs["pooled"])
 
 
 @pytest.mark.parametrize(

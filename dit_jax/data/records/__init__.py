@@ -18,7 +18,7 @@ on from there (`RecordWriter`).
 """
 
 from dit_jax.data.records.header import Field, Header, Null, Shard, StoredFile
-from dit_jax.data.records.reader import Records, open_records
+from dit_jax.data.records.reader import Records, open_records, unfinished_nulls
 from dit_jax.data.records.writer import RecordWriter, check_destination
 
 __all__ = [
@@ -31,4 +31,5 @@ __all__ = [
     "StoredFile",
     "check_destination",
     "open_records",
+    "unfinished_nulls",
 ]

@@ -183,6 +183,22 @@ class Records:
         return self._maps[shard, name]
 
 
+def unfinished_nulls(folder: Path) -> dict[str, Shaped[np.ndarray, ...]]:
+    """What stands for "no condition" in a set that is being written; {} before it is begun.
+
+    Raises:
+        ValueError: A file of it is damaged, or it is no such set.
+    """
+    if not (folder / UNFINISHED).exists():
+        return {}
+    header, text = read_header(folder / UNFINISHED)
+    command = f"delete {folder} and begin anew"
+    for name, null in header.nulls.items():
+        check_file(folder, null.file, null.shape, header.fields[name], command, checksum=True)
+    records = Records(folder, header, text)
+    return {name: records.null(name) for name in header.nulls}
+
+
 def decode(
     field: Field, rows: Shaped[np.ndarray, "b ..."], draws: UInt64[np.ndarray, " b"] | None
 ) -> Shaped[np.ndarray, "b ..."]:
