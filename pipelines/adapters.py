@@ -126,7 +126,7 @@ class Adaptable:
     def set_adapters(
         self,
         adapter_names: str | Sequence[str],
-        adapter_weights: float | Sequence[float] | None = None,
+        adapter_weights: float | np.number | Sequence[float | np.number] | None = None,
     ) -> None:
         """Uses these of the LoRA that were loaded, and no others; nothing is compiled anew.
 
@@ -141,7 +141,7 @@ class Adaptable:
         weights = 1.0 if adapter_weights is None else adapter_weights
         if np.ndim(weights) == 0:
             weights = [weights] * len(names)
-        self.adapters.choose(names, list(weights))
+        self.adapters.choose(names, [float(weight) for weight in weights])
         self.latents.replace_params(self.adapters.params)
 
     def unload_lora_weights(self) -> None:

@@ -238,10 +238,14 @@ class Pixels:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _decode(vae: AutoencoderKL, rows: RowDecoder | None, params: Any, latents: Array) -> Array:
+def _decode(
+    vae: AutoencoderKL, rows: RowDecoder | None, params: Any, latents: Float[Array, "n h w c"]
+) -> Float[Array, "n H W channels"]:
     return (rows or vae.decode)(params, vae.from_latents(latents))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(vae: AutoencoderKL, params: Any, pixels: np.ndarray) -> Array:
+def _encode(
+    vae: AutoencoderKL, params: Any, pixels: Float[Array, "n H W channels"]
+) -> Float[Array, "n h w c"]:
     return vae.to_latents(vae.encode(params, pixels)[0])

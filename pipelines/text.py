@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float, Integer
 
 from dit_jax.interop.tensors import InteropError
 from dit_jax.interop.tokenizer_files import Prompts, PromptTokenizer
@@ -77,7 +77,9 @@ class TextPart:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _encode(encoder: TextEncoder, output: str, params: Any, ids: np.ndarray) -> Array:
+def _encode(
+    encoder: TextEncoder, output: str, params: Any, ids: Integer[Array, "n l"]
+) -> Float[Array, "n ..."]:
     return getattr(encoder.encode(params, ids), output)
 
 

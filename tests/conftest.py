@@ -27,17 +27,20 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 import tests.typechecking  # noqa: E402, F401 (for the hook to find)
 
-# Shape annotations of these packages are checked in every test; not yet those of conditions,
-# distill, interop, launch and pipelines.
+# Shape annotations of these packages are checked in every test; not yet those of interop
+# and launch.
 _CHECKED = (
+    "conditions",
     "config",
     "data",
     "denoiser",
     "diffusion",
+    "distill",
     "evaluation",
     "experiment",
     "models",
     "parallel",
+    "pipelines",
     "sampling",
     "training",
 )

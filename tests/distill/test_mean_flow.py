@@ -102,7 +102,7 @@ CASES = {
     "warmup": ({"warmup": 0.3}, {}),
     "teacher": ({"teacher_scale": 2.5}, {}),
     "finite_difference": ({}, {"derivative": TotalDerivative("finite_difference", 3e-3)}),
-    "unshared": ({}, {"derivative": TotalDerivative(denoiser=...)}),
+    "unshared": ({}, {}),
 }
 
 

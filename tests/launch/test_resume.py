@@ -50,7 +50,10 @@ def test_interrupted_at_random_moments_it_ends_with_130_and_the_same_bits(
 def test_eight_devices_give_the_curve_of_one(tiny_file, uninterrupted, tmp_path):
     out, _ = run("train", *interruptions.arguments(tiny_file, tmp_path, STEPS), devices=8)
     assert "8 x cpu" in out
-    assert_same_curve(curve(uninterrupted), curve(tmp_path), 1e-5)
+    # Devices sum over their part of a batch first, one device over all of it: every step rounds
+    # otherwise, and the next begins from there. Allowed is float32's rounding once a step.
+    tolerance = STEPS * float(np.finfo(np.float32).eps)
+    assert_same_curve(curve(uninterrupted), curve(tmp_path), tolerance)
     expected = interruptions.saved_arrays(uninterrupted, STEPS)
     found = interruptions.saved_arrays(tmp_path, STEPS)
     np.testing.assert_array_equal(found["key"], expected["key"])
