@@ -18,10 +18,11 @@ import numpy as np
 from dit_jax import __version__, experiment
 from dit_jax import config as config_lib
 from dit_jax.atomic import atomic_file, atomic_folder, check_destination
-from dit_jax.diffusion.process import DDPM, EDM, RectifiedFlow
-from dit_jax.interop import dit, edm, flux
+from dit_jax.interop import dit, flux
 from dit_jax.interop.autoencoder_kl import load_autoencoder, save_autoencoder
+from dit_jax.interop.export_plans import ExportPlan, plan_export
 from dit_jax.interop.finiteness import Finiteness
+from dit_jax.interop.flux_pipelines import TRANSFORMER, OtherParts, open_others
 from dit_jax.interop.found_model import FoundModel, no_guidance
 from dit_jax.interop.kinds import KINDS, registered
 from dit_jax.interop.model_card import model_card
@@ -29,26 +30,17 @@ from dit_jax.interop.own_folders import CARD, FORMAT, WEIGHTS
 from dit_jax.interop.pixel_autoencoder import TOLERANCE, pixel_autoencoder
 from dit_jax.interop.schedulers import scheduler_config
 from dit_jax.interop.table import (
-    Table,
     export_arrays,
     export_specs,
-    native_table,
     parameter_shapes,
 )
 from dit_jax.interop.tensors import InteropError, TensorSpec, write_pt, write_safetensors
-from dit_jax.models import DhariwalUNetConfig, DiTConfig, FluxConfig, SongUNetConfig
+from dit_jax.models import DiTConfig, FluxConfig
 from dit_jax.nearest import one_of
 
 DESTINATIONS = tuple(kind for kind in KINDS if kind != "edm_pkl")
 _FOLDERS = ("dit_jax", "diffusers")
 DTYPES = ("float32", "bfloat16", "float16")
-KINDS_OF = {
-    DiTConfig: ("dit_pt", "sit_pt", "diffusers"),
-    SongUNetConfig: ("edm_pt",),
-    DhariwalUNetConfig: ("edm_pt",),
-    FluxConfig: ("flux_pt", "diffusers"),
-}
-"""The formats of others that can hold a network, by its configuration's type."""
 TRANSFORMER_WEIGHTS = "diffusion_pytorch_model.safetensors"
 PIPELINE_VERSION = "0.42.1"  # of diffusers, with which exports were tested
 
@@ -76,15 +68,6 @@ class Summary:
     notes: tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """A destination's tensors and everything else it will hold."""
-
-    table: Table
-    notes: tuple[str, ...]
-    num_embeds: int | None = None
-
-
 def write_model(
     model: FoundModel,
     kind: str,
@@ -92,6 +75,7 @@ def write_model(
     *,
     dtype: str = "float32",
     autoencoder: str | Path | None = None,
+    pipeline: str | Path | None = None,
     class_names: Sequence[str] = (),
     metrics: Mapping[str, Any] | None = None,
     allow_inexact: bool = False,
@@ -107,6 +91,8 @@ def write_model(
         destination: must not exist, unless `overwrite`.
         dtype: of the tensors.
         autoencoder: the VAE of a pipeline; by default the one that came with the model.
+        pipeline: a FLUX pipeline's folder or hub:owner/name, to be written with this model in place
+            of its transformer.
         class_names: one a class for a pipeline's id2label; by default the model's, or numbers.
         metrics: an evaluation's record, for the model card.
         allow_inexact: write a state dict although the original code would compute something else
@@ -117,6 +103,7 @@ def write_model(
     Raises:
         InteropError: the format cannot hold this model, or its code would compute something else.
         FileExistsError: the destination exists.
+        OSError: the disk has no room for a pipeline.
     """
     if kind == "edm_pkl":
         raise InteropError(
@@ -130,7 +117,7 @@ def write_model(
         raise InteropError(f"--dtype={dtype}: {one_of(dtype, DTYPES)}")
     destination = Path(destination)
     _refuse_destination(model, destination, overwrite)
-    plan = _plan(model, kind, allow_inexact)
+    plan = plan_export(model, kind, allow_inexact)
     shapes = parameter_shapes(model.network)
     specs = export_specs(plan.table, shapes, jnp.dtype(dtype))
     vae, vae_note = None, ()
@@ -138,7 +125,11 @@ def write_model(
     if is_pipeline:
         vae, vae_note = _pipeline_autoencoder(model, autoencoder)
     elif autoencoder:
-        raise InteropError(f"--vae does not apply to --to={kind}: only a pipeline holds one")
+        raise InteropError(f"--vae does not apply to --to={kind}: only a DiT's pipeline takes one")
+    others, others_note = _other_parts(model, kind, pipeline)
+    if others:
+        _refuse_source(destination, others.folder, "the pipeline")
+        others.require_space(destination, sum(spec.nbytes for spec in specs.values()))
     is_state_dict = kind not in _FOLDERS
     if is_state_dict and (class_names or metrics):
         option = "class_names" if class_names else "metrics"
@@ -150,7 +141,7 @@ def write_model(
         sum(spec.size for spec in specs.values()),
         dtype,
         "",
-        (*model.notes, *plan.notes, *vae_note),
+        (*model.notes, *plan.notes, *vae_note, *others_note),
     )
     if dry_run:
         for path in model.paths:
@@ -171,13 +162,12 @@ def write_model(
             if kind == "dit_jax":
                 digest = writer.write(folder / WEIGHTS, True)
             elif not is_pipeline:
-                values = flux.config_to_diffusers(model.network.config)
-                _write_json(folder / "config.json", values)
-                digest = writer.write(folder / TRANSFORMER_WEIGHTS, True)
+                digest = _write_flux(folder, model, writer, others)
             else:
                 digest = _write_pipeline(folder, model, plan, writer, vae, names)
             _write_json(folder / CARD, card | {"sha256": digest})
-            text = model_card(model, kind, plan.notes + vae_note, digest, metrics)
+            said = plan.notes + vae_note + others_note
+            text = model_card(model, kind, said, digest, metrics, whole=others is not None)
             (folder / "README.md").write_text(text)
     notes = summary.notes + model.finiteness.note()
     return dataclasses.replace(summary, sha256=digest, notes=notes)
@@ -187,10 +177,7 @@ def _refuse_destination(model: FoundModel, destination: Path, overwrite: bool) -
     check_destination(destination, overwrite=overwrite)
     if not destination.exists():
         return
-    if destination.resolve() == model.path.resolve():
-        raise InteropError(f"{destination} is the model being read: choose another destination")
-    if model.path.resolve().is_relative_to(destination.resolve()):
-        raise InteropError(f"{destination} contains the model being read")
+    _refuse_source(destination, model.path, "the model")
     if destination.is_dir() and any(destination.iterdir()) and not (destination / CARD).is_file():
         raise InteropError(
             f"{destination} is a folder that no conversion wrote (it has no {CARD}): --overwrite "
@@ -198,148 +185,33 @@ def _refuse_destination(model: FoundModel, destination: Path, overwrite: bool) -
         )
 
 
-def _plan(model: FoundModel, kind: str, allow_inexact: bool) -> _Plan:
-    network = model.network.config
-    process = experiment.build_process(model.config)
-    if kind == "dit_jax":
-        return _Plan(native_table(parameter_shapes(model.network)), ())
-    outside = registered()
-    own = [name for name, known in outside.items() if known.config is type(network)]
-    kinds = (*KINDS_OF.get(type(network), ()), *own)
-    if kind not in kinds:
+def _refuse_source(destination: Path, source: Path, what: str) -> None:
+    if destination.resolve() == source.resolve():
+        raise InteropError(f"{destination} is {what} being read: choose another destination")
+    if source.resolve().is_relative_to(destination.resolve()):
+        raise InteropError(f"{destination} contains {what} being read")
+
+
+def _other_parts(
+    model: FoundModel, kind: str, pipeline: str | Path | None
+) -> tuple[OtherParts | None, tuple[str, ...]]:
+    """The other components of a FLUX pipeline, if one is to be written, and what to say of it."""
+    is_flux = isinstance(model.network.config, FluxConfig)
+    if pipeline is None:
+        alone = (
+            "this is the transformer alone: --pipeline=DIR writes it with the other parts of a "
+            "pipeline; or give it as FluxPipeline.from_pretrained(pipeline, transformer=...)",
+        )
+        return None, alone if is_flux and kind == "diffusers" else ()
+    if not is_flux:
         raise InteropError(
-            f"--to={kind}: this model is a {type(network).__name__.removesuffix('Config')}, which "
-            f"can be written as {', '.join(('dit_jax', *kinds))}"
+            f"--pipeline={pipeline} is for FLUX: this model is a {model.network.config.title}, of "
+            "which --to=diffusers makes a pipeline by itself, with the VAE of --vae"
         )
-    if kind in outside:
-        return _Plan(outside[kind].table(network), ())
-    if kind == "edm_pt":
-        return _plan_edm(model, process, allow_inexact)
-    if isinstance(network, FluxConfig):
-        return _plan_flux(network, process, kind, allow_inexact)
-    for key, value in (("second_time", network.second_time), ("augment_dim", network.augment_dim)):
-        if value not in ("none", 0):
-            raise InteropError(
-                f"--to={kind}: this model has parameters for config.model.{key}={value!r}, which "
-                "the format has no place for: choose dit_jax"
-            )
-    if kind == "diffusers":
-        scheduler_config(process)  # whether there is one
-        return _plan_diffusers(model)
-    differences = _differences_from_original(network, process, kind)
-    if differences and not allow_inexact:
-        listed = "\n".join(f"  {line}" for line in differences)
-        raise InteropError(
-            f"the original code would compute something else with these weights:\n{listed}\n"
-            "--allow_inexact writes them all the same"
-        )
-    notes = [f"not what the original code computes: {line}" for line in differences]
-    if network.num_classes and not network.null_class:
-        notes.append(
-            f"without a null class: load it into a model of num_classes={network.num_classes}, "
-            "class_dropout_prob=0; to read it here, say --num_classes="
-            f"{network.num_classes}, which the tensors do not tell"
-        )
-    elif reason := no_guidance(model):
-        notes.append(f"guidance would mean nothing: {reason}")
-    return _Plan(dit.original_table(network), tuple(notes))
-
-
-def _plan_flux(network: FluxConfig, process: Any, kind: str, allow_inexact: bool) -> _Plan:
-    differences = flux.differences(network, process)
-    if differences and not allow_inexact:
-        raise InteropError(
-            f"others would compute something else with these weights: {differences[0]}\n"
-            "--allow_inexact writes them all the same"
-        )
-    notes = [f"not what others compute: {line}" for line in differences]
-    if kind == "flux_pt":
-        return _Plan(flux.original_table(network), tuple(notes))
-    flux.config_to_diffusers(network)  # whether the class can have this shape
-    notes.append(
-        "this is the transformer alone: put it into a pipeline's transformer/, or give it as "
-        "FluxPipeline.from_pretrained(pipeline, transformer=...)"
-    )
-    return _Plan(flux.diffusers_table(network), tuple(notes))
-
-
-def _plan_edm(model: FoundModel, process: Any, allow_inexact: bool) -> _Plan:
-    network = model.network.config
-    table = edm.edm_table(network, parameter_shapes(model.network), process=process)
-    if isinstance(process, EDM):
-        return _Plan(table, (f"load it into {edm.constructor(network, process)}",))
-    difference = f"it denoises {process}, the original {EDM()}"
-    if not allow_inexact:
-        raise InteropError(
-            f"the original code would compute something else with these weights: {difference}\n"
-            "--allow_inexact writes them all the same"
-        )
-    return _Plan(table, (f"not what the original code computes: {difference}",))
-
-
-def _differences_from_original(network: Any, process: Any, kind: str) -> list[str]:
-    height, width = network.input_size
-    lines = []
-    if network.time_frequency_spacing != "original":
-        lines.append(
-            f"its time frequencies are spaced as diffusers', "
-            f"model.dit.time_frequency_spacing={network.time_frequency_spacing!r}"
-        )
-    if network.mlp_norm_epsilon != 1e-6:
-        lines.append(
-            f"model.dit.mlp_norm_epsilon={network.mlp_norm_epsilon:g}, the original's is 1e-6"
-        )
-    if height != width:
-        lines.append(f"the input is {height}x{width}, the original's square")
-    if not network.num_classes:
-        lines.append("it is unconditional, the original needs classes")
-    if kind == "dit_pt":
-        wanted = DDPM(learned_variance=network.learn_sigma)
-        if not isinstance(process, DDPM) or process != wanted:
-            lines.append(f"it denoises {process}, the original {wanted}")
-    elif not isinstance(process, RectifiedFlow) or process != RectifiedFlow():
-        lines.append(f"it denoises {process}, SiT {RectifiedFlow()}")
-    return lines
-
-
-def _plan_diffusers(model: FoundModel) -> _Plan:
-    network = model.network.config
-    notes = []
-    if network.time_frequency_spacing != "diffusers":
-        notes.append(
-            "INEXACT in plain diffusers: it spaces the time frequencies by 1/127, this model by "
-            "1/128, and no transform of weights makes up for it. Load it with "
-            "dit_jax.interop.pipelines.load_pipeline, which sets the spacing"
-        )
-    num_embeds = None
-    count = network.num_classes
-    if 0 < count < dit.PIPELINE_NULL_CLASS:
-        num_embeds = dit.PIPELINE_NULL_CLASS
-        notes.append(
-            f"the class table is filled up with zeros from {count} to {num_embeds} classes, since "
-            f"DiTPipeline takes index {num_embeds} for no class"
-        )
-    if reason := no_guidance(model):
-        notes.append(
-            f"WRONG with guidance, which is DiTPipeline's default: {reason}. Call it with "
-            "guidance_scale=1"
-        )
-    elif count > dit.PIPELINE_NULL_CLASS:
-        notes.append(
-            f"INEXACT with guidance in plain diffusers: DiTPipeline takes class "
-            f"{dit.PIPELINE_NULL_CLASS} for no class, this model {count}"
-        )
-    height, width = network.input_size
-    if height != width:
-        notes.append(
-            f"the model was trained on {height}x{width}; DiTPipeline makes squares of "
-            f"{model.config.model.image_size}, and plain diffusers cannot put other outputs "
-            "together. Load it with interop.pipelines.load_pipeline, whose transformer takes any "
-            "height and width"
-        )
-    # Whether the class can have this shape.
-    dit.config_to_diffusers(network, sample_size=model.config.model.image_size)
-    return _Plan(dit.diffusers_table(network, num_embeds), tuple(notes), num_embeds)
+    if kind != "diffusers":
+        raise InteropError(f"--pipeline does not apply to --to={kind}: give --to=diffusers")
+    others = open_others(pipeline, model.network.config)
+    return others, (f"all but transformer/ is as in {pipeline}, byte for byte",)
 
 
 def _pipeline_autoencoder(model: FoundModel, given: str | Path | None) -> tuple[Any, tuple]:
@@ -370,7 +242,7 @@ def _pipeline_autoencoder(model: FoundModel, given: str | Path | None) -> tuple[
 @dataclasses.dataclass(frozen=True)
 class _Writer:
     model: FoundModel
-    plan: _Plan
+    plan: ExportPlan
     shapes: Mapping[str, tuple[int, ...]]
     specs: Mapping[str, TensorSpec]
     dtype: np.dtype
@@ -425,10 +297,19 @@ def _write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
+def _write_flux(folder: Path, model: FoundModel, writer: _Writer, others: OtherParts | None) -> str:
+    if others:
+        others.copy(folder)
+        folder = folder / TRANSFORMER
+        folder.mkdir()
+    _write_json(folder / "config.json", flux.config_to_diffusers(model.network.config))
+    return writer.write(folder / TRANSFORMER_WEIGHTS, True)
+
+
 def _write_pipeline(
     folder: Path,
     model: FoundModel,
-    plan: _Plan,
+    plan: ExportPlan,
     writer: _Writer,
     vae: Any,
     class_names: Sequence[str],

@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax import experiment
 from dit_jax.atomic import atomic_file, atomic_folder, check_destination
 from dit_jax.interop import flux
 from dit_jax.interop.claims import check_counts, read_object
 from dit_jax.interop.finiteness import Finiteness, WatchedFile
+from dit_jax.interop.found_model import FoundModel
 from dit_jax.interop.prefixes import without_prefix
 from dit_jax.interop.recognise import DIFFUSERS_FLUX, ORIGINAL_FLUX, description, find_architectures
 from dit_jax.interop.sharded import find_weights
@@ -154,22 +156,82 @@ def load_flux(
     found = open_flux(path)
     stored = resolve_param_dtype(param_dtype, found.param_dtype)
     network = Network(dataclasses.replace(found.config, param_dtype=stored, **execution))
-    abstract, seen = abstract_params(network), Finiteness()
+    seen = Finiteness()
+    reader = ParameterReader(
+        found.table, flat_shapes(abstract_params(network)), WatchedFile(found.file, seen)
+    )
+    params = read_params(network, reader, put)
+    seen.require(found.file.path)
+    return network, params
+
+
+def load_found_flux(
+    found: FoundModel,
+    *,
+    param_dtype: str = "auto",
+    put: Callable[[str, np.ndarray], Any] | None = None,
+    **execution: Any,
+) -> tuple[Network, dict[str, Any]]:
+    """Reads a FLUX transformer that `open_model` found: a run's, or one in any format.
+
+    Args:
+        found: of which no parameter has been read.
+        param_dtype: see `load_flux`, like what follows.
+        put: see there.
+        execution: see there.
+
+    Returns:
+        As `load_flux`.
+
+    Raises:
+        InteropError: it is another model, denoises otherwise than FLUX, or holds NaN or infinity.
+    """
+    require_flux(found)
+    stored = resolve_param_dtype(param_dtype, found.param_dtype)
+    network = Network(dataclasses.replace(found.network.config, param_dtype=stored, **execution))
+    params = read_params(network, found.read, put)
+    found.finiteness.require(found.path)
+    return network, params
+
+
+def require_flux(found: FoundModel) -> None:
+    """Refuses a model that a FLUX pipeline cannot take in place of its transformer.
+
+    Raises:
+        InteropError: it is another model, or denoises otherwise than FLUX.
+    """
+    if not isinstance(found.network.config, FluxConfig):
+        raise InteropError(f"{found.path} is a {found.network.config.title}, no FLUX transformer")
+    others = flux.differences(found.network.config, experiment.build_process(found.config))
+    if others:
+        raise InteropError(f"{found.path} is sampled otherwise than FLUX is: {others[0]}")
+
+
+def read_params(
+    network: Network,
+    read: Callable[[str, np.dtype], np.ndarray],
+    put: Callable[[str, np.ndarray], Any] | None = None,
+) -> dict[str, Any]:
+    """A transformer's parameters, one at a time, the largest first, as `load_flux` gives them.
+
+    Args:
+        network: whose they are.
+        read: (path, dtype) -> array.
+        put: see `load_flux`.
+    """
+    abstract = abstract_params(network)
     shapes, dtypes = flat_shapes(abstract), flat_dtypes(abstract)
-    reader = ParameterReader(found.table, shapes, WatchedFile(found.file, seen))
     put = put or (lambda path, array: jax.device_put(array))
 
     def placed(path: str) -> Any:
-        array = reader(path, dtypes[path])
+        array = read(path, dtypes[path])
         if network.is_apart and path.partition(".")[0] in network.config.stacks:
             return Apart(tuple(put(path, layer) for layer in array))
         return put(path, array)
 
     # A parameter is held twice while it is placed: last, when all others are there, a small one.
-    largest_first = sorted(reader.paths(), key=lambda path: -np.prod(shapes[path]))
-    leaves = [(path, placed(path)) for path in largest_first]
-    seen.require(found.file.path)
-    return network, unflatten(leaves)
+    largest_first = sorted(shapes, key=lambda path: -np.prod(shapes[path]))
+    return unflatten([(path, placed(path)) for path in largest_first])
 
 
 def save_flux(

@@ -13,14 +13,29 @@ def model_card(
     notes: Sequence[str],
     sha256: str,
     metrics: Mapping[str, Any] | None,
+    *,
+    whole: bool = False,
 ) -> str:
-    """Markdown that names data, training steps, measured scores and what differs."""
+    """Markdown that names data, training steps, measured scores and what differs.
+
+    Args:
+        model: what was written.
+        kind: as which.
+        notes: what differs.
+        sha256: of its weights.
+        metrics: an evaluation's record.
+        whole: of a FLUX, whether its other components are there.
+    """
     config, network = model.config, model.network.config
     height, width = network.input_size
     told_text = "text" in network.conditions
     use = _OWN_USE
     if kind == "diffusers":
-        use = _FLUX_USE if told_text else _diffusers_use(1 if no_guidance(model) else 1.5)
+        use = (
+            (_FLUX_PIPELINE_USE if whole else _FLUX_USE)
+            if told_text
+            else _diffusers_use(1 if no_guidance(model) else 1.5)
+        )
     lines = [
         "---",
         "library_name: " + ("diffusers" if kind == "diffusers" else "dit-jax"),
@@ -103,6 +118,16 @@ _FLUX_USE = [
     'transformer = FluxTransformer2DModel.from_pretrained("path/to/this/folder")',
     'pipeline = FluxPipeline.from_pretrained("path/to/a/pipeline", transformer=transformer)',
     "```",
+]
+
+_FLUX_PIPELINE_USE = [
+    "```python",
+    "from diffusers import FluxPipeline",
+    "",
+    'pipeline = FluxPipeline.from_pretrained("path/to/this/folder")',
+    "```",
+    "",
+    "or, with dit-jax installed, `from dit_jax import FluxPipeline`.",
 ]
 
 # A card goes where there is no checkout: by the command of an installation.

@@ -86,8 +86,8 @@ def add_pretrained_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pretrained",
         metavar="DIR",
-        help="a FLUX pipeline of diffusers, or hub:owner/name[@revision]; instead of --workdir and "
-        "--init_from",
+        help="a FLUX pipeline of diffusers, or hub:owner/name[@revision]; with --workdir or "
+        "--init_from, whose transformer (or LoRA) is used in it",
     )
     group.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or several prompts")
     group.add_argument("--prompts", type=Path, metavar="FILE", help="of prompts, one a line")
@@ -134,7 +134,7 @@ def add_pipeline_arguments(group: argparse._ActionsContainer) -> None:
 
 # Options of launch/sample.py and compile.py that a pretrained pipeline has no use for.
 _OF_TRAINED_MODELS = (
-    *("workdir", "init_from", "step", "weights", "num_heads", "num_classes", "allow_nonfinite"),
+    *("num_heads", "num_classes", "allow_nonfinite"),
     *("vae", "solver", "spacing", "guidance_interval", "guidance_channels", "split_guidance"),
     "labels",
 )
@@ -172,6 +172,7 @@ def check_pretrained(args: argparse.Namespace, *, prompts: bool = True) -> None:
         raise ValueError(
             f"{', '.join(given)} would do nothing beside --pretrained, which brings its own parts"
         )
+    _check_tuned(args)
     check_adapters(args)
     if getattr(args, "rounding", "nearest") != "nearest":
         raise ValueError("--rounding would do nothing beside --pretrained: bytes are the nearest")
@@ -180,6 +181,18 @@ def check_pretrained(args: argparse.Namespace, *, prompts: bool = True) -> None:
         raise ValueError("--prompt and --prompts: give one of them")
     if prompts and args.prompt is None and args.prompts is None:
         raise ValueError("--pretrained needs either --prompt or --prompts")
+
+
+def _check_tuned(args: argparse.Namespace) -> None:
+    """Refuses what cannot take the place of a pipeline's transformer."""
+    if args.workdir and args.init_from:
+        raise ValueError("--workdir and --init_from: give one of them beside --pretrained")
+    idle = [name for name in ("weights", "step") if is_given(getattr(args, name))]
+    if idle and not (args.workdir or args.init_from):
+        raise ValueError(
+            f"--{idle[0]} would do nothing beside --pretrained without --workdir, the run whose "
+            "transformer or LoRA is to be used"
+        )
 
 
 def check_adapters(args: argparse.Namespace) -> None:

@@ -54,7 +54,10 @@ def run(args: argparse.Namespace) -> None:
         folder.compile_for(program, programs.devices_of(inputs), compilers.GPU_OPTIONS)
 
     with compiler.targeting():
-        model = loading.load_from_arguments(args, arguments.sampling_overrides(args))
+        overrides = arguments.sampling_overrides(args)
+        model = loading.load_from_arguments(
+            args, overrides, lambda config: sampling.require_labels(args, config)
+        )
         placement = wiring.create_placement(model.config, devices)
         here = wiring.create_placement(model.config)
         decoder = loading.Decoder(model.config, model.autoencoder, here, programs=folder)

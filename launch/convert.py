@@ -4,6 +4,7 @@
   python launch/convert.py --from=dit_jax --to=diffusers runs/dit_xl2 exported \\
       --vae=hub:stabilityai/sd-vae-ft-ema
   python launch/convert.py --to=dit_pt hub:facebook/DiT-XL-2-256 dit_xl2.pt --allow_inexact
+  python launch/convert.py --to=diffusers --dtype=bfloat16 --pipeline=FLUX.1-dev runs/flux tuned
   python launch/convert.py --to=lora runs/flux_dev_lora style.safetensors
 
 Kinds: dit_jax (a run's workdir, or a folder converted to), dit_pt (facebookresearch/DiT, fast-DiT),
@@ -70,6 +71,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="where it is known to be another than the format's own code computes",
     )
     parser.add_argument("--vae", help="VAE of a pipeline: a diffusers folder or hub:owner/name")
+    parser.add_argument(
+        "--pipeline",
+        help="of FLUX: a pipeline's folder or hub:owner/name, whose other parts go with this "
+        "transformer into a whole pipeline",
+    )
     parser.add_argument("--class_names", type=Path, help="JSON list of names, for a pipeline")
     parser.add_argument("--metrics", type=Path, help="an evaluation's JSON, for the model card")
     parser.add_argument(
@@ -109,7 +115,14 @@ def show(summary: "Summary", dry_run: bool) -> str:
 
 
 # Options that mean nothing for an adapter.
-_OF_MODELS = ("num_heads", "num_classes", "time_frequency_spacing", "vae", "class_names")
+_OF_MODELS = (
+    "num_heads",
+    "num_classes",
+    "time_frequency_spacing",
+    "vae",
+    "pipeline",
+    "class_names",
+)
 _OF_MODELS += ("metrics", "allow_inexact", "allow_nonfinite", "dry_run")
 
 
@@ -161,6 +174,7 @@ def main(argv: list[str] | None = None) -> None:
                 args.destination,
                 dtype=args.dtype,
                 autoencoder=loading.resolve_source(args.vae),
+                pipeline=args.pipeline,
                 class_names=_read_json(args.class_names, list) or (),
                 metrics=_read_json(args.metrics, dict),
                 allow_inexact=args.allow_inexact,

@@ -69,8 +69,17 @@ class TrainedModel:
         return dataclasses.replace(self, params=params, quantized_from=self.weights_hash())
 
 
-def load_from_arguments(args: argparse.Namespace, overrides: dict[str, Any]) -> TrainedModel:
+def load_from_arguments(
+    args: argparse.Namespace,
+    overrides: dict[str, Any],
+    check: Callable[[ml_collections.ConfigDict], None] = lambda config: None,
+) -> TrainedModel:
     """The model that `add_model_arguments`' options choose.
+
+    Args:
+        args: the command line.
+        overrides: configuration values to change.
+        check: told the model's configuration before its parameters are read.
 
     Raises:
         ValueError: see `arguments.check_model`.
@@ -84,6 +93,7 @@ def load_from_arguments(args: argparse.Namespace, overrides: dict[str, Any]) -> 
         overrides = {**overrides, "model.quantization": args.quantization}
     size = (args.height, args.width)
     if args.workdir:
+        check(workdir.load_config(args.workdir))
         return load_model(
             args.workdir,
             weights=args.weights,
@@ -100,6 +110,7 @@ def load_from_arguments(args: argparse.Namespace, overrides: dict[str, Any]) -> 
         num_classes=args.num_classes,
         allow_nonfinite=args.allow_nonfinite,
     )
+    check(found.config)
     for note in found.notes:
         print(f"note: {note}", flush=True)
     model = load_found(found, overrides=overrides, vae=vae, size=size)

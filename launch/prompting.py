@@ -11,12 +11,17 @@ from typing import Any
 import numpy as np
 
 from dit_jax import evaluation
-from dit_jax.launch import sampling, wiring
+from dit_jax.interop.lora_runs import open_adapter
+from dit_jax.interop.models import FoundModel, open_model
+from dit_jax.interop.table import parameter_shapes
+from dit_jax.launch import arguments, sampling, wiring
+from dit_jax.models import Network
+from dit_jax.models.lora import Adapter
 from dit_jax.named_options import options_named
 from dit_jax.output_formats import samples_format
 from dit_jax.pipelines.flux import FluxPipeline
 from dit_jax.quantities import counted
-from dit_jax.training import memory
+from dit_jax.training import memory, workdir
 
 _DEFAULT_BATCH = 4  # pictures at once
 # What makes weights smaller, or keeps them elsewhere.
@@ -100,6 +105,54 @@ def _arithmetic(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """What was trained here, of a pipeline: a transformer in place of its own, or a LoRA of that.
+
+    Attributes:
+        transformer: None for the pipeline's.
+        adapter: a network and its LoRA; None for none.
+    """
+
+    transformer: FoundModel | None = None
+    adapter: tuple[Network, Adapter] | None = None
+
+
+def open_tuned(args: argparse.Namespace) -> Tuned:
+    """What --workdir or --init_from names; nothing, where neither is given.
+
+    Raises:
+        WorkdirError, CheckpointError, InteropError: it cannot be read.
+    """
+    source = args.workdir or args.init_from
+    if not source:
+        return Tuned()
+    choice = {"weights": args.weights, "step": args.step}
+    if args.workdir and workdir.load_config(args.workdir).lora.rank:
+        network, adapter = open_adapter(args.workdir, **choice)
+        print(f"{args.workdir}: a LoRA of rank {adapter.rank}", flush=True)
+        return Tuned(adapter=(network, adapter))
+    found = open_model(str(source), kind="dit_jax" if args.workdir else "auto", **choice)
+    step = f", step {found.step}" if found.step else ""
+    print(f"transformer of {source}{found.chosen_weights}{step}", flush=True)
+    return Tuned(transformer=found)
+
+
+def _add_adapter(pipeline: FluxPipeline, run: Path, network: Network, adapter: Adapter) -> None:
+    """Uses the LoRA of a run.
+
+    Raises:
+        ValueError: the pipeline's transformer is not of the shape of the run's network.
+    """
+    own = pipeline.parts.transformer
+    if dict(parameter_shapes(network)) != dict(parameter_shapes(own)):
+        raise ValueError(
+            f"--workdir={run} is a LoRA of a {network.config.title}, the pipeline has a "
+            f"{own.config.title}: give the one that it was trained for (config.lora.base)"
+        )
+    pipeline.add_adapter(adapter)
+
+
 def open_pipeline(args: argparse.Namespace) -> FluxPipeline:
     """The pipeline that the options choose, and how it runs."""
     options = {
@@ -110,8 +163,13 @@ def open_pipeline(args: argparse.Namespace) -> FluxPipeline:
         "vae_tile": args.vae_tile,
         "programs": sampling.open_programs(args.programs),
     }
+    tuned = open_tuned(args)
     with memory.exhaustion_explained(f"loading {args.pretrained}", SMALLER):
-        pipeline = FluxPipeline.from_pretrained(args.pretrained, **options)
+        pipeline = FluxPipeline.from_pretrained(
+            args.pretrained, transformer=tuned.transformer, **options
+        )
+        if tuned.adapter is not None:
+            _add_adapter(pipeline, args.workdir, *tuned.adapter)
         for path, weight in args.lora or ():
             ignored = {"ignore_text_encoders": args.lora_ignore_text_encoders}
             pipeline.load_lora_weights(path, weight, **ignored)
@@ -201,6 +259,11 @@ def record_of(args: argparse.Namespace, prompts: list[str]) -> dict[str, Any]:
     ways = ("parallel", "patch_devices", "warmup_steps", "ulysses_devices", "vae_tile")
     record = {
         "pretrained": str(args.pretrained),
+        **{
+            name: str(value)
+            for name in ("workdir", "init_from", "weights", "step")
+            if arguments.is_given(value := getattr(args, name))
+        },
         "seed": args.seed,
         "num_images": len(prompts),
         "prompts": prompts,

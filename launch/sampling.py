@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 
 from dit_jax import class_names, evaluation, experiment
@@ -20,6 +22,7 @@ from dit_jax.parallel.sampling import ImageParallel, ImagePlacement
 from dit_jax.programs import Programs
 from dit_jax.quantities import counted
 from dit_jax.training import memory
+from dit_jax.untrusted import read_json
 
 DEFAULT_COUNT = 64  # images, where neither their number nor labels are given
 
@@ -38,6 +41,35 @@ def choose_labels(
         raise ValueError("--labels: the model is unconditional, it has no classes")
     labels = [class_names.find_label(label, names, num_classes) for label in args.labels]
     return np.resize(np.asarray(labels, np.int32), args.num_images or len(labels))
+
+
+def require_labels(args: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
+    """Refuses a network that is told texts: the encoders of prompts are in a pipeline.
+
+    Raises:
+        ValueError: with the command that samples it.
+    """
+    if config.model.name != "flux":
+        return
+    given = f"--workdir={args.workdir}" if args.workdir else f"--init_from={args.init_from}"
+    source = _pipeline_of(args, config)
+    command = ["python", "launch/sample.py", f"--pretrained={source or 'FLUX.1-dev'}", given]
+    command += ["--prompt=a cat", f"--out={getattr(args, 'out', 'cat.png')}"]
+    raise ValueError(
+        f"{given} is a FLUX, which is told prompts: their encoders and the decoder are of a "
+        f"pipeline, so --pretrained is missing. Give the one that it was trained from: "
+        f"{shlex.join(command)}"
+    )
+
+
+def _pipeline_of(args: argparse.Namespace, config: ml_collections.ConfigDict) -> str:
+    """The pipeline that a network was trained from, as far as its workdir tells; else ''."""
+    source = config.lora.base if config.lora.rank else ""
+    record = args.workdir / "init_from.json" if args.workdir else None
+    if record is not None and record.is_file():
+        source = str(read_json(record).get("path", ""))
+    whole = source.startswith("hub:") or (Path(source) / "model_index.json").is_file()
+    return source if whole else ""
 
 
 def require_room(args: argparse.Namespace, shape: tuple[int, int, int], batch_size: int) -> None:
@@ -193,7 +225,10 @@ def prepare(
     """
     parallel = wiring.image_parallel(args)
     programs = open_programs(args.programs)
-    model = loading.load_from_arguments(args, arguments.sampling_overrides(args))
+    overrides = arguments.sampling_overrides(args)
+    model = loading.load_from_arguments(
+        args, overrides, lambda config: require_labels(args, config)
+    )
     placement = wiring.create_placement(model.config)
     decoder = loading.Decoder(
         model.config,

@@ -17,6 +17,7 @@ import errno
 import importlib.util
 import os
 import socket
+from pathlib import Path
 
 from dit_jax.launch import argument_types, arguments, command
 
@@ -59,6 +60,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--guidance_scale", type=argument_types.guidance_scale, help="not of FLUX.1 schnell"
     )
     group = parser.add_argument_group("pipeline")
+    group.add_argument(
+        "--workdir",
+        type=Path,
+        help="directory of a training run, whose transformer (or LoRA) is used in the pipeline",
+    )
+    parser.set_defaults(init_from=None, weights="", step=None)
     arguments.add_storage_arguments(group)
     arguments.add_pipeline_arguments(group)
     arguments.add_step_cache_argument(group)

@@ -44,9 +44,17 @@ class Adapters:
             InteropError: see `interop.lora.load_lora`.
             ValueError: there is one of this name.
         """
-        if name is not None and name in self._known:
-            raise ValueError(f"adapter_name={name!r}: there is one already; choose another name")
+        self._require_new(name)
         adapter = load_lora(path, self._network, ignore_text_encoders=ignore_text_encoders)
+        return self.add(adapter, weight, name)
+
+    def add(self, adapter: lora.Adapter, weight: float, name: str | None = None) -> str:
+        """Puts one to use beside those that are; returns its name.
+
+        Raises:
+            ValueError: there is one of this name, or it is another network's.
+        """
+        self._require_new(name)
         name = name or self._new_name(adapter.name)
         self._use({**self._known, name: adapter}, {**self.weights, name: float(weight)})
         return name
@@ -81,6 +89,10 @@ class Adapters:
         if pairs:
             params = lora.attach(self._network, params, pairs, rank=lora.padded_rank)
         self._known, self.weights, self.params = dict(known), dict(weights), params
+
+    def _require_new(self, name: str | None) -> None:
+        if name is not None and name in self._known:
+            raise ValueError(f"adapter_name={name!r}: there is one already; choose another name")
 
     def _new_name(self, name: str) -> str:
         number = 2
@@ -120,6 +132,23 @@ class Adaptable:
             ValueError: there is one of this name, or the weight is no number.
         """
         name = self.adapters.load(path, weight, adapter_name, ignore_text_encoders)
+        self.latents.replace_params(self.adapters.params)
+        return name
+
+    def add_adapter(
+        self, adapter: lora.Adapter, weight: float = 1.0, *, adapter_name: str | None = None
+    ) -> str:
+        """Uses a LoRA that is at hand, as `interop.lora_runs.open_adapter` reads one of a run.
+
+        Args:
+            adapter: of the transformer.
+            weight: see `load_lora_weights`, as what follows and is returned.
+            adapter_name: see there.
+
+        Raises:
+            ValueError: it does not fit the transformer; there is one of this name.
+        """
+        name = self.adapters.add(adapter, weight, adapter_name)
         self.latents.replace_params(self.adapters.params)
         return name
 

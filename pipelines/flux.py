@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Key
 from dit_jax.diffusion.process import RectifiedFlow
 from dit_jax.evaluation import to_uint8
 from dit_jax.evaluation.files import to_pil
+from dit_jax.interop.found_model import FoundModel
 from dit_jax.interop.tensors import InteropError
 from dit_jax.parallel.sampling import ImageParallel
 from dit_jax.pipelines import flux_files, flux_inputs
@@ -65,6 +66,7 @@ class FluxPipeline(Adaptable):
         cls,
         source: str | Path,
         *,
+        transformer: str | Path | FoundModel | None = None,
         dtype: Any = "auto",
         param_dtype: str = "auto",
         quantization: str = "none",
@@ -81,6 +83,8 @@ class FluxPipeline(Adaptable):
 
         Args:
             source: its folder, or 'hub:owner/name[@revision]'; 'owner/name' means that too.
+            transformer: another one in its place: a training run's workdir, or what else
+                `interop.models.open_model` reads; what that returned, too.
             dtype: of products: 'float32', 'bfloat16' or 'auto', bfloat16 on accelerators.
             param_dtype: what weights are stored in; 'auto' is bfloat16 where products are computed
                 in it, else what the files hold.
@@ -105,7 +109,7 @@ class FluxPipeline(Adaptable):
         execution = Execution(parallel, vae_devices, vae_tile, step_cache, programs)
         dtype = str(dtype).removeprefix("torch.")
         options = {"layer_loop": layer_loop, "attention": attention, "quantization": quantization}
-        storage = {"param_dtype": param_dtype, "offload": offload}
+        storage = {"param_dtype": param_dtype, "offload": offload, "transformer": transformer}
         parts = flux_files.load(source, dtype=dtype, **storage, **options)
         return cls(parts, execution)
 

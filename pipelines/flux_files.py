@@ -13,11 +13,26 @@ from dit_jax.atomic import atomic_folder, check_destination
 from dit_jax.interop import hub
 from dit_jax.interop.autoencoder_kl import (
     load_autoencoder,
-    read_autoencoder_config,
     save_autoencoder,
 )
 from dit_jax.interop.claims import read_object
-from dit_jax.interop.flux_files import load_flux, open_flux, save_flux
+from dit_jax.interop.flux_files import (
+    load_flux,
+    load_found_flux,
+    open_flux,
+    require_flux,
+    save_flux,
+)
+from dit_jax.interop.flux_pipelines import (
+    CLASSES,
+    COMPONENTS,
+    INDEX,
+    TRANSFORMER,
+    check_guidance,
+    check_index,
+    check_widths,
+)
+from dit_jax.interop.models import FoundModel, open_model
 from dit_jax.interop.schedulers import (
     FlowTimes,
     flow_times_from_scheduler,
@@ -36,21 +51,8 @@ from dit_jax.models import AutoencoderKL, Network
 from dit_jax.models.linear import resolve_dtype, resolve_param_dtype
 from dit_jax.nearest import one_of
 from dit_jax.pipelines.text import TextPart, check_vocabulary
-from dit_jax.untrusted import shown
 
-INDEX = "model_index.json"
 DTYPES = ("auto", "float32", "bfloat16")  # of products; T5's states go beyond float16
-CLASSES = ("FluxPipeline", "FluxKontextPipeline")
-# Folders by what they hold, as diffusers calls them, and the classes that model_index.json names.
-COMPONENTS = {
-    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "text_encoder_2": ("transformers", "T5EncoderModel"),
-    "tokenizer": ("transformers", "CLIPTokenizer"),
-    "tokenizer_2": ("transformers", "T5TokenizerFast"),
-    "transformer": ("diffusers", "FluxTransformer2DModel"),
-    "vae": ("diffusers", "AutoencoderKL"),
-}
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
 
@@ -79,8 +81,12 @@ class FluxParts:
     kontext: bool = False
 
 
-def resolve(source: str | Path) -> Path:
+def resolve(source: str | Path, without: tuple[str, ...] = ()) -> Path:
     """The folder of a path, 'hub:owner/name[@revision]', or 'owner/name' where no such path is.
+
+    Args:
+        source: one of these.
+        without: components that are not fetched from the hub.
 
     Raises:
         InteropError: it is neither, or cannot be fetched.
@@ -96,7 +102,7 @@ def resolve(source: str | Path) -> Path:
             f"{source} does not exist: expected the folder of a diffusers pipeline, or "
             "hub:owner/name"
         )
-    return hub.resolve(text, tuple(COMPONENTS))
+    return hub.resolve(text, tuple(name for name in COMPONENTS if name not in without))
 
 
 def load(
@@ -108,25 +114,30 @@ def load(
     layer_loop: str = "auto",
     attention: str = "auto",
     offload: bool = False,
+    transformer: str | Path | FoundModel | None = None,
 ) -> FluxParts:
     """Reads a pipeline; see `flux.FluxPipeline.from_pretrained`."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: {one_of(dtype, DTYPES)}")
-    folder = resolve(source)
-    kontext = _check_index(folder)
+    found = _find_transformer(transformer)
+    without = () if found is None else (TRANSFORMER,)
+    folder = resolve(source, without)
+    kontext = check_index(folder, without)
     times = flow_times_from_scheduler(*_scheduler_config(folder))
     tokenizers = {
         name: load_tokenizer(folder / name, kind, within=folder)
         for name, kind in (("tokenizer", "CLIP"), ("tokenizer_2", "T5"))
     }
-    _check_configs(folder, tokenizers)
+    _check_configs(folder, tokenizers, found)
     if param_dtype == "auto" and resolve_dtype(dtype).name == "bfloat16":
         param_dtype = "bfloat16"
     execution = {"dtype": dtype, "param_dtype": param_dtype}
     loops = {"layer_loop": layer_loop, "attention": attention}
-    transformer, params = load_flux(folder, quantization=quantization, **execution, **loops)
+    options = {"quantization": quantization, **execution, **loops}
+    read = load_flux(folder, **options) if found is None else load_found_flux(found, **options)
+    network, params = read
     if quantization != "none":
-        params = jax.jit(transformer.quantize)(params)
+        params = jax.jit(network.quantize)(params)
     # Left where they are read, they are on the device while they are the inputs of a program.
     place = {"put": lambda path, array: array} if offload else {}
     texts = [
@@ -144,7 +155,16 @@ def load(
         )
     ]
     vae, vae_params, _ = load_autoencoder(folder / "vae", **execution)
-    return FluxParts(transformer, params, *texts, vae, vae_params, times, kontext)
+    return FluxParts(network, params, *texts, vae, vae_params, times, kontext)
+
+
+def _find_transformer(given: str | Path | FoundModel | None) -> FoundModel | None:
+    """A transformer instead of the pipeline's, refused before anything else is looked at."""
+    if given is None:
+        return None
+    found = given if isinstance(given, FoundModel) else open_model(str(given))
+    require_flux(found)
+    return found
 
 
 def assemble(folder: str | Path, transformer: Network, params: Any, times: FlowTimes) -> FluxParts:
@@ -177,48 +197,21 @@ def assemble(folder: str | Path, transformer: Network, params: Any, times: FlowT
     return FluxParts(transformer, params, *texts, vae, vae_params, times)
 
 
-def _check_index(folder: Path) -> bool:
-    """Refuses what is no whole FLUX pipeline; tells whether it is one that edits images."""
-    if not (folder / INDEX).is_file():
-        raise InteropError(
-            f"{folder} has no {INDEX}: expected the folder of a diffusers pipeline, as "
-            "FluxPipeline.save_pretrained writes it. For other models see --init_from"
-        )
-    name = read_object(folder / INDEX, folder).get("_class_name")
-    if name not in CLASSES:
-        raise InteropError(
-            f"{folder} is a {shown(name)} ({INDEX}): FluxPipeline reads {' and '.join(CLASSES)}"
-        )
-    missing = [part for part in COMPONENTS if not (folder / part).is_dir()]
-    if missing:
-        raise InteropError(
-            f"{folder} lacks {', '.join(f'{part}/' for part in missing)}: a FLUX pipeline has "
-            f"{', '.join(f'{part}/' for part in COMPONENTS)}"
-        )
-    return name == CLASSES[1]
-
-
 def _scheduler_config(folder: Path) -> tuple[Mapping[str, Any], str]:
     file = folder / "scheduler" / "scheduler_config.json"
     return read_object(file, folder), str(file)
 
 
-def _check_configs(folder: Path, tokenizers: Mapping[str, Any]) -> None:
+def _check_configs(folder: Path, tokenizers: Mapping[str, Any], found: FoundModel | None) -> None:
     """Refuses components that do not go together."""
-    network = open_flux(folder).config
+    network = open_flux(folder).config if found is None else found.network.config
     clip = read_text_config(folder / "text_encoder", kind=CLIP, within=folder)
     t5 = read_text_config(folder / "text_encoder_2", kind=T5, within=folder)
-    vae = read_autoencoder_config(folder / "vae")
-    for theirs, part, ours, takes in (
-        (clip.hidden_size, "text_encoder's width", network.pooled_dim, "pooled_projection_dim"),
-        (t5.d_model, "text_encoder_2's width", network.text_dim, "joint_attention_dim"),
-        (vae.latent_channels, "vae's latent channels", network.in_channels, "in_channels / 4"),
-    ):
-        if theirs != ours:
-            raise InteropError(
-                f"{folder}: the {part} is {theirs}, the transformer's {takes} {ours}: they are not "
-                "of the same pipeline"
-            )
+    if found is None:
+        check_widths(folder, network)
+    else:
+        check_widths(folder, network, str(found.path))
+        check_guidance(folder, network, str(found.path))
     check_vocabulary(folder, "CLIP", tokenizers["tokenizer"], clip.vocab_size)
     check_vocabulary(folder, "T5", tokenizers["tokenizer_2"], t5.vocab_size)
     longest = tokenizers["tokenizer"].max_length

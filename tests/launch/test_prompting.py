@@ -184,4 +184,5 @@ def test_every_option_of_a_sample_is_for_one_kind_of_model_or_both():
         "param_dtype",
     }
     both |= {"quantization", "vae_devices", "step_cache", "programs"}
+    both |= {"workdir", "init_from", "weights", "step"}  # what takes a transformer's place
     assert parser_options == known | both
