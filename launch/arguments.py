@@ -91,6 +91,14 @@ def add_pretrained_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or several prompts")
     group.add_argument("--prompts", type=Path, metavar="FILE", help="of prompts, one a line")
+    group.add_argument(
+        "--image", type=Path, metavar="FILE", help="of FLUX.1 Kontext: what the prompts edit"
+    )
+    group.add_argument(
+        "--keep_image_size",
+        action="store_true",
+        help="show it --image at its own size (multiples of 16), not at one it was trained on",
+    )
     add_pipeline_arguments(group)
 
 
@@ -139,7 +147,16 @@ _OF_TRAINED_MODELS = (
     "labels",
 )
 _OF_PIPELINES = (
-    *("prompt", "prompts", "dtype", "offload", "vae_tile", "max_sequence_length"),
+    *(
+        "prompt",
+        "prompts",
+        "image",
+        "keep_image_size",
+        "dtype",
+        "offload",
+        "vae_tile",
+        "max_sequence_length",
+    ),
     *("lora", "lora_ignore_text_encoders"),
 )
 
@@ -177,6 +194,10 @@ def check_pretrained(args: argparse.Namespace, *, prompts: bool = True) -> None:
     if getattr(args, "rounding", "nearest") != "nearest":
         raise ValueError("--rounding would do nothing beside --pretrained: bytes are the nearest")
     check_parallel(args)
+    if args.keep_image_size and args.image is None:
+        raise ValueError("--keep_image_size is of --image, which is not given")
+    if args.image is not None and not prompts:
+        raise ValueError("--image does not apply: pictures that edit one are compiled when made")
     if args.prompt is not None and args.prompts is not None:
         raise ValueError("--prompt and --prompts: give one of them")
     if prompts and args.prompt is None and args.prompts is None:

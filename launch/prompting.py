@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from dit_jax import evaluation
+from dit_jax.data.images import DECODE_ERRORS, decode_image
 from dit_jax.interop.lora_runs import open_adapter
 from dit_jax.interop.models import FoundModel, open_model
 from dit_jax.interop.table import parameter_shapes
+from dit_jax.interop.tensor_file import sha256_of
 from dit_jax.launch import arguments, sampling, wiring
 from dit_jax.models import Network
 from dit_jax.models.lora import Adapter
@@ -187,6 +189,22 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def read_image(args: argparse.Namespace) -> dict[str, Any]:
+    """What is to be edited, as arguments of the pipeline's call; {} for nothing.
+
+    Raises:
+        ValueError: --image cannot be read.
+    """
+    if args.image is None:
+        return {}
+    try:
+        pixels = decode_image(args.image, channels=3)
+    except DECODE_ERRORS as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"--image={args.image} cannot be read: {reason}") from error
+    return {"image": pixels, "auto_resize": not args.keep_image_size}
+
+
 def compile_programs(args: argparse.Namespace) -> None:
     """Keeps the programs of a command line of prompts: the work of launch/compile.py."""
     given = args.prompt is not None or args.prompts is not None
@@ -226,8 +244,14 @@ def check(pipeline: FluxPipeline, args: argparse.Namespace, batch_size: int) -> 
 def run(args: argparse.Namespace) -> None:
     """Samples what the command line asks for, into its --out."""
     evaluation.check_destination(args.out, overwrite=args.overwrite)
-    prompts, options = prompts_of(args), settings(args)
+    prompts, options = prompts_of(args), settings(args) | read_image(args)
     pipeline = open_pipeline(args)
+    if args.image is not None and not pipeline.parts.kontext:
+        print(
+            f"note: {args.pretrained} was not saved as a FluxKontextPipeline, which is what edits "
+            "images",
+            flush=True,
+        )
     batch_size = min(args.batch_size or _DEFAULT_BATCH, len(prompts))
 
     def work() -> None:
@@ -271,6 +295,9 @@ def record_of(args: argparse.Namespace, prompts: list[str]) -> dict[str, Any]:
         **{name: getattr(args, name) for name in (*ways, "vae_devices")},
         **settings(args),
     }
+    if args.image is not None:
+        record["image"] = sha256_of(args.image)
+        record["keep_image_size"] = args.keep_image_size
     if args.lora:
         record["lora"] = [f"{path}:{weight:g}" for path, weight in args.lora]
     return record

@@ -199,6 +199,7 @@ class FluxPipeline(Adaptable):
         prompt_2: str | Sequence[str] | None = None,
         *,
         image: Any = None,
+        auto_resize: bool = True,
         negative_prompt: str | None = None,
         negative_prompt_2: str | None = None,
         true_cfg_scale: float = 1.0,
@@ -226,6 +227,8 @@ class FluxPipeline(Adaptable):
             prompt: one or several, or None with `prompt_embeds`.
             prompt_2: for T5, instead of `prompt`.
             image: of Kontext, what to edit: PIL, or [h, w, 3] bytes, or floats in [0, 1].
+            auto_resize: show it the image at that of the sizes it was trained on whose aspect ratio
+                is nearest; False: at its own, less what is over multiples of 16.
             negative_prompt: of guidance by two evaluations, with `true_cfg_scale`, one for all
                 pictures; '' by default.
             negative_prompt_2: for T5, instead.
@@ -251,6 +254,8 @@ class FluxPipeline(Adaptable):
             ValueError: what cannot be done, before anything is compiled: sizes that are no
                 multiples, a guidance scale for schnell, arguments that exclude each other.
         """
+        if image is None and not auto_resize:
+            raise ValueError("auto_resize=False would do nothing without an image")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r}: expected one of {OUTPUT_TYPES}")
         if num_images_per_prompt < 1:
@@ -267,7 +272,7 @@ class FluxPipeline(Adaptable):
         if latents is not None:
             channels = self.parts.transformer.config.in_channels
             noise = flux_inputs.unpacked(latents, count, size, channels)
-        reference = flux_inputs.reference_pixels(image, self.side_multiple)
+        reference = flux_inputs.reference_pixels(image, self.side_multiple, auto_resize)
 
         embeds = prompt_embeds, pooled_prompt_embeds
         if prompt_embeds is None:

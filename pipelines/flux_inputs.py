@@ -7,11 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
+from PIL import Image
 
 from dit_jax import ranges
 from dit_jax.sampling import image_keys
 
 PACKED = 2  # a token is 2 x 2 latents
+# (width, height) of the images that FLUX.1 Kontext was trained on, each of about a million pixels;
+# turned by a quarter, they are the same.
+_LANDSCAPE = ((1024, 1024), (1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752))
+_LANDSCAPE += ((1456, 720), (1504, 688), (1568, 672))
+KONTEXT_SIZES = (*((h, w) for w, h in _LANDSCAPE[:0:-1]), *_LANDSCAPE)
 
 
 def is_text(prompt: str) -> bool:
@@ -151,32 +157,80 @@ def unpacked(latents: Any, count: int, size: tuple[int, int], channels: int) -> 
     return noise
 
 
-def reference_pixels(image: Any, multiple: int) -> np.ndarray | None:
-    """[1, h, w, 3] in [-1, 1] of an image to be edited; None for none.
+def reference_size(height: int, width: int, multiple: int, auto_resize: bool) -> tuple[int, int]:
+    """(height, width) in pixels at which Kontext is shown an image.
+
+    Args:
+        height: of the image.
+        width: likewise.
+        multiple: what sides are multiples of.
+        auto_resize: that of `KONTEXT_SIZES` whose aspect ratio is nearest; else the image's own,
+            less what is over the multiple.
 
     Raises:
-        ValueError: it has not three channels, or sides that are no multiples, or is neither of
-            bytes nor of floats in [0, 1].
+        ValueError: the image is smaller than that.
+    """
+    height, width = (side - side % multiple for side in (height, width))
+    if not height or not width:
+        raise ValueError(f"image of less than {multiple} pixels a side: expected a larger one")
+    if not auto_resize:
+        return height, width
+    ratio = width / height
+    _, width, height = min((abs(ratio - w / h), w, h) for w, h in KONTEXT_SIZES)
+    return height - height % multiple, width - width % multiple
+
+
+def reference_pixels(image: Any, multiple: int, auto_resize: bool = True) -> np.ndarray | None:
+    """[1, h, w, 3] in [-1, 1] of an image to be edited; None for none.
+
+    Args:
+        image: PIL, or [h, w, 3] bytes or floats in [0, 1].
+        multiple: what sides are multiples of.
+        auto_resize: see `reference_size`.
+
+    Raises:
+        ValueError: it has not three channels, is too small, or neither of bytes nor of floats in
+            [0, 1].
     """
     if image is None:
         return None
     pixels = np.asarray(image)
-    shape = pixels.shape
-    if pixels.ndim != 3 or shape[2] != 3 or shape[0] % multiple or shape[1] % multiple:
+    if pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(
-            f"image of shape {list(shape)}: expected [height, width, 3] with sides that are "
-            f"multiples of {multiple}: resize it"
+            f"image of shape {list(pixels.shape)}: expected [height, width, 3]: convert it to RGB"
         )
+    if pixels.dtype != np.uint8:
+        pixels = _in_unit_range(pixels)
+    size = reference_size(*pixels.shape[:2], multiple, auto_resize)
+    if size != pixels.shape[:2]:
+        pixels = _resized(pixels, size)
     if pixels.dtype == np.uint8:
-        return (2 * (pixels.astype(np.float32) / 255) - 1)[None]
+        pixels = pixels.astype(np.float32) / 255
+    return (2 * pixels - 1)[None]
+
+
+def _in_unit_range(pixels: np.ndarray) -> np.ndarray:
     wanted = "expected bytes (uint8), or floats in [0, 1]"
     if not jnp.issubdtype(pixels.dtype, jnp.floating):
         raise ValueError(f"image of {pixels.dtype}: {wanted}")
     pixels = pixels.astype(np.float32)
-    low, high = pixels.min(), pixels.max()
+    low, high = pixels.min(initial=1), pixels.max(initial=0)
     if not (low >= 0 and high <= 1):  # nor NaN
         raise ValueError(f"image of floats from {low:g} to {high:g}: {wanted}")
-    return (2 * pixels - 1)[None]
+    return pixels
+
+
+def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """By Lanczos' filter, as diffusers' image processor resizes PIL images."""
+    height, width = size
+
+    def resize(image: Image.Image) -> np.ndarray:
+        return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+
+    if pixels.dtype == np.uint8:
+        return resize(Image.fromarray(pixels))
+    channels = [resize(Image.fromarray(pixels[..., i])) for i in range(pixels.shape[-1])]
+    return np.stack(channels, axis=-1).clip(0, 1)
 
 
 def repeated(array: Any, count: int) -> Any:

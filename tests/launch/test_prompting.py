@@ -55,6 +55,13 @@ def test_prompts_of_a_file_become_a_folder_a_grid_and_those_of_python(folder, tm
     assert len(made) == 3 and np.abs(made[2].astype(int) - made[0]).max() > 20  # another number
     record = json.loads((tmp_path / "made.json").read_text())
     assert record["prompts"] == ["a cat", "Straße, 猫", "a cat"] and record["height"] == 8
+    image = f"--image={next((tmp_path / 'made').glob('*.png'))}"
+    options = (image, "--keep_image_size", f"--out={tmp_path / 'edited'}")
+    run(folder, "--prompt=a cat", *options)
+    assert "was not saved as a FluxKontextPipeline" in capsys.readouterr().out
+    edited = np.asarray(Image.open(next((tmp_path / "edited").glob("*.png"))))
+    assert np.abs(edited.astype(int) - made[0]).max() > 3
+    assert len(json.loads((tmp_path / "edited.json").read_text())["image"]) == 64
     run(folder, "--prompt", "a cat", "a dog " * 40, "--num_images=2", f"--out={tmp_path / 'a.png'}")
     assert "warning: T5 takes 24 tokens" in capsys.readouterr().err
     assert np.asarray(Image.open(tmp_path / "a.png")).std() > 10
@@ -91,6 +98,8 @@ def test_prompts_of_a_file_become_a_folder_a_grid_and_those_of_python(folder, tm
         (["--pretrained=FOLDER", "--prompt=a", "--lora=x:0"], "expected a weight other than 0"),
         (["--pretrained=FOLDER", "--prompt=a", "--lora=none.pt:2"], "none.pt does not exist"),
         (["--pretrained=FOLDER", "--prompt=a", "--lora_ignore_text_encoders"], "is of --lora"),
+        (["--pretrained=FOLDER", "--prompt=a", "--image=none.png"], "--image=none.png cannot be"),
+        (["--pretrained=FOLDER", "--prompt=a", "--keep_image_size"], "is of --image, which is not"),
         (["--pretrained=none/of/these", "--prompt=a"], "none/of/these does not exist"),
         (["--pretrained=FOLDER/vae", "--prompt=a"], "has no model_index.json"),
         (["--pretrained=FOLDER", "--prompts=FILE"], "prompts.txt, line 2 is empty"),

@@ -10,11 +10,13 @@ import jax
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dit_jax import FluxPipeline
 from dit_jax.interop.lora import save_lora
 from dit_jax.interop.tensors import InteropError
 from dit_jax.parallel.sampling import ImageParallel
+from dit_jax.pipelines import flux_inputs
 from dit_jax.pipelines.execution import Execution
 from tests.compilations import compilations
 from tests.long import long, only_long
@@ -123,20 +125,41 @@ def test_schnell_is_that_of_diffusers(tmp_path):
     assert psnr(found.images, theirs(pipeline)) > 50
 
 
-def test_kontext_edits_an_image(dev):
+def test_kontext_edits_an_image(dev, monkeypatch):
     import diffusers
 
     pipeline = diffusers.FluxKontextPipeline(**dev[0].components)
     pipeline.set_progress_bar_config(disable=True)
-    image = np.random.default_rng(1).integers(0, 256, (12, 8, 3), np.uint8)
+    pixels = np.random.default_rng(1).integers(90, 166, (13, 10, 3), np.uint8)
+    image = Image.fromarray(pixels)  # becomes 12 x 8
     options = {"guidance_scale": 3.0}
-    found = dev[2](PROMPTS[0], image=image, latents=NOISE[:1], output_type="np", **SHORT, **options)
-    pixels = torch.tensor(image / np.float32(255)).permute(2, 0, 1)[None]
-    more = {"image": pixels, "_auto_resize": False, "max_area": 8 * 12}
+    more = {"image": image, "auto_resize": False, "latents": NOISE[:1], "output_type": "np"}
+    found = dev[2](PROMPTS[0], **more, **SHORT, **options)
+    more = {"image": image, "_auto_resize": False, "max_area": 8 * 12}
     wanted = theirs(pipeline, NOISE[:1], PROMPTS[0], **more, **options)
     assert psnr(found.images, wanted) > 50
-    with pytest.raises(ValueError, match="multiples of 4: resize it"):
-        dev[2]("a cat", image=image[:10], **SHORT)
+
+    class Asked(Exception):
+        """The size that an image is to have."""
+
+    def resize(image, height, width):
+        raise Asked(height, width)
+
+    monkeypatch.setattr(pipeline.image_processor, "resize", resize)
+    for height, width in ((9, 5000), (640, 480), (333, 1000), (512, 512), (1000, 999), (7, 4)):
+        for auto_resize in (True, False):
+            blank = np.zeros((1, height, width, 3), np.float32)
+            with pytest.raises(Asked) as asked:
+                theirs(pipeline, prompts="a", image=blank, _auto_resize=auto_resize)
+            ours = flux_inputs.reference_size(height, width, 4, auto_resize)
+            assert ours == asked.value.args
+    floats = flux_inputs.reference_pixels(pixels / np.float32(255), 4)
+    assert floats.shape == (1, 1248, 832, 3) and -1 <= floats.min() < floats.max() <= 1
+    assert np.abs(floats - flux_inputs.reference_pixels(image, 4)).max() < 0.02
+    with pytest.raises(ValueError, match="less than 4 pixels a side"):
+        dev[2]("a cat", image=pixels[:3], **SHORT)
+    with pytest.raises(ValueError, match="would do nothing without an image"):
+        dev[2]("a cat", auto_resize=False, **SHORT)
 
 
 def test_a_picture_depends_on_the_seed_and_its_number(dev):
