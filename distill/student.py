@@ -44,21 +44,21 @@ class Player:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DistillState:
-    """State of a Method with several players.
+    """State of a Method with several players; trees of shapes or shardings are of it as well.
 
     Attributes:
         step: updates made so far, of all players, an int32 scalar.
         params: the student's parameters.
         ema: averages of them by name.
         optimizer: optax's state of the student.
-        players: the others, by name.
+        players: the others, a dictionary by name (an empty one is a leaf of its own to orbax).
     """
 
     step: Any
     params: Any
     ema: dict[str, Any]
     optimizer: Any
-    players: dict[str, Any]
+    players: Any
 
 
 def create_player(optimizer: optax.GradientTransformation, params: Any) -> Player:
