@@ -27,7 +27,8 @@ from dit_jax.atomic import check_destination
 from dit_jax.evaluation import save_json
 from dit_jax.interop import flux
 from dit_jax.interop.flux_files import CONFIG, load_flux, open_flux
-from dit_jax.interop.table import abstract_params, export_specs, flat_shapes
+from dit_jax.interop.parameters import abstract_params, flat_shapes
+from dit_jax.interop.table import export_specs
 from dit_jax.interop.tensors import write_safetensors
 from dit_jax.models import FluxConfig, Network
 from turns import peak_resident_bytes

@@ -22,7 +22,8 @@ import numpy as np
 
 from dit_jax.evaluation import save_json
 from dit_jax.interop.dit import original_table
-from dit_jax.interop.table import abstract_params, export_specs, flat_shapes
+from dit_jax.interop.parameters import abstract_params, flat_shapes
+from dit_jax.interop.table import export_specs
 from dit_jax.interop.tensors import write_pt
 from dit_jax.launch import argument_types, wiring
 from dit_jax.models import DiTConfig, Network

@@ -16,17 +16,11 @@ import numpy as np
 from dit_jax.atomic import atomic_folder
 from dit_jax.interop.autoencoder_tables import diffusers_table, original_table
 from dit_jax.interop.claims import check_counts, check_types, read_object
+from dit_jax.interop.parameters import abstract_params, flat_shapes, flatten
 from dit_jax.interop.prefixes import without_prefix
 from dit_jax.interop.recognise import AUTOENCODERS, description
 from dit_jax.interop.sharded import INDEX_SUFFIXES, find_weights, shards_of
-from dit_jax.interop.table import (
-    abstract_params,
-    export_arrays,
-    export_specs,
-    flat_shapes,
-    flatten,
-    load_params,
-)
+from dit_jax.interop.table import export_arrays, export_specs, load_params
 from dit_jax.interop.tensor_file import sha256_of
 from dit_jax.interop.tensors import InteropError, TensorFile, open_tensors, write_safetensors
 from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, Params

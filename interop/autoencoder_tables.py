@@ -7,15 +7,8 @@ there the decoder's levels are numbered from the full resolution down.
 
 from collections.abc import Iterator
 
-from dit_jax.interop.table import (
-    Row,
-    Table,
-    affine,
-    conv,
-    identity,
-    linear_or_pointwise,
-    pointwise_conv,
-)
+from dit_jax.interop.table import Row, Table, affine
+from dit_jax.interop.transforms import conv, identity, linear_or_pointwise, pointwise_conv
 from dit_jax.models.autoencoder_kl import AutoencoderKLConfig
 
 

@@ -12,17 +12,9 @@ from typing import Any
 import numpy as np
 
 from dit_jax.interop.claims import check_counts, check_types
-from dit_jax.interop.table import (
-    Constant,
-    Row,
-    Table,
-    affine,
-    identity,
-    linear,
-    padded_rows,
-    patch_conv,
-)
+from dit_jax.interop.table import Constant, Row, Table, affine
 from dit_jax.interop.tensors import InteropError, TensorFile
+from dit_jax.interop.transforms import identity, linear, padded_rows, patch_conv
 from dit_jax.models import DiTConfig
 from dit_jax.models.dit import SIZES
 from dit_jax.models.layers import sincos_position_embedding

@@ -16,18 +16,10 @@ import numpy as np
 
 from dit_jax.diffusion.preconditioning import IDDPM, VE, VP
 from dit_jax.diffusion.process import EDM
-from dit_jax.interop.table import (
-    Constant,
-    Row,
-    Shapes,
-    Table,
-    Transform,
-    conv,
-    identity,
-    linear,
-    pointwise_conv,
-)
+from dit_jax.interop.parameters import Shapes
+from dit_jax.interop.table import Constant, Row, Table
 from dit_jax.interop.tensors import InteropError, TensorFile
+from dit_jax.interop.transforms import Transform, conv, identity, linear, pointwise_conv
 from dit_jax.models.edm import DhariwalUNetConfig, SongUNetConfig
 
 PREFIX = "model."  # of the network within EDMPrecond

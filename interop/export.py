@@ -27,13 +27,10 @@ from dit_jax.interop.found_model import FoundModel, no_guidance
 from dit_jax.interop.kinds import KINDS, registered
 from dit_jax.interop.model_card import model_card
 from dit_jax.interop.own_folders import CARD, FORMAT, WEIGHTS
+from dit_jax.interop.parameters import parameter_shapes
 from dit_jax.interop.pixel_autoencoder import TOLERANCE, pixel_autoencoder
 from dit_jax.interop.schedulers import scheduler_config
-from dit_jax.interop.table import (
-    export_arrays,
-    export_specs,
-    parameter_shapes,
-)
+from dit_jax.interop.table import export_arrays, export_specs
 from dit_jax.interop.tensors import InteropError, TensorSpec, write_pt, write_safetensors
 from dit_jax.models import DiTConfig, FluxConfig
 from dit_jax.nearest import one_of

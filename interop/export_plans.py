@@ -8,8 +8,9 @@ from dit_jax.diffusion.process import DDPM, EDM, RectifiedFlow
 from dit_jax.interop import dit, edm, flux
 from dit_jax.interop.found_model import FoundModel, no_guidance
 from dit_jax.interop.kinds import registered
+from dit_jax.interop.parameters import parameter_shapes
 from dit_jax.interop.schedulers import scheduler_config
-from dit_jax.interop.table import Table, native_table, parameter_shapes
+from dit_jax.interop.table import Table, native_table
 from dit_jax.interop.tensors import InteropError
 from dit_jax.models import DhariwalUNetConfig, DiTConfig, FluxConfig, SongUNetConfig
 

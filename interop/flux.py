@@ -14,8 +14,9 @@ from dit_jax.diffusion.process import RectifiedFlow
 from dit_jax.interop.claims import check_counts, check_types
 from dit_jax.interop.dit import mlp_ratio
 from dit_jax.interop.schedulers import FLUX_SHIFT, FlowTimes
-from dit_jax.interop.table import Row, Table, Transform, affine, identity, linear, swap_halves
+from dit_jax.interop.table import Row, Table, affine
 from dit_jax.interop.tensors import InteropError, TensorFile
+from dit_jax.interop.transforms import Transform, identity, linear, swap_halves
 from dit_jax.models import FluxConfig
 from dit_jax.untrusted import shown
 

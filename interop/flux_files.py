@@ -23,20 +23,11 @@ from dit_jax.interop import flux
 from dit_jax.interop.claims import check_counts, read_object
 from dit_jax.interop.finiteness import Finiteness, WatchedFile
 from dit_jax.interop.found_model import FoundModel
+from dit_jax.interop.parameters import abstract_params, flat_dtypes, flat_shapes, flatten, unflatten
 from dit_jax.interop.prefixes import without_prefix
 from dit_jax.interop.recognise import DIFFUSERS_FLUX, ORIGINAL_FLUX, description, find_architectures
 from dit_jax.interop.sharded import find_weights
-from dit_jax.interop.table import (
-    ParameterReader,
-    Table,
-    abstract_params,
-    export_arrays,
-    export_specs,
-    flat_dtypes,
-    flat_shapes,
-    flatten,
-    unflatten,
-)
+from dit_jax.interop.table import ParameterReader, Table, export_arrays, export_specs
 from dit_jax.interop.tensors import InteropError, TensorFile, open_tensors, write_safetensors
 from dit_jax.models import FluxConfig, Network
 from dit_jax.models.apart import Apart

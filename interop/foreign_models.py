@@ -16,6 +16,7 @@ from dit_jax.interop.found_model import FoundModel
 from dit_jax.interop.kinds import registered
 from dit_jax.interop.opened import configured, found_model, model_section, require_applies
 from dit_jax.interop.own_folders import CARD, card_config, read_card
+from dit_jax.interop.parameters import parameter_shapes
 from dit_jax.interop.prefixes import without_prefix
 from dit_jax.interop.recognise import (
     DIFFUSERS_DIT,
@@ -26,7 +27,6 @@ from dit_jax.interop.recognise import (
 )
 from dit_jax.interop.schedulers import flow_times_from_scheduler, process_from_scheduler
 from dit_jax.interop.sharded import find_weights
-from dit_jax.interop.table import parameter_shapes
 from dit_jax.interop.tensors import InteropError, TensorFile, open_tensors
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from dit_jax import experiment
 from dit_jax.interop.finiteness import Finiteness
-from dit_jax.interop.table import parameter_dtypes, unflatten
+from dit_jax.interop.parameters import parameter_dtypes, unflatten
 from dit_jax.models import Network
 
 

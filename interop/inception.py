@@ -18,8 +18,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dit_jax.evaluation.inception import InceptionExtractor, Params, parameter_shapes
-from dit_jax.interop.table import Row, Table, conv, flat_shapes, identity, linear, load_params
+from dit_jax.interop.parameters import flat_shapes
+from dit_jax.interop.table import Row, Table, load_params
 from dit_jax.interop.tensors import InteropError, TensorFile, open_tensors
+from dit_jax.interop.transforms import conv, identity, linear
 
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
 SHA256_PREFIX = "6726825d"

@@ -16,7 +16,8 @@ import numpy as np
 
 from dit_jax.interop import dit, flux, kinds
 from dit_jax.interop.edm import edm_table
-from dit_jax.interop.table import LAYER, Row, Table, foreign_shapes, parameter_shapes
+from dit_jax.interop.parameters import parameter_shapes
+from dit_jax.interop.table import LAYER, Row, Table, foreign_shapes
 from dit_jax.models import DiTConfig, FluxConfig, Network
 from dit_jax.models.edm_config import UNetConfig
 from dit_jax.models.lora import layer_shapes

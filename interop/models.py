@@ -31,6 +31,7 @@ from dit_jax.interop.found_model import FoundModel
 from dit_jax.interop.kinds import kinds, registered
 from dit_jax.interop.opened import found_model, require_applies
 from dit_jax.interop.own_folders import CARD, WEIGHTS, card_config, read_card
+from dit_jax.interop.parameters import flatten
 from dit_jax.interop.recognise import (
     DIFFUSERS_DIT,
     DIFFUSERS_FLUX,
@@ -40,7 +41,6 @@ from dit_jax.interop.recognise import (
     description,
     find_architectures,
 )
-from dit_jax.interop.table import flatten
 from dit_jax.interop.tensors import InteropError, open_tensors
 from dit_jax.nearest import one_of
 from dit_jax.training import workdir

@@ -9,8 +9,9 @@ from dit_jax import experiment
 from dit_jax.config import default_config
 from dit_jax.interop.finiteness import Finiteness, WatchedFile
 from dit_jax.interop.found_model import FoundModel
+from dit_jax.interop.parameters import parameter_shapes
 from dit_jax.interop.prefixes import RenamedFile
-from dit_jax.interop.table import ParameterReader, Table, native_table, parameter_shapes
+from dit_jax.interop.table import ParameterReader, Table, native_table
 from dit_jax.interop.tensors import InteropError, TensorFile
 from dit_jax.models import network_name
 

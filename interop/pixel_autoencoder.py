@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.interop.table import abstract_params, flatten, unflatten
+from dit_jax.interop.parameters import abstract_params, flatten, unflatten
 from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 
 # Larger: x^2 / K^2 of the variance matters less; smaller: rounding beside K does.

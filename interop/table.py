@@ -8,112 +8,20 @@ Nothing here holds more than one row's tensors at a time: a row is read, transfo
 """
 
 import dataclasses
-import functools
 import re
-import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.interop.finiteness import Finiteness, WatchedFile
+from dit_jax.interop.parameters import Shapes, flat_dtypes, flat_shapes, unflatten
 from dit_jax.interop.tensors import InteropError, TensorFile, TensorSpec
+from dit_jax.interop.transforms import Transform, identity
 from dit_jax.quantities import spelled_numbers
 
 LAYER = "{layer}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Transform:
-    """A bijection between one foreign tensor and (a layer's part of) one of our parameters.
-
-    Attributes:
-        forward: foreign to ours.
-        inverse: ours to foreign; with `forward` the identity on ours, bit for bit.
-        accepts: whether a foreign tensor of the first shape will do where the second is expected.
-    """
-
-    forward: Callable[[np.ndarray], np.ndarray]
-    inverse: Callable[[np.ndarray], np.ndarray]
-    accepts: Callable[[tuple[int, ...], tuple[int, ...]], bool] = lambda found, wanted: (
-        found == wanted
-    )
-
-    def then(self, other: "Transform") -> "Transform":
-        """This transform, then `other` on its result."""
-        return Transform(
-            lambda a: other.forward(self.forward(a)),
-            lambda a: self.inverse(other.inverse(a)),
-            self.accepts,
-        )
-
-
-def identity() -> Transform:
-    """Biases, embedding tables, scales."""
-    return Transform(lambda a: a, lambda a: a)
-
-
-def linear() -> Transform:
-    """PyTorch's weight [out, in] and our kernel [in, out]."""
-    return Transform(lambda a: a.T, lambda a: a.T)
-
-
-def linear_or_pointwise() -> Transform:
-    """As `linear`; on import also the same map stored as a 1x1 convolution [out, in, 1, 1]."""
-    return Transform(
-        lambda a: a.reshape(a.shape[:2]).T,
-        lambda a: a.T,
-        lambda found, wanted: found in (wanted, (*wanted, 1, 1)),
-    )
-
-
-def pointwise_conv() -> Transform:
-    """A 1x1 convolution [out, in, 1, 1] and our kernel [in, out]."""
-    return Transform(lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None])
-
-
-def conv() -> Transform:
-    """A convolution's weight [out, in, rows, columns] and our kernel [rows, columns, in, out]."""
-    return Transform(lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1))
-
-
-def patch_conv(patch_size: int) -> Transform:
-    """A patch embedder's convolution [out, in, p, p] and our kernel [p p in, out].
-
-    Our patches are flattened as (row, column, channel).
-    """
-
-    def forward(a):
-        return a.transpose(2, 3, 1, 0).reshape(-1, a.shape[0])
-
-    def inverse(a):
-        return a.reshape(patch_size, patch_size, -1, a.shape[-1]).transpose(3, 2, 0, 1)
-
-    return Transform(forward, inverse)
-
-
-def swap_halves(axis: int) -> Transform:
-    """Exchanges the two halves of an axis: (shift, scale) and (scale, shift)."""
-
-    def swap(a):
-        first, second = np.split(a, 2, axis=axis)
-        return np.concatenate([second, first], axis=axis)
-
-    return Transform(swap, swap)
-
-
-def padded_rows(positions: tuple[int, ...], count: int) -> Transform:
-    """A foreign table of `count` rows, of which ours are those at `positions`; the rest are 0."""
-    chosen = np.asarray(positions)
-
-    def inverse(a):
-        padded = np.zeros((count, *a.shape[1:]), a.dtype)
-        padded[chosen] = a
-        return padded
-
-    return Transform(lambda a: a[chosen], inverse)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,40 +116,6 @@ class Table:
     rows: tuple[Row, ...]
     constants: tuple[Constant, ...] = ()
     ignored: tuple[str, ...] = ()
-
-
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-def flat_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """{'blocks.mlp.fc1.bias': (12, 1536), ...} of nested parameters or their abstract shapes."""
-    return {path: tuple(leaf.shape) for path, leaf in flatten(tree)}
-
-
-def flat_dtypes(tree: Any) -> dict[str, np.dtype]:
-    """`flat_shapes`, of dtypes."""
-    return {path: np.dtype(leaf.dtype) for path, leaf in flatten(tree)}
-
-
-def flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Pairs of dotted path and leaf of nested dictionaries."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def unflatten(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves:
-        *parents, name = path.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
 
 
 def native_table(shapes: Shapes) -> Table:
@@ -477,20 +351,3 @@ def export_arrays(
         del ours, one, part, theirs
     for constant in table.constants:
         yield constant.value().astype(dtype)
-
-
-def abstract_params(network: Any) -> Any:
-    """Shapes of a network's parameters, without making them."""
-    return jax.eval_shape(network.init, jax.random.key(0))
-
-
-@functools.lru_cache(maxsize=32)
-def parameter_dtypes(network: Any) -> Mapping[str, np.dtype]:
-    """`flat_dtypes` of a network's parameters, as its configuration has them stored."""
-    return types.MappingProxyType(flat_dtypes(abstract_params(network)))
-
-
-@functools.lru_cache(maxsize=32)
-def parameter_shapes(network: Any) -> Shapes:
-    """`flat_shapes` of a network's parameters; remembered, since tracing a U-Net takes seconds."""
-    return types.MappingProxyType(flat_shapes(abstract_params(network)))

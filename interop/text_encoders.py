@@ -17,22 +17,12 @@ import numpy as np
 
 from dit_jax.atomic import atomic_folder
 from dit_jax.interop.claims import check_counts, check_types, read_object
+from dit_jax.interop.parameters import abstract_params, flat_shapes, flatten
 from dit_jax.interop.recognise import description
 from dit_jax.interop.sharded import TRANSFORMERS_NAMES, find_weights
-from dit_jax.interop.table import (
-    Row,
-    Table,
-    abstract_params,
-    affine,
-    export_arrays,
-    export_specs,
-    flat_shapes,
-    flatten,
-    identity,
-    linear,
-    load_params,
-)
+from dit_jax.interop.table import Row, Table, affine, export_arrays, export_specs, load_params
 from dit_jax.interop.tensors import InteropError, TensorFile, open_tensors, write_safetensors
+from dit_jax.interop.transforms import identity, linear
 from dit_jax.models.linear import resolve_param_dtype
 from dit_jax.models.text import CLIPTextConfig, T5Config, TextEncoder
 from dit_jax.models.text.clip import ACTIVATIONS

@@ -15,7 +15,7 @@ from dit_jax.config import default_config
 from dit_jax.interop import hub
 from dit_jax.interop.autoencoder_kl import load_autoencoder
 from dit_jax.interop.models import FoundModel, open_model
-from dit_jax.interop.table import abstract_params
+from dit_jax.interop.parameters import abstract_params
 from dit_jax.launch import arguments, methods, wiring
 from dit_jax.launch.sizes import size_overrides
 from dit_jax.models import Network

@@ -14,7 +14,7 @@ from dit_jax import evaluation
 from dit_jax.data.images import DECODE_ERRORS, decode_image
 from dit_jax.interop.lora_runs import open_adapter
 from dit_jax.interop.models import FoundModel, open_model
-from dit_jax.interop.table import parameter_shapes
+from dit_jax.interop.parameters import parameter_shapes
 from dit_jax.interop.tensor_file import sha256_of
 from dit_jax.launch import arguments, sampling, wiring
 from dit_jax.models import Network

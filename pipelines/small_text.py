@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 
+from dit_jax.interop.parameters import flatten, unflatten
 from dit_jax.interop.small_tokenizers import train_clip_tokenizer, train_t5_tokenizer
-from dit_jax.interop.table import flatten, unflatten
 from dit_jax.interop.text_encoders import save_text_encoder
 from dit_jax.interop.tokenizer_files import load_tokenizer
 from dit_jax.models.text import CLIPTextConfig, T5Config, TextEncoder

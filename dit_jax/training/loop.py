@@ -7,22 +7,19 @@ been dispatched, so the device never waits for the host.
 
 import contextlib
 import dataclasses
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.defaults import Training
-from dit_jax.fp8_kernels import check_compiled
-from dit_jax.quantities import counted
 from dit_jax.training import metrics as metrics_lib
-from dit_jax.training import remat_choice
 from dit_jax.training.checkpoints import CheckpointError, Checkpoints
 from dit_jax.training.interruption import Interruption
 from dit_jax.training.method import Method
+from dit_jax.training.progress import Progress
+from dit_jax.training.updates import Updates
 
 
 @runtime_checkable
@@ -114,14 +111,6 @@ class TrainResult:
     signal: int | None = None
 
 
-_STEPS_TO_ESTIMATE = 10  # after so many the time left is first announced
-_STOP = "stop"  # among the metrics of several processes
-
-
-class NonFiniteError(FloatingPointError):
-    """A loss, gradient norm or other metric became NaN or infinite."""
-
-
 def train(
     method: Method,
     data: DataIterator,
@@ -192,12 +181,12 @@ def train(
         announce(f"already at step {step} of {options.num_steps}: nothing to train")
         return TrainResult(state, step, False, 0.0, 0.0)
 
-    updates = _Updates(alternatives or {"": method}, shardings, frozen, announce, placement)
+    updates = Updates(alternatives or {"": method}, shardings, frozen, announce, placement)
     host_batch = next(data)
     updates.compile(state, host_batch, key, getattr(data, "image_sizes", ()))
     on_start()
     with Interruption("step") as interruption:
-        run = _Run(
+        run = Progress(
             method,
             key,
             options,
@@ -236,99 +225,6 @@ def train(
     return TrainResult(state, step, interrupted, seconds, rate, interruption.signal)
 
 
-class _Updates:
-    """The compiled updates of a method, one program a phase and shape of batches.
-
-    Of several processes any may be told to stop, and all have to at the same step: whether one was
-    goes into the update, and comes out among the metrics as what all of them know.
-    """
-
-    def __init__(self, methods, shardings, frozen, announce, placement):
-        self._methods, self._shardings, self._frozen = methods, shardings, frozen
-        self._announce, self._placement = announce, placement
-        self._compiled = {}
-        self.agree = jax.process_count() > 1
-
-    def compile(self, state, host_batch, key, sizes: Sequence[tuple[int, int]] = ()) -> None:
-        """Compiles all phases, so that none interrupts the run later.
-
-        Args:
-            state: to update.
-            host_batch: one batch.
-            key: root key.
-            sizes: (height, width) of all images to come, where they are of several sizes.
-
-        Raises:
-            memory.MemoryNeededError: no method's updates fit.
-        """
-        batches = {size: _of_size(host_batch, size) for size in sizes} or {None: host_batch}
-
-        def lower_bound(method):
-            devices, least = self._placement.num_devices, []
-            for batch in batches.values():
-                with self._placement.tracing():
-                    inputs = state, self._inputs(batch, False)[0], key
-                    least.append(remat_choice.least_bytes(method, *inputs, devices, self._frozen))
-            return max(least)
-
-        def disagrees(flag):
-            return bool(jnp.max(self._placement.put_flag(flag))) if self.agree else flag
-
-        choice = remat_choice.Choice(self._methods, self._announce, disagrees)
-        self._method, self._compiled = choice.compiled(
-            lambda method: self._compile(method, state, batches, key), lower_bound
-        )
-
-    def _compile(self, method, state, batches, key) -> dict[Any, Any]:
-        """One method's updates by phase and shapes of the batch; `batches` are by size."""
-        compiled = {}
-        for phase in method.phases:
-
-            def update(state, batch, key, frozen, stop=None, phase=phase):
-                key = jax.random.fold_in(key, state.step)
-                state, metrics = method.update(state, batch, key, frozen, phase)
-                return state, metrics if stop is None else {**metrics, _STOP: jnp.max(stop)}
-
-            jitted = jax.jit(update, donate_argnums=0, out_shardings=(self._shardings, None))
-            for size, host_batch in batches.items():
-                started = time.perf_counter()
-                batch, *flag = self._inputs(host_batch, False)
-                with self._placement.tracing():
-                    lowered = jitted.lower(state, batch, key, self._frozen, *flag)
-                compiled[phase, _shapes(host_batch)] = lowered.compile()
-                check_compiled(lowered, compiled[phase, _shapes(host_batch)])
-                name = "the update" if len(method.phases) == 1 else f"the {phase} update"
-                name += f" of {size[0]}x{size[1]}" if size else ""
-                self._announce(f"compiled {name} in {time.perf_counter() - started:.1f} s")
-        return compiled
-
-    def _inputs(self, host_batch, stop: bool) -> list:
-        batch = self._placement.put_batch(host_batch)
-        return [batch, self._placement.put_flag(stop)] if self.agree else [batch]
-
-    def __call__(self, step: int, state, host_batch, key, stop: bool):
-        """The update that follows `step` updates."""
-        batch, *flag = self._inputs(host_batch, stop)
-        compiled = self._compiled.get((self._method.phase(step), _shapes(host_batch)))
-        if compiled is None:
-            raise ValueError(
-                f"the data gave a batch of shapes {_shapes(host_batch)}, which they had not "
-                f"announced; there were {sorted({shapes for _, shapes in self._compiled})}"
-            )
-        return compiled(state, batch, key, self._frozen, *flag)
-
-
-def _shapes(host_batch: Any) -> tuple[tuple[int, ...], ...]:
-    return tuple(np.shape(leaf) for leaf in jax.tree.leaves(host_batch))
-
-
-def _of_size(host_batch: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    """A batch like another, of images of another (height, width)."""
-    image = host_batch["image"]
-    empty = np.zeros((image.shape[0], *size, image.shape[-1]), image.dtype)
-    return {**host_batch, "image": empty}
-
-
 def _restore(checkpoints, abstract, shardings, placement, data, key, strict):
     """The newest checkpoint, its arrays where they belong and the data wound forward; or None."""
     key_data = jax.eval_shape(jax.random.key_data, key)
@@ -348,137 +244,3 @@ def _restore(checkpoints, abstract, shardings, placement, data, key, strict):
         )
     data.set_state(restored.data, strict=strict)
     return restored
-
-
-class _Run:
-    """Bookkeeping between steps: metrics one step behind, windows, pauses."""
-
-    def __init__(
-        self,
-        method,
-        key,
-        options,
-        checkpoints,
-        writers,
-        preview,
-        announce,
-        placement,
-        before_writing,
-    ):
-        self.method, self.options, self.checkpoints = method, options, checkpoints
-        self.writers, self.preview, self.announce = writers, preview, announce
-        self.before_writing = before_writing
-        self._key_data = jax.random.key_data(key)
-        if jax.process_count() > 1:  # only arrays that lie on the devices of all can be saved
-            host = np.asarray(self._key_data)
-            sharding = placement.state_shardings(jax.ShapeDtypeStruct(host.shape, host.dtype))
-            self._key_data = jax.make_array_from_callback(
-                host.shape, sharding, lambda index: host[index]
-            )
-        flops = options.flops_per_example or method.flops_per_example
-        self.throughput = metrics_lib.Throughput(options.batch_size, flops, placement.num_devices)
-        self._pending: tuple[int, Any, Any] | None = None
-        self._window: list[dict[str, float]] = []
-        self._steps, self._begun = 0, 0.0
-        self.stops = False  # whether a process was told to, as of the last metrics fetched
-
-    def stepped(self, step: int, metrics: Any, host_batch: Any) -> None:
-        """Takes the dispatched step's metrics and checks those of the step before it."""
-        self.throughput.step()
-        self._collect()
-        self._pending = (step, metrics, host_batch)
-        if step % self.options.log_every == 0 or step == self.options.num_steps:
-            self._collect()
-            self._log(step)
-        self._steps += 1
-        if self._steps == 2:  # the first has ended
-            self._begun = time.perf_counter()
-        elif self._steps == _STEPS_TO_ESTIMATE and self.options.log_every > _STEPS_TO_ESTIMATE:
-            rate = (self._steps - 2) / (time.perf_counter() - self._begun)
-            left = self.options.num_steps - step
-            duration = metrics_lib.format_duration(left / rate)
-            if left:
-                steps = counted(left, "step")
-                self.announce(f"{rate:.3g} steps/s: about {duration} for the {steps} left")
-
-    def is_pause(self, step: int) -> bool:
-        """Whether a preview or a checkpoint is due after `step`."""
-        periods = (self.options.preview_every, self.options.checkpoint_every)
-        return any(period and step % period == 0 for period in periods)
-
-    def pause(self, step: int, state: Any, data: DataIterator, *, final: bool) -> None:
-        """Saves and previews, with the clock stopped and every metric known to be finite."""
-        self._collect()
-        self.throughput.pause()
-        self.before_writing(step)
-        every = self.options.checkpoint_every
-        if final or (every and step % every == 0):
-            tree = {"state": state, "key": self._key_data}
-            self.checkpoints.save(step, tree, data.get_state())
-        every = self.options.preview_every
-        if self.preview and every and (step % every == 0 or step == self.options.num_steps):
-            self.preview(step, self.method.weights(state))
-        self.throughput.resume()
-
-    def _collect(self) -> None:
-        if self._pending is None:
-            return
-        step, metrics, host_batch = self._pending
-        self._pending = None
-        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self.stops |= metrics.pop(_STOP, 0.0) > 0
-        bad = [name for name in ("loss", *metrics) if not np.isfinite(metrics[name])]
-        if bad:
-            self.checkpoints.wait()
-            raise NonFiniteError(self._non_finite_message(step, bad, metrics, host_batch))
-        self._window.append(metrics)
-
-    def _non_finite_message(self, step, bad, metrics, host_batch) -> str:
-        image, label = host_batch["image"], host_batch.get("conditions", {}).get("label")
-        steps = self.checkpoints.steps()
-        lines = [
-            f"{bad[0]} is {metrics[bad[0]]} at step {step}; training stopped.",
-            f"  metrics: {metrics}",
-            f"  batch: image {image.shape}, min {image.min():.4g}, max {image.max():.4g}, mean "
-            f"{image.mean():.4g}, std {image.std():.4g}, non-finite {(~np.isfinite(image)).sum()}",
-        ]
-        if label is not None:
-            lines.append(f"  labels: {label.min()} to {label.max()}")
-        remedies = (
-            "a lower --config.optimizer.learning_rate, --config.optimizer.gradient_clip_norm=1.0 "
-            "or --config.model.dtype=float32"
-        )
-        if steps:
-            lines.append(f"  last good checkpoint: {self.checkpoints.path(steps[-1])}")
-            lines.append(f"  to continue from it: the same command with --force and {remedies}")
-        else:
-            lines.append("  no checkpoint was written yet")
-            lines.append(f"  to start again: the same command with {remedies}")
-        return "\n".join(lines)
-
-    def _log(self, step: int) -> None:
-        # Phases differ in their metrics: each name is averaged over the steps that have it.
-        names = dict.fromkeys(name for metrics in self._window for name in metrics)
-        scalars = {
-            name: float(np.mean([m[name] for m in self._window if name in m])) for name in names
-        }
-        self._window = []
-        scalars.update(self.throughput.window())
-        self.before_writing(step)
-        for writer in self.writers:
-            writer.write_scalars(step, scalars)
-        if jax.process_index() == 0:
-            self.announce(self._line(step, scalars))
-
-    def _line(self, step: int, scalars: dict[str, float]) -> str:
-        total = self.options.num_steps
-        rate = scalars.get("steps_per_second", 0.0)
-        parts = [f"step {step:>{len(str(total))}}/{total}", f"loss {scalars['loss']:.4f}"]
-        if rate:
-            eta = metrics_lib.format_duration((total - step) / rate)
-            parts += [f"{rate:.3g} steps/s", f"{scalars['images_per_second']:.4g} images/s"]
-            parts += [f"{scalars['model_tflops_per_second']:.3g} TFLOP/s"]
-            if "mfu" in scalars:
-                parts += [f"MFU {scalars['mfu']:.1%}"]
-            parts += [f"ETA {eta}"]
-        return "  ".join(parts)

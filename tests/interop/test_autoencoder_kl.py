@@ -23,7 +23,8 @@ from dit_jax.interop.autoencoder_kl import (
     save_autoencoder,
 )
 from dit_jax.interop.autoencoder_tables import original_table
-from dit_jax.interop.table import abstract_params, export_specs, flat_shapes
+from dit_jax.interop.parameters import abstract_params, flat_shapes
+from dit_jax.interop.table import export_specs
 from dit_jax.interop.tensors import InteropError
 from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from tests.models.conftest import random_params

@@ -25,7 +25,7 @@ from dit_jax.diffusion.process import EDM
 from dit_jax.interop import edm
 from dit_jax.interop.export import write_model
 from dit_jax.interop.models import FoundModel, open_model
-from dit_jax.interop.table import flatten
+from dit_jax.interop.parameters import flatten
 from dit_jax.interop.tensors import (
     InteropError,
     TensorSpec,

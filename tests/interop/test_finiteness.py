@@ -10,7 +10,7 @@ import torch
 from dit_jax.interop.autoencoder_kl import save_autoencoder
 from dit_jax.interop.export import write_model
 from dit_jax.interop.models import open_model
-from dit_jax.interop.table import flatten
+from dit_jax.interop.parameters import flatten
 from dit_jax.interop.tensors import InteropError
 from dit_jax.launch import convert, sample, train
 from tests.interop.test_models import TINY, in_memory

@@ -14,7 +14,8 @@ from dit_jax.interop import flux
 from dit_jax.interop.export import write_model
 from dit_jax.interop.flux_files import load_flux, open_flux, save_flux, save_flux_original
 from dit_jax.interop.models import open_model
-from dit_jax.interop.table import export_arrays, export_specs, flatten
+from dit_jax.interop.parameters import flatten
+from dit_jax.interop.table import export_arrays, export_specs
 from dit_jax.interop.tensors import InteropError, TensorSpec, open_tensors, write_safetensors
 from dit_jax.models import FluxConfig, Network
 from tests.models.conftest import random_params

@@ -10,7 +10,8 @@ import torch
 from dit_jax.evaluation.inception import parameter_shapes
 from dit_jax.interop import inception as subject
 from dit_jax.interop.inception import inception_table, load_extractor, load_inception
-from dit_jax.interop.table import export_arrays, export_specs, flat_shapes, flatten
+from dit_jax.interop.parameters import flat_shapes, flatten
+from dit_jax.interop.table import export_arrays, export_specs
 from dit_jax.interop.tensors import InteropError
 from tests.references.torch_inception import params_of, random_inception
 

@@ -19,7 +19,7 @@ from dit_jax.config import default_config
 from dit_jax.interop import dit
 from dit_jax.interop.export import write_model
 from dit_jax.interop.models import FoundModel, open_model
-from dit_jax.interop.table import flatten
+from dit_jax.interop.parameters import flatten
 from dit_jax.interop.tensors import InteropError, open_tensors, write_pt, write_safetensors
 from dit_jax.models import DiTConfig, Network, Request
 from tests.models.conftest import random_params

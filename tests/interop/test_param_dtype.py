@@ -10,7 +10,7 @@ import pytest
 
 from dit_jax.interop.export import write_model
 from dit_jax.interop.models import open_model
-from dit_jax.interop.table import flatten
+from dit_jax.interop.parameters import flatten
 from dit_jax.models import DiTConfig, Network
 from tests.interop.test_models import in_memory
 

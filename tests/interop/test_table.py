@@ -5,19 +5,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_jax.interop import table as table_lib
+from dit_jax.interop import transforms
 from dit_jax.interop.table import Constant, ParameterReader, Row, Table, export_arrays, export_specs
 from dit_jax.interop.tensors import InteropError, TensorSpec
 
 TRANSFORMS = {
-    "identity": (table_lib.identity(), (6, 4)),
-    "linear": (table_lib.linear(), (6, 4)),
-    "linear_or_pointwise": (table_lib.linear_or_pointwise(), (6, 4)),
-    "pointwise": (table_lib.pointwise_conv(), (6, 4, 1, 1)),
-    "conv": (table_lib.conv(), (6, 4, 3, 2)),
-    "patch": (table_lib.patch_conv(2), (6, 4, 2, 2)),
-    "swap": (table_lib.swap_halves(0), (6, 4)),
-    "linear_swapped": (table_lib.linear().then(table_lib.swap_halves(-1)), (6, 4)),
+    "identity": (transforms.identity(), (6, 4)),
+    "linear": (transforms.linear(), (6, 4)),
+    "linear_or_pointwise": (transforms.linear_or_pointwise(), (6, 4)),
+    "pointwise": (transforms.pointwise_conv(), (6, 4, 1, 1)),
+    "conv": (transforms.conv(), (6, 4, 3, 2)),
+    "patch": (transforms.patch_conv(2), (6, 4, 2, 2)),
+    "swap": (transforms.swap_halves(0), (6, 4)),
+    "linear_swapped": (transforms.linear().then(transforms.swap_halves(-1)), (6, 4)),
 }
 
 
@@ -50,7 +50,7 @@ def test_a_transform_and_its_inverse_are_the_identity(name):
 
 
 def test_a_linear_map_stored_as_convolution_is_read():
-    transform = table_lib.linear_or_pointwise()
+    transform = transforms.linear_or_pointwise()
     weight = np.random.default_rng(0).normal(size=(6, 4))
     np.testing.assert_array_equal(transform.forward(weight[:, :, None, None]), weight.T)
     assert transform.accepts((6, 4, 1, 1), (6, 4)) and not transform.accepts((6, 4, 3, 3), (6, 4))
@@ -59,7 +59,7 @@ def test_a_linear_map_stored_as_convolution_is_read():
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**32 - 1))
 def test_stacked_and_fused_rows_round_trip_bit_for_bit(depth, width, parts, seed):
     names = tuple(f"layers.{{layer}}.{part}.weight" for part in "qkv"[:parts])
-    table = Table("net", (Row("blocks.qkv", names, table_lib.linear()),))
+    table = Table("net", (Row("blocks.qkv", names, transforms.linear()),))
     bits = np.random.default_rng(seed).integers(0, 2**32, (depth, 5, width * parts), np.uint32)
     params = {"blocks.qkv": bits.view(np.float32)}
     shapes = {"blocks.qkv": params["blocks.qkv"].shape}
@@ -70,7 +70,7 @@ def test_stacked_and_fused_rows_round_trip_bit_for_bit(depth, width, parts, seed
 
 
 def test_padding_is_written_as_zeros_and_left_out_again():
-    table = Table("net", (Row("rows", ("rows",), table_lib.padded_rows((0, 1, 5), 6)),))
+    table = Table("net", (Row("rows", ("rows",), transforms.padded_rows((0, 1, 5), 6)),))
     params = {"rows": np.arange(6, dtype=np.float32).reshape(3, 2)}
     foreign = write(table, {"rows": (3, 2)}, params)
     np.testing.assert_array_equal(foreign["rows"][[0, 1, 5]], params["rows"])
@@ -79,7 +79,7 @@ def test_padding_is_written_as_zeros_and_left_out_again():
     np.testing.assert_array_equal(back, params["rows"])
 
 
-COPIES = Table("net", (Row("emb", ("block.{layer}.emb",), table_lib.linear(), copies=3),))
+COPIES = Table("net", (Row("emb", ("block.{layer}.emb",), transforms.linear(), copies=3),))
 
 
 def test_copies_are_written_everywhere_and_must_agree_when_read():
@@ -94,7 +94,7 @@ def test_copies_are_written_everywhere_and_must_agree_when_read():
 
 
 def test_alternative_names_are_read_and_the_first_is_written():
-    table = Table("net", (Row("a", ("new|old",), table_lib.identity()),))
+    table = Table("net", (Row("a", ("new|old",), transforms.identity()),))
     array = np.ones((2,), np.float32)
     assert list(export_specs(table, {"a": (2,)})) == ["new"]
     for name in ("new", "old"):
@@ -106,8 +106,8 @@ def test_one_error_lists_all_that_is_wrong():
     table = Table(
         "net",
         (
-            Row("blocks.a", ("l.{layer}.a",), table_lib.linear()),
-            Row("b", ("b.weight",), table_lib.identity()),
+            Row("blocks.a", ("l.{layer}.a",), transforms.linear()),
+            Row("b", ("b.weight",), transforms.identity()),
         ),
         ignored=(r"counters\..*",),
     )
@@ -143,7 +143,7 @@ def test_constants_are_written_and_checked():
 
 
 def test_integers_are_refused():
-    table = Table("net", (Row("a", ("a",), table_lib.identity()),))
+    table = Table("net", (Row("a", ("a",), transforms.identity()),))
     reader = ParameterReader(table, {"a": (2,)}, Tensors({"a": np.zeros(2, np.int32)}))
     with pytest.raises(InteropError, match="holds int32, not weights"):
         reader("a")

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from dit_jax.interop.table import abstract_params
+from dit_jax.interop.parameters import abstract_params
 from dit_jax.interop.tensors import InteropError
 from dit_jax.interop.text_encoders import (
     CLIP,

@@ -7,7 +7,8 @@ from dit_jax.config import default_config
 from dit_jax.evaluation import load_adm_npz
 from dit_jax.interop import edm
 from dit_jax.interop.models import open_model
-from dit_jax.interop.table import export_arrays, export_specs, flatten, parameter_shapes
+from dit_jax.interop.parameters import flatten, parameter_shapes
+from dit_jax.interop.table import export_arrays, export_specs
 from dit_jax.launch import convert, sample, train
 from dit_jax.models import Network
 from dit_jax.models.edm import SongUNetConfig

@@ -13,8 +13,8 @@ from dit_jax.data import captioned_digits, open_source
 from dit_jax.interop.autoencoder_kl import save_autoencoder
 from dit_jax.interop.flux_files import save_flux
 from dit_jax.interop.models import open_model
+from dit_jax.interop.parameters import flatten
 from dit_jax.interop.pixel_autoencoder import pixel_autoencoder
-from dit_jax.interop.table import flatten
 from dit_jax.interop.text_encoders import load_text_encoder
 from dit_jax.interop.tokenizer_files import load_tokenizer
 from dit_jax.launch import extract_features, methods, training

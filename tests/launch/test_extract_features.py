@@ -13,7 +13,7 @@ from PIL import Image
 from dit_jax.data import RecordWriter, open_source
 from dit_jax.data.records import writer as writer_lib
 from dit_jax.interop.autoencoder_kl import save_autoencoder
-from dit_jax.interop.table import abstract_params
+from dit_jax.interop.parameters import abstract_params
 from dit_jax.launch import extract_features, extraction, train
 from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from tests.launch.conftest import run, start, tiny_config

@@ -13,7 +13,8 @@ from dit_jax.interop.autoencoder_kl import save_autoencoder
 from dit_jax.interop.export import write_model
 from dit_jax.interop.inception import inception_table
 from dit_jax.interop.models import open_model
-from dit_jax.interop.table import export_arrays, export_specs, flat_shapes
+from dit_jax.interop.parameters import flat_shapes
+from dit_jax.interop.table import export_arrays, export_specs
 from dit_jax.interop.tensors import write_pt
 from dit_jax.launch import convert, evaluate, inception_scores, sample, train
 from dit_jax.models import DiTConfig

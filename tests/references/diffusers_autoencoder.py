@@ -7,7 +7,8 @@ import torch
 
 from dit_jax.interop.autoencoder_kl import config_to_diffusers
 from dit_jax.interop.autoencoder_tables import diffusers_table
-from dit_jax.interop.table import abstract_params, load_params
+from dit_jax.interop.parameters import abstract_params
+from dit_jax.interop.table import load_params
 from dit_jax.interop.tensors import TensorFile, TensorSpec
 from dit_jax.models.autoencoder_kl import AutoencoderKL
 

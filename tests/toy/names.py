@@ -1,7 +1,8 @@
 """The toy network's parameters in a state dict of other names."""
 
 from dit_jax.interop.kinds import register_state_dict
-from dit_jax.interop.table import Table, affine, linear
+from dit_jax.interop.table import Table, affine
+from dit_jax.interop.transforms import linear
 from tests.toy.network import ToyConfig
 
 NAMES = {

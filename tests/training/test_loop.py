@@ -10,6 +10,7 @@ from dit_jax.parallel.mesh import DataParallel
 from dit_jax.training import loop, memory
 from dit_jax.training.checkpoints import CheckpointError, Checkpoints
 from dit_jax.training.method import TrainState
+from dit_jax.training.progress import NonFiniteError
 from tests.training.conftest import MeanSeeker
 
 
@@ -177,7 +178,7 @@ def test_not_finite_stops_with_step_batch_and_checkpoint(train, batches, tmp_pat
             batch["image"][3, 0, 1] = np.nan
         return batch
 
-    with pytest.raises(loop.NonFiniteError) as error:
+    with pytest.raises(NonFiniteError) as error:
         train(Intercepted(batches(), poison), checkpoint_every=2)
     message = str(error.value)
     assert "loss is nan at step 6" in message and "non-finite 1" in message
@@ -185,7 +186,7 @@ def test_not_finite_stops_with_step_batch_and_checkpoint(train, batches, tmp_pat
     assert f"last good checkpoint: {tmp_path / 'run' / '4'}" in message
     assert Checkpoints(tmp_path / "run").steps() == [2, 4]
     assert "to continue from it: the same command with --force and a lower" in message
-    with pytest.raises(loop.NonFiniteError, match="no checkpoint was written yet") as error:
+    with pytest.raises(NonFiniteError, match="no checkpoint was written yet") as error:
         train(Intercepted(batches(), poison), directory="early")
     assert "continue" not in str(error.value) and "to start again: " in str(error.value)
 
