@@ -115,6 +115,18 @@ def add_pipeline_arguments(group: argparse._ActionsContainer) -> None:
         help="keep the text encoders' weights in host memory but while prompts are encoded",
     )
     group.add_argument(
+        "--fsdp",
+        type=argument_types.count,
+        metavar="DEVICES",
+        help="over which the weights of the transformer and the text encoders are divided",
+    )
+    group.add_argument(
+        "--tensor",
+        type=argument_types.count,
+        metavar="DEVICES",
+        help="likewise, each computing its heads and channels; times --fsdp",
+    )
+    group.add_argument(
         "--vae_tile",
         type=argument_types.tile,
         metavar="LATENTS",
@@ -153,6 +165,8 @@ _OF_PIPELINES = (
         "image",
         "keep_image_size",
         "dtype",
+        "fsdp",
+        "tensor",
         "offload",
         "vae_tile",
         "max_sequence_length",

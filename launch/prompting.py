@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dit_jax import evaluation
 from dit_jax.data.images import DECODE_ERRORS, decode_image
@@ -21,8 +23,10 @@ from dit_jax.models import Network
 from dit_jax.models.lora import Adapter
 from dit_jax.named_options import options_named
 from dit_jax.output_formats import samples_format
+from dit_jax.parallel.mesh import create_mesh
+from dit_jax.pipelines.divided import bytes_a_device
 from dit_jax.pipelines.flux import FluxPipeline
-from dit_jax.quantities import counted
+from dit_jax.quantities import counted, format_bytes
 from dit_jax.training import memory, workdir
 
 _DEFAULT_BATCH = 4  # pictures at once
@@ -160,6 +164,7 @@ def open_pipeline(args: argparse.Namespace) -> FluxPipeline:
     options = {
         **_arithmetic(args),
         "offload": args.offload,
+        "mesh": mesh_of(args),
         "parallel": wiring.image_parallel(args),
         "vae_devices": args.vae_devices,
         "vae_tile": args.vae_tile,
@@ -175,7 +180,30 @@ def open_pipeline(args: argparse.Namespace) -> FluxPipeline:
         for path, weight in args.lora or ():
             ignored = {"ignore_text_encoders": args.lora_ignore_text_encoders}
             pipeline.load_lora_weights(path, weight, **ignored)
+    if options["mesh"] is not None:
+        parts = pipeline.parts
+        held = bytes_a_device(parts.params, parts.clip.params, parts.t5.params)
+        divided = f"weights divided over {options['mesh'].size} devices, each with at most"
+        print(f"{divided} {format_bytes(held)}", flush=True)
     return pipeline
+
+
+def mesh_of(args: argparse.Namespace) -> Mesh | None:
+    """The devices of --fsdp and --tensor; None where neither divides anything.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    fsdp, tensor = args.fsdp or 1, args.tensor or 1
+    if fsdp * tensor == 1:
+        return None
+    devices = jax.devices()
+    if fsdp * tensor > len(devices):
+        raise ValueError(
+            f"--fsdp={fsdp} times --tensor={tensor} are {fsdp * tensor} devices; there are "
+            f"{len(devices)}"
+        )
+    return create_mesh(data=1, fsdp=fsdp, tensor=tensor, devices=devices[: fsdp * tensor])
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -280,12 +308,20 @@ def _screen(what: str, args: argparse.Namespace) -> str:
 
 def record_of(args: argparse.Namespace, prompts: list[str]) -> dict[str, Any]:
     """Everything that decides pictures, as JSON values: only a run of equal ones goes on."""
-    ways = ("parallel", "patch_devices", "warmup_steps", "ulysses_devices", "vae_tile")
+    ways = (
+        "fsdp",
+        "tensor",
+        "parallel",
+        "patch_devices",
+        "warmup_steps",
+        "ulysses_devices",
+        "vae_tile",
+    )
     record = {
         "pretrained": str(args.pretrained),
         **{
             name: str(value)
-            for name in ("workdir", "init_from", "weights", "step")
+            for name in ("workdir", "init_from", "weights", "step", "fsdp", "tensor")
             if arguments.is_given(value := getattr(args, name))
         },
         "seed": args.seed,

@@ -1,5 +1,6 @@
 """How a pipeline's programs run: on which devices, skipping what, found in which folder."""
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -18,6 +19,7 @@ from dit_jax.models import AutoencoderKL, Network
 from dit_jax.models.step_cache import CachedNetwork, StepCache
 from dit_jax.parallel.sampling import ImageParallel, ImagePlacement
 from dit_jax.parallel.vae import RowDecoder
+from dit_jax.pipelines.divided import Divided
 from dit_jax.programs import Program, Programs
 from dit_jax.sampling import Sampler
 
@@ -35,6 +37,7 @@ class Execution:
         step_cache: skip blocks where the first changes less than this, as 0.1 (docs/speed.md); 0:
             never.
         programs: a folder of compiled programs, found there or kept there; None: not kept.
+        divided: over which devices weights are divided; None: each has all that it computes with.
 
     Raises:
         ValueError: options that exclude each other, or tiles that cannot overlap.
@@ -45,8 +48,19 @@ class Execution:
     vae_tile: int | None = None
     step_cache: float = 0.0
     programs: Programs | None = None
+    divided: Divided | None = None
 
     def __post_init__(self):
+        if self.divided is not None and self.parallel is not None:
+            raise ValueError(
+                f"a mesh divides weights, parallel={self.parallel.mode!r} pictures: give one of "
+                "them (parallel='tensor' divides both)"
+            )
+        if self.divided is not None and self.programs is not None:
+            raise ValueError(
+                "programs of divided weights are not kept: leave programs out, or the mesh (JAX's "
+                "own cache, JAX_COMPILATION_CACHE_DIR, keeps them, too)"
+            )
         if self.vae_tile is not None and (self.vae_tile < 4 or self.vae_tile % 4):
             raise ValueError(
                 f"vae_tile={self.vae_tile}: expected a multiple of 4, as 64: a quarter of a tile "
@@ -105,11 +119,19 @@ class Latents:
 
     def by_keys(self, draw: Draw, keys: Array, noise: Any = None) -> Float[Array, "b h w c"]:
         """Latents of one key an image, or from standard normal noise [b, h, w, c]."""
+        divided, count = self._execution.divided, draw.count
         plan, params, placement = self._plan(draw)
-        keys = keys if placement is None else placement.put_keys(keys)
-        return plan.sampler(
-            params, keys, draw.conditions, draw.times, draw.scale, nulls=draw.nulls, noise=noise
-        )
+        if divided is None:
+            keys = keys if placement is None else placement.put_keys(keys)
+            given, context = (draw.conditions, noise), contextlib.nullcontext()
+        else:
+            keys = divided.put_examples(keys, count)
+            given = divided.put_examples((draw.conditions, noise), count)
+            context = divided.tracing(count)
+        with context:
+            conditions, noise = given
+            more = {"nulls": draw.nulls, "noise": noise}
+            return plan.sampler(params, keys, conditions, draw.times, draw.scale, **more)
 
     def by_number(self, draw: Draw, seed: int, first: int) -> Float[Array, "b h w c"]:
         """The same latents of the images number `first` on under `seed`, by a kept program."""
@@ -141,18 +163,38 @@ class Latents:
     def _plan(self, draw: Draw) -> tuple[SamplingPlan, Any, ImagePlacement | None]:
         """The plan, parameters where it wants them, and its placement if on several devices."""
         plan, parallel = self.plan(draw), self._execution.parallel
+        if self._execution.divided is not None:
+            self._place(_OnMesh(self._execution.divided))
+            return plan, self._placed.params, None
         if parallel is None:
             return plan, self._params, None
         at_hand = (draw.size, len(draw.times), draw.count, draw.scale == 1.0)
         if at_hand not in self._placements:  # once, as it warns
             self._placements[at_hand] = parallel.distribute(plan, batch_size=draw.count)
         placement = self._placements[at_hand]
+        self._place(placement)
+        plan = dataclasses.replace(plan, sampler=placement.plan.sampler)
+        return plan, self._placed.params, placement
+
+    def _place(self, placement: "ImagePlacement | _OnMesh") -> None:
         if self._placed is not None and self._placed.mesh != placement.mesh:
             self._placed = None  # one copy at a time
         if self._placed is None or self._placed.source is not self._params:
             self._placed = _place(self._params, placement, self._placed)
-        plan = dataclasses.replace(plan, sampler=placement.plan.sampler)
-        return plan, self._placed.params, placement
+
+
+@dataclasses.dataclass(frozen=True)
+class _OnMesh:
+    """Where a transformer lives whose weights are divided, as `ImagePlacement` says it."""
+
+    divided: Divided
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.divided.mesh
+
+    def param_shardings(self, params: Any) -> Any:
+        return self.divided.shardings("flux", params)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -170,7 +212,7 @@ class _Placed:
     params: Any
 
 
-def _place(params: Any, placement: ImagePlacement, before: _Placed | None) -> _Placed:
+def _place(params: Any, placement: ImagePlacement | _OnMesh, before: _Placed | None) -> _Placed:
     """Places parameters but for arrays that were placed before: a LoRA's weight moves no kernel."""
     known = {}
     if before is not None:
@@ -207,7 +249,8 @@ class Pixels:
 
     def decode(self, latents: Any) -> Float[np.ndarray, "n h w c"]:
         """In about [-1, 1]."""
-        if len(latents) > 1 or self._execution.parallel:  # to be cut, or from another mesh
+        elsewhere = self._execution.parallel or self._execution.divided
+        if len(latents) > 1 or elsewhere:  # to be cut, or from another mesh
             latents = np.asarray(latents)
         parts = [latents[i : i + 1] if len(latents) > 1 else latents for i in range(len(latents))]
         return np.concatenate([np.asarray(self._decode_one(part)) for part in parts])

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
 from dit_jax.diffusion.process import RectifiedFlow
@@ -26,6 +27,7 @@ from dit_jax.interop.tensors import InteropError
 from dit_jax.parallel.sampling import ImageParallel
 from dit_jax.pipelines import flux_files, flux_inputs
 from dit_jax.pipelines.adapters import Adaptable, Adapters
+from dit_jax.pipelines.divided import Divided
 from dit_jax.pipelines.execution import Draw, Execution, Latents, Pixels
 from dit_jax.programs import Programs
 
@@ -73,6 +75,7 @@ class FluxPipeline(Adaptable):
         layer_loop: str = "auto",
         attention: str = "auto",
         offload: bool = False,
+        mesh: Mesh | None = None,
         parallel: ImageParallel | None = None,
         vae_devices: int | None = None,
         vae_tile: int | None = None,
@@ -93,6 +96,8 @@ class FluxPipeline(Adaptable):
             attention: their kernel, see `models.attention.IMPLEMENTATIONS`.
             offload: whether the encoders' weights stay in host memory, from which they are copied
                 to the device for as long as prompts are encoded.
+            mesh: of `dit_jax.parallel.mesh.create_mesh`, over which the weights of the transformer
+                and the text encoders are divided as they are read.
             parallel: see `Execution`, as what follows.
             vae_devices: devices that decode an image.
             vae_tile: side of tiles that are decoded one by one.
@@ -106,11 +111,12 @@ class FluxPipeline(Adaptable):
         """
         if programs is not None and not isinstance(programs, Programs):
             programs = Programs(programs, lambda line: None)
-        execution = Execution(parallel, vae_devices, vae_tile, step_cache, programs)
+        divided = None if mesh is None else Divided(mesh)
+        execution = Execution(parallel, vae_devices, vae_tile, step_cache, programs, divided)
         dtype = str(dtype).removeprefix("torch.")
         options = {"layer_loop": layer_loop, "attention": attention, "quantization": quantization}
-        storage = {"param_dtype": param_dtype, "offload": offload, "transformer": transformer}
-        parts = flux_files.load(source, dtype=dtype, **storage, **options)
+        storage = {"param_dtype": param_dtype, "offload": offload, "divided": divided}
+        parts = flux_files.load(source, dtype=dtype, transformer=transformer, **storage, **options)
         return cls(parts, execution)
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:

@@ -50,6 +50,7 @@ from dit_jax.interop.tokenizer_files import load_tokenizer
 from dit_jax.models import AutoencoderKL, Network
 from dit_jax.models.linear import resolve_dtype, resolve_param_dtype
 from dit_jax.nearest import one_of
+from dit_jax.pipelines.divided import Divided
 from dit_jax.pipelines.text import TextPart, check_vocabulary
 
 DTYPES = ("auto", "float32", "bfloat16")  # of products; T5's states go beyond float16
@@ -115,6 +116,7 @@ def load(
     attention: str = "auto",
     offload: bool = False,
     transformer: str | Path | FoundModel | None = None,
+    divided: Divided | None = None,
 ) -> FluxParts:
     """Reads a pipeline; see `flux.FluxPipeline.from_pretrained`."""
     if dtype not in DTYPES:
@@ -133,29 +135,49 @@ def load(
         param_dtype = "bfloat16"
     execution = {"dtype": dtype, "param_dtype": param_dtype}
     loops = {"layer_loop": layer_loop, "attention": attention}
-    options = {"quantization": quantization, **execution, **loops}
+    if offload and divided:
+        raise ValueError("offload keeps the encoders' weights on the host, a mesh divides them")
+
+    def put(name: str) -> Any:
+        return None if divided is None else divided.put(name)
+
+    options = {"quantization": quantization, "put": put("flux"), **execution, **loops}
     read = load_flux(folder, **options) if found is None else load_found_flux(found, **options)
-    network, params = read
-    if quantization != "none":
-        params = jax.jit(network.quantize)(params)
+    network, params = read[0], _quantized(*read, divided)
     # Left where they are read, they are on the device while they are the inputs of a program.
-    place = {"put": lambda path, array: array} if offload else {}
+    on_host = (lambda path, array: array) if offload else None
     texts = [
         TextPart(
             title,
             output,
             tokenizers[tokenizer],
             *load_text_encoder(
-                folder / encoder, kind=kind, within=folder, **execution, **loops, **place
+                folder / encoder,
+                kind=kind,
+                within=folder,
+                put=on_host or put(name),
+                **execution,
+                **loops,
             ),
         )
-        for title, output, kind, encoder, tokenizer in (
-            ("CLIP", "pooled", CLIP, "text_encoder", "tokenizer"),
-            ("T5", "tokens", T5, "text_encoder_2", "tokenizer_2"),
+        for title, output, kind, name, encoder, tokenizer in (
+            ("CLIP", "pooled", CLIP, "clip_text", "text_encoder", "tokenizer"),
+            ("T5", "tokens", T5, "t5_encoder", "text_encoder_2", "tokenizer_2"),
         )
     ]
     vae, vae_params, _ = load_autoencoder(folder / "vae", **execution)
     return FluxParts(network, params, *texts, vae, vae_params, times, kontext)
+
+
+def _quantized(network: Network, params: Any, divided: Divided | None) -> Any:
+    """Parameters in 8 bits where the network's products are."""
+    if network.config.quantization == "none":
+        return params
+    where = {}
+    if divided is not None:
+        shapes = jax.eval_shape(network.quantize, params)
+        where["out_shardings"] = divided.shardings("flux", shapes)
+    return jax.jit(network.quantize, **where)(params)
 
 
 def _find_transformer(given: str | Path | FoundModel | None) -> FoundModel | None:

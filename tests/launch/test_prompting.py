@@ -57,8 +57,10 @@ def test_prompts_of_a_file_become_a_folder_a_grid_and_those_of_python(folder, tm
     assert record["prompts"] == ["a cat", "Straße, 猫", "a cat"] and record["height"] == 8
     image = f"--image={next((tmp_path / 'made').glob('*.png'))}"
     options = (image, "--keep_image_size", f"--out={tmp_path / 'edited'}")
-    run(folder, "--prompt=a cat", *options)
-    assert "was not saved as a FluxKontextPipeline" in capsys.readouterr().out
+    run(folder, "--prompt=a cat", "--fsdp=2", *options)
+    said = capsys.readouterr().out
+    assert "weights divided over 2 devices, each with at most" in said
+    assert "was not saved as a FluxKontextPipeline" in said
     edited = np.asarray(Image.open(next((tmp_path / "edited").glob("*.png"))))
     assert np.abs(edited.astype(int) - made[0]).max() > 3
     assert len(json.loads((tmp_path / "edited.json").read_text())["image"]) == 64
@@ -94,6 +96,20 @@ def test_prompts_of_a_file_become_a_folder_a_grid_and_those_of_python(folder, tm
         (
             ["--pretrained=FOLDER", "--prompt=a", "--parallel=ring", "--patch_devices=9"],
             "--patch_devices=9 needs 9 devices; there are 8",
+        ),
+        (
+            ["--pretrained=FOLDER", "--prompt=a", "--fsdp=4", "--tensor=4"],
+            "--fsdp=4 times --tensor=4 are 16 devices; there are 8",
+        ),
+        (
+            [
+                "--pretrained=FOLDER",
+                "--prompt=a",
+                "--fsdp=2",
+                "--parallel=ring",
+                "--patch_devices=2",
+            ],
+            "a mesh divides weights, parallel='ring' pictures",
         ),
         (["--pretrained=FOLDER", "--prompt=a", "--lora=x:0"], "expected a weight other than 0"),
         (["--pretrained=FOLDER", "--prompt=a", "--lora=none.pt:2"], "none.pt does not exist"),

@@ -15,8 +15,10 @@ from PIL import Image
 from dit_jax import FluxPipeline
 from dit_jax.interop.lora import save_lora
 from dit_jax.interop.tensors import InteropError
+from dit_jax.parallel.mesh import create_mesh
 from dit_jax.parallel.sampling import ImageParallel
 from dit_jax.pipelines import flux_inputs
+from dit_jax.pipelines.divided import bytes_a_device
 from dit_jax.pipelines.execution import Execution
 from tests.compilations import compilations
 from tests.long import long, only_long
@@ -415,3 +417,38 @@ def test_unrolled_every_layer_has_arrays_of_its_own_on_many_devices_too(dev, mad
     options = {"guidance_scale": 3.0, "output_type": "np"}
     images = pipe(PROMPTS, latents=NOISE, **SHORT, **options).images
     np.testing.assert_allclose(images, made, atol=1e-4)
+
+
+def test_weights_are_divided_as_they_are_read_and_pictures_are_the_same(dev, made):
+    one = dev[2].parts
+    for axes, count in (({"fsdp": 2}, 2), ({"tensor": 2}, 1)):
+        mesh = create_mesh(data=1, devices=jax.devices()[:2], **axes)
+        pipe = FluxPipeline.from_pretrained(dev[1], mesh=mesh)
+        parts = pipe.parts
+        for ours, whole in (
+            (parts.params, one.params),
+            (parts.t5.params, one.t5.params),
+            (parts.clip.params, one.clip.params),
+        ):
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(whole))
+            assert bytes_a_device(ours) < 0.55 * size  # what is odd is whole
+            jax.tree.map(np.testing.assert_array_equal, ours, whole)
+        options = {"latents": NOISE[:count], "guidance_scale": 3.0, "output_type": "np"}
+        found = pipe(PROMPTS[:count], **options, **SHORT).images
+        np.testing.assert_allclose(found, made[:count], atol=1e-4)
+        placed = pipe.latents._placed.params
+        assert all(
+            a is b for a, b in zip(*map(jax.tree.leaves, (placed, parts.params)), strict=True)
+        )
+
+
+def test_what_does_not_go_with_divided_weights_is_refused(dev, tmp_path):
+    mesh = create_mesh(data=1, fsdp=2, devices=jax.devices()[:2])
+    for options, message in (
+        ({"parallel": ImageParallel("ring", patch_devices=2)}, "a mesh divides weights"),
+        ({"programs": tmp_path}, "programs of divided weights are not kept"),
+        ({"offload": True}, "offload keeps the encoders' weights on the host"),
+        ({"mesh": jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])}, "a mesh of the axes x"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FluxPipeline.from_pretrained(dev[1], **{"mesh": mesh, **options})
