@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dit_jax.diffusion.process import Prediction, Process
@@ -43,6 +44,17 @@ class Denoiser:
         if self.network.learn_sigma and not process.learned_variance:
             return dataclasses.replace(result, out=result.out[..., : x.shape[-1]])
         return result
+
+    def ahead(self, params: Params, times: Float[Array, " n"], conditions: Any) -> Any:
+        """`Network.ahead` for evaluations at the process's `times`; None if there is no such thing.
+
+        Conditions that are times go with each evaluation: with any there is none either.
+        """
+        known = getattr(self.network, "ahead", None)
+        if known is None or any(map(self._is_time, conditions)):
+            return None
+        no_input = jnp.zeros((times.shape[0], 1, 1, 1))
+        return known(params, self.process.network_inputs(no_input, times)[1], conditions)
 
     def _is_time(self, name: str) -> bool:
         declared = self.network.conditions.get(name)

@@ -306,9 +306,9 @@ def _prepare(sampler, guided, params, keys, conditions, nulls, times, scale, int
     network = denoiser.network
 
     def denoise_with(denoiser):
-        def raw(x, t, conditions, carry):
+        def raw(x, t, conditions, carry, ahead=None):
             t = jnp.broadcast_to(t, x.shape[:1])
-            result = denoiser.raw(params, Request(x, t, conditions, carry=carry))
+            result = denoiser.raw(params, Request(x, t, conditions, carry=carry, ahead=ahead))
             return result.out, result.carry
 
         evaluate = raw
@@ -321,9 +321,9 @@ def _prepare(sampler, guided, params, keys, conditions, nulls, times, scale, int
                 channels=sampler.guided_channels,
             )
 
-        def denoise(x, t, carry, r=None):
+        def denoise(x, t, carry, r=None, **ahead):
             r = {} if r is None else {"r": jnp.broadcast_to(r, x.shape[:1])}
-            out, carry = evaluate(x, t, {**conditions, **r}, carry)
+            out, carry = evaluate(x, t, {**conditions, **r}, carry, **ahead)
             return process.interpret(out, x, t), carry
 
         return denoise
@@ -335,6 +335,8 @@ def _prepare(sampler, guided, params, keys, conditions, nulls, times, scale, int
         if carried.warmup is not None:
             warmup = dataclasses.replace(denoiser, network=carried.warmup)
             more["warmup"] = (denoise_with(warmup), carried.warmup_steps)
+    if not guided and not sampler.solver.second_time:
+        more["ahead"] = denoiser.ahead(params, times[:-1], conditions)
     solver_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
     if noise is None:
         prior_keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)

@@ -107,19 +107,20 @@ class ImageNetwork(abc.ABC):
         x = jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0)))
         examples, slabs = PartitionSpec(axes), PartitionSpec(axes, PATCH_AXES)
 
-        def of_slab(params, x, t, conditions, carry):
-            slab = Request(x, t, conditions, carry=carry, step_cache=request.step_cache)
+        def of_slab(params, x, t, conditions, ahead, carry):
+            more = {"carry": carry, "ahead": ahead, "step_cache": request.step_cache}
+            slab = Request(x, t, conditions, **more)
             return evaluate(params, slab)
 
         out, carry = jax.shard_map(
             of_slab,
             mesh=self.mesh,
-            in_specs=(PartitionSpec(), slabs, examples, examples, state_spec),
+            in_specs=(PartitionSpec(), slabs, examples, examples, examples, state_spec),
             out_specs=(slabs, state_spec),
             # Whether a value differs between devices cannot be followed through the hand-written
             # gradients; the outputs all do.
             check_vma=False,
-        )(params, x, request.t, request.conditions, request.carry)
+        )(params, x, request.t, request.conditions, request.ahead, request.carry)
         return Result(out[:, :height], carry=carry)
 
 

@@ -179,7 +179,8 @@ class ParallelTransformer(ImageNetwork):
         x, t, conditions = jax.lax.with_sharding_constraint(inputs, examples)
         heads = NamedSharding(self.mesh, PartitionSpec(axes, None, "tensor"))
         attention = _SplitHeads(heads, self._kernel)
-        more = {"carry": request.carry, "step_cache": request.step_cache}
+        names = ("carry", "step_cache", "ahead")
+        more = {name: getattr(request, name) for name in names}
         return self.network.apply(params, Request(x, t, conditions, attention=attention, **more))
 
     def _grid(self, size: tuple[int, int]) -> tuple[int, int]:

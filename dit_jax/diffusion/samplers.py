@@ -60,6 +60,7 @@ def sample(
     key: Key[Array, "*keys"],
     carry: Any = None,
     warmup: tuple[Denoise, int] | None = None,
+    ahead: Any = None,
 ) -> tuple[Float[Array, "b *shape"], Any]:
     """Follows a schedule from noise to data.
 
@@ -76,6 +77,8 @@ def sample(
             each example's noise is drawn so from its own key: it does not depend on the batch.
         carry: Anything that denoise passes on from one evaluation to the next.
         warmup: (another denoise, how many steps): it takes the first steps, with the same carry.
+        ahead: Leaves with a leading axis of steps, or None: what was computed ahead for evaluations
+            at the times at which steps start, which are made by ``denoise(..., ahead=...)``.
 
     Returns:
         x at the last time, and the carry after the last evaluation.
@@ -84,7 +87,7 @@ def sample(
         ValueError: If times are not one sequence of at least two, or (where their values are known)
             do not decrease in noise; if the solver cannot sample this process.
     """
-    x, carry, _ = _follow(solver, process, denoise, x, times, key, carry, (), warmup)
+    x, carry, _ = _follow(solver, process, denoise, x, times, key, carry, (), warmup, ahead)
     return x, carry
 
 
@@ -98,6 +101,7 @@ def sample_path(
     kept: tuple[int, ...],
     carry: Any = None,
     warmup: tuple[Denoise, int] | None = None,
+    ahead: Any = None,
 ) -> tuple[Float[Array, "b *shape"], Float[Array, "b k *shape"]]:
     """``sample``, and the states it passed through.
 
@@ -111,6 +115,7 @@ def sample_path(
         kept: Which states: i is that at times[i], from 1 to the number of steps.
         carry: Anything that denoise passes on.
         warmup: Another denoise, and how many of the first steps it takes.
+        ahead: What was computed ahead for every step.
 
     Returns:
         x at the last time, the same bits as ``sample``'s, and the states in the order of ``kept``.
@@ -121,11 +126,11 @@ def sample_path(
     steps = times.shape[0] - 1
     if any(not 1 <= index <= steps for index in kept) or len(set(kept)) != len(kept):
         raise ValueError(f"kept={kept}: expected different numbers from 1 to {steps}.")
-    x, _, states = _follow(solver, process, denoise, x, times, key, carry, kept, warmup)
+    x, _, states = _follow(solver, process, denoise, x, times, key, carry, kept, warmup, ahead)
     return x, jnp.moveaxis(states, 0, 1)
 
 
-def _follow(solver, process, denoise, x, times, key, carry, kept, warmup):
+def _follow(solver, process, denoise, x, times, key, carry, kept, warmup, ahead):
     _check_times(process, times)
     count = times.shape[0] - 1
     times = jnp.asarray(times, jnp.float32)
@@ -136,14 +141,15 @@ def _follow(solver, process, denoise, x, times, key, carry, kept, warmup):
 
     def body(denoise: Denoise, state: tuple, inputs: tuple) -> tuple[tuple, None]:
         x, solver_state, carry, states = state
-        index, row, t, s = inputs
+        index, row, t, s, own = inputs
         step = Step(t, s, _fold_in(key, index), count)
-        x, solver_state, carry = solver.step(process, denoise, x, step, solver_state, carry)
+        told = denoise if own is None else _told_ahead(denoise, t, own)
+        x, solver_state, carry = solver.step(process, told, x, step, solver_state, carry)
         if kept:
             states = states.at[row].set(x, mode="drop")
         return (x, solver_state, carry, states), None
 
-    inputs = (jnp.arange(count), jnp.asarray(rows), times[:-1], times[1:])
+    inputs = (jnp.arange(count), jnp.asarray(rows), times[:-1], times[1:], ahead)
     states = jnp.zeros((len(kept), *x.shape), jnp.float32)
     state = (x, solver.init(process, x), carry, states)
     warmup, warmup_steps = warmup or (denoise, 0)
@@ -155,6 +161,16 @@ def _follow(solver, process, denoise, x, times, key, carry, kept, warmup):
         state, _ = jax.lax.scan(functools.partial(body, denoise), state, rest)
     x, _, carry, states = state
     return x, carry, states
+
+
+def _told_ahead(denoise: Denoise, start: Array, ahead: Any) -> Denoise:
+    """`denoise`, told what was computed ahead where it is called with `start` itself."""
+
+    def told(x: Array, t: Array, carry: Any, **more: Any) -> Any:
+        # Of a traced time it is known that it is this one only if it is the same object.
+        return denoise(x, t, carry, **(more | {"ahead": ahead} if t is start else more))
+
+    return told
 
 
 def _fold_in(key: Key[Array, "*keys"], index: Array) -> Key[Array, "*keys"]:

@@ -29,6 +29,8 @@ class Request:
         spatial: how layers see the pixels around one (`models.spatial`); None for the whole image.
         step_cache: when blocks are skipped (`models.step_cache`), whose carry the request then has;
             None for never.
+        ahead: what `Network.ahead` made for this evaluation, leaves with the batch leading; None
+            where the evaluation computes all of it.
     """
 
     x: Any  # these are pytrees: what JAX puts into them need not be arrays
@@ -40,6 +42,7 @@ class Request:
     attention: Attention | None = dataclasses.field(default=None, metadata=_STATIC)
     spatial: Spatial | None = dataclasses.field(default=None, metadata=_STATIC)
     step_cache: Any = dataclasses.field(default=None, metadata=_STATIC)
+    ahead: Any = None
 
     def replace(self, **changes: Any) -> "Request":
         """The same request with other values."""

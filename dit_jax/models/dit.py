@@ -228,9 +228,19 @@ class FinalLayer(nnx.Module):
         self.adaLN_modulation = Linear(dim, 2 * dim, role="modulation", **options)
         self.linear = Linear(dim, patch_dim, role="output", **options)
 
-    def __call__(self, x: Float[Array, "b l d"], condition: Float[Array, "b d"]):
-        """Returns float32 patches [b, l, patch_size^2 * out_channels]."""
-        shift, scale = jnp.split(self.adaLN_modulation(condition), 2, axis=-1)
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        condition: Float[Array, "b d"] | None,
+        modulation: Float[Array, "b m"] | None = None,
+    ):
+        """Returns float32 patches [b, l, patch_size^2 * out_channels].
+
+        `modulation` is what `adaLN_modulation` makes of the condition, if that is known.
+        """
+        if modulation is None:
+            modulation = self.adaLN_modulation(condition)
+        shift, scale = jnp.split(modulation, 2, axis=-1)
         custom = self.custom_gradients
         return self.linear(layers.modulated_layer_norm(x, shift, scale, custom_gradients=custom))
 

@@ -21,6 +21,7 @@ from dit_jax.models import cpu_kernels, layers, rotary, stack, step_cache
 from dit_jax.models.attention_options import AttentionOptions
 from dit_jax.models.call import Request, Result
 from dit_jax.models.dit import FinalLayer
+from dit_jax.models.flux_ahead import Modulations, modulations_ahead
 from dit_jax.models.flux_config import ROTARY_AXES, ROTARY_THETA, FluxConfig
 from dit_jax.models.linear import ZEROS, Linear, Precision, resolve_dtype
 
@@ -92,9 +93,10 @@ class Stream(nnx.Module):
             dim, 6 * dim, rngs=rngs, init=ZEROS, precision=precision, role="modulation"
         )
 
-    def modulation(self, condition: Float[Array, "b d"]) -> list[Float[Array, "b d"]]:
-        """Shift, scale and gate of attention, and of the MLP."""
-        return jnp.split(self.adaLN_modulation(condition), 6, axis=-1)
+    def modulation(self, condition: Array | None, known: Array | None) -> list[Array]:
+        """Shift, scale and gate [b, d] of attention, and of the MLP; of those `known`, if any."""
+        made = self.adaLN_modulation(condition) if known is None else known
+        return jnp.split(made, 6, axis=-1)
 
     def project(self, x: Float[Array, "b l d"], modulation: list[Array]):
         """Normalised queries, normalised keys, and values [b, l, h, d]."""
@@ -122,18 +124,22 @@ class DoubleBlock(nnx.Module):
     def __call__(
         self,
         streams: Streams,
-        condition: Float[Array, "b d"],
+        condition: Float[Array, "b d"] | None,
         table: Any,
         attention: JointAttention,
         state: Any = None,
+        modulations: tuple[Array, Array] = (None, None),
     ) -> tuple[Streams, Any]:
         """`streams` are (text, reference and image); `condition` has passed SiLU already.
+
+        `modulations` are what the streams' `adaLN_modulation` make of it, if that is known.
 
         Returns:
             The streams and the attention state.
         """
         text, image = streams
-        of_text, of_image = self.text.modulation(condition), self.image.modulation(condition)
+        of_text = self.text.modulation(condition, modulations[0])
+        of_image = self.image.modulation(condition, modulations[1])
         both = self.text.project(text, of_text), self.image.project(image, of_image)
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(*both, strict=True))
         attended, state = attention(q, k, v, table, state)
@@ -158,13 +164,16 @@ class SingleBlock(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b l d"],
-        condition: Float[Array, "b d"],
+        condition: Float[Array, "b d"] | None,
         table: Any,
         attention: JointAttention,
         state: Any = None,
+        modulation: Float[Array, "b m"] | None = None,
     ):
         """As `DoubleBlock`, of the tokens of both streams together."""
-        shift, scale, gate = jnp.split(self.adaLN_modulation(condition), 3, axis=-1)
+        if modulation is None:
+            modulation = self.adaLN_modulation(condition)
+        shift, scale, gate = jnp.split(modulation, 3, axis=-1)
         custom = {"custom_gradients": self.custom_gradients}
         projected, _ = layers.modulated_product(self.linear1, x, shift, scale, **custom)
         qkv, hidden = jnp.split(projected, [3 * x.shape[-1]], axis=-1)
@@ -231,8 +240,8 @@ class Flux(nnx.Module):
         text = self.text_embedder(request.conditions["text"])
         image = self.x_embedder(self._patches(x, request.conditions.get("reference")))
         replicated = text.shape[1] + image.shape[1] - count
-        condition = self._condition(request.t, request.conditions)
-        condition = jax.nn.silu(condition).astype(resolve_dtype(config.dtype))
+        ahead: Modulations | None = request.ahead
+        condition = None if ahead else self.condition(request.t, request.conditions)
         table = self._table(strategy, own, text.shape[1], request.conditions.get("reference"))
         stacks = _Stacks(
             config,
@@ -241,15 +250,20 @@ class Flux(nnx.Module):
             JointAttention(strategy, replicated),
             (condition, table),
             count,
+            ahead.of_layers() if ahead else (None, None),
         )
         tokens, carry, captured = stacks.run(request, (text, image))
-        patches = self.final_layer(tokens, condition)
+        patches = self.final_layer(tokens, condition, ahead and ahead.final)
         maps = (x.shape[0], *own, config.hidden_size)
         return Result(
             layers.unpatchify(patches, config.patch_size, own),
             tuple(tokens.reshape(maps) for tokens in captured),
             carry,
         )
+
+    def ahead(self, t: Float[Array, " n"], conditions: dict[str, Array]) -> Modulations | None:
+        """See `Network.ahead`."""
+        return modulations_ahead(self, t, conditions)
 
     def _patches(self, x: Array, reference: Array | None) -> Float[Array, "b l i"]:
         """Patches of a reference image, if there is one, and of the image."""
@@ -288,13 +302,13 @@ class Flux(nnx.Module):
         parts.append(attention_lib.own_positions(strategy, own, of_grid))
         return jnp.concatenate(parts, axis=0)
 
-    def _condition(self, t: Array, conditions: dict[str, Array]) -> Float[Array, "b d"]:
-        """What modulates every block, before SiLU: time, guidance and the whole text."""
+    def condition(self, t: Array, conditions: dict[str, Array]) -> Float[Array, "b d"]:
+        """What modulates every block: time, guidance and the whole text, through SiLU."""
         condition = self.t_embedder(t) + self.pooled_embedder(conditions["pooled"])
         if self.config.guidance_embedding:
             # As time, of which the network is told 1000 t.
             condition = condition + self.guidance_embedder(1000.0 * conditions["guidance"])
-        return condition
+        return jax.nn.silu(condition).astype(resolve_dtype(self.config.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,6 +322,8 @@ class _Stacks:
         attention: of all of them.
         shared: what all of them take: condition and rotary table.
         count: the image's tokens, the last ones of a sequence.
+        own: modulations of the double and of the single blocks, leaves with a leading layer axis;
+            None where they are computed of the condition.
     """
 
     config: FluxConfig
@@ -316,6 +332,7 @@ class _Stacks:
     attention: JointAttention
     shared: tuple[Any, Any]
     count: int
+    own: tuple[Any, Any] = (None, None)
 
     def run(self, request: Request, streams: Streams) -> tuple[Array, Any, tuple[Array, ...]]:
         """The image's tokens after all blocks, the new carry, and the feature maps."""
@@ -362,16 +379,20 @@ class _Stacks:
         return tokens[:, tokens.shape[1] - self.count :]
 
     def _run_double(self, streams: Streams, state: Any, **options: Any):
+        options["own"] = self.own[0]
         return self._run(self.double, self.config.depth, streams, state, options)
 
     def _run_single(self, streams: Streams, state: Any, **options: Any):
         tokens = jnp.concatenate(streams, axis=1)
+        options["own"] = self.own[1]
         return self._run(self.single, self.config.single_depth, tokens, state, options)
 
     def _run(self, blocks: nnx.Module, depth: int, x: Any, state: Any, options: dict[str, Any]):
         return stack.run_stack(
             blocks,
-            lambda block, x, state, *shared: block(x, *shared, self.attention, state),
+            lambda block, x, state, condition, table, *own: block(
+                x, condition, table, self.attention, state, *own
+            ),
             x,
             *self.shared,
             state=state,

@@ -137,6 +137,22 @@ class Network:
         conditions_lib.check(self.conditions, request.conditions, request.x.shape[0])
         return nnx.merge(self.graph(params), params)(request)
 
+    def ahead(self, params: Params, t: Array, conditions: Mapping[str, Any]) -> Any:
+        """What evaluations at known times compute of these and the conditions alone, at once.
+
+        Args:
+            params: as for `apply`.
+            t: the network's times of the evaluations [n].
+            conditions: of all of them, the batch leading.
+
+        Returns:
+            A pytree of leaves [n, b, ...], of which every evaluation is given its own as
+            `Request.ahead`; None for networks that have no such thing, or gain nothing by it here.
+        """
+        if not hasattr(_MODULES[type(self.config)], "ahead"):
+            return None
+        return nnx.merge(self.graph(params), params).ahead(t, conditions)
+
     def graph(self, params: Params) -> Any:
         """The module's static graph, which with `params` makes it whole (`nnx.merge`)."""
         return self._of_structure(params)[0]

@@ -122,6 +122,7 @@ def run_stack(
     prefetch: Callable[[Any], Any] | None = None,
     prefetch_next: Callable[[Any], Any] | None = None,
     layers: tuple[int, int] | None = None,
+    own: Any = None,
 ) -> tuple[Any, Any, tuple[Any, ...]]:
     """Runs `x, state_l = call(block_l, x, state_l, *args)` through the layers in order.
 
@@ -141,6 +142,8 @@ def run_stack(
             before the last layer is computed. Needed with `Ahead`.
         layers: (first, end) of the layers to run; None for all. Parameters and state are those of
             all, and the state of the others is returned as it was.
+        own: inputs of which every layer has its own, leaves with a leading layer axis: what `call`
+            takes last. None for none.
 
     Returns:
         The last activations, the new state (None if none was given, `Ahead` if that was), and the
@@ -157,9 +160,14 @@ def run_stack(
         parameters = (stopped, converted_to(parameters, dtypes))
     apart = any(map(is_apart, jax.tree.leaves(parameters, is_leaf=is_apart)))
     scanned = resolve_layer_loop(layer_loop, remat=remat) == "scan" and not apart
+    if own is not None:
+        parameters = (parameters, own)
 
     @functools.partial(rematerialised, remat=remat, prevent_cse=not scanned)
     def layer(x, parameters, state, args):
+        if own is not None:
+            parameters, own_inputs = parameters
+            args = (*args, own_inputs)
         if dtypes:
             parameters = jax.tree.map(converted, *parameters)
         return call(nnx.merge(graph, parameters), x, state, *args)

@@ -338,6 +338,32 @@ def test_with_a_key_each_an_example_does_not_depend_on_its_batch(toy_denoise, na
     np.testing.assert_allclose(alone[0], single, atol=1e-4)
 
 
+def test_what_was_computed_ahead_is_told_at_the_start_of_its_step(toy_denoise):
+    times = schedule(EDM(), 3)
+
+    def denoise(x, t, carry, ahead=None):
+        prediction, _ = toy_denoise(EDM())(x, t, None)
+        at, told = carry
+        row = jnp.asarray([t, -1.0 if ahead is None else ahead])
+        return prediction, (at + 1, told.at[at].set(row))
+
+    carry = (0, jnp.zeros((6, 2)))
+    _, (count, told) = sample(
+        make_solver("heun"),
+        EDM(),
+        denoise,
+        jnp.asarray(NOISE),
+        times,
+        KEY,
+        carry,
+        ahead=jnp.arange(3.0),
+    )
+    known = {float(t): i for i, t in enumerate(np.float32(times[:-1]))}
+    rows = [(known.get(float(t)), float(ahead)) for t, ahead in told[: int(count)]]
+    assert [row for row in rows if row[1] >= 0] == [(0, 0.0), (1, 1.0), (2, 2.0)]
+    assert len(rows) >= 5  # the second evaluations are told nothing
+
+
 def test_carry_is_threaded_through_every_evaluation(toy_denoise):
     for name, evaluations in (("ddpm", 5), ("ddim", 5), ("euler", 5), ("heun", 9), ("dpmpp_2m", 5)):
         times = schedule(DDPM(), 5)

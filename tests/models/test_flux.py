@@ -7,11 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dit_jax.denoiser import Denoiser
+from dit_jax.diffusion import RectifiedFlow, make_solver, schedule
 from dit_jax.interop.flux_files import load_flux
 from dit_jax.models import FluxConfig, Network, Request
 from dit_jax.models.apart import Apart, is_apart
+from dit_jax.models.flux import Flux
+from dit_jax.models.flux_ahead import MOST_ROWS
 from dit_jax.models.network import is_quantized
 from dit_jax.models.step_cache import CachedNetwork, StepCache
+from dit_jax.sampling import Sampler, image_keys
+from dit_jax.target import targeting
 from tests.references import diffusers_flux
 
 DEV = FluxConfig.from_name("flux_tiny", guidance_embedding=True)
@@ -123,6 +129,35 @@ def test_a_step_cache_skips_all_blocks_but_the_first(dev):
     np.testing.assert_array_equal(again.carry.cache.reuses, [1, 1])
     with pytest.raises(ValueError, match="with a step cache"):
         cached.apply(params, request.replace(carry=first.carry, features=(0,)))
+
+
+def test_modulations_of_all_steps_are_computed_before_the_first_where_that_pays(dev, monkeypatch):
+    apply, params, request, _ = dev
+    network = Network(dataclasses.replace(DEV, layer_loop="unroll", dtype="float32"))
+    times = jnp.asarray([875.0, 125.0])
+    assert network.ahead(params, times, request.conditions) is None  # on a CPU
+    with targeting("gpu"):
+        ahead = network.ahead(network.as_sampled(params), times, request.conditions)
+        many = jnp.linspace(0.0, 1000.0, MOST_ROWS // 2 + 1)
+        assert network.ahead(params, many, request.conditions) is None
+    own = jax.tree.map(lambda leaf: leaf[1], ahead)
+    request = request.replace(t=jnp.full(2, 125.0))
+    told = apply(params, request.replace(ahead=own)).out
+    np.testing.assert_allclose(told, apply(params, request).out, atol=1e-5)
+
+    # A sampler's evaluations compute none then: only the rows of all steps are asked for.
+    shapes, condition = [], Flux.condition
+    monkeypatch.setattr(
+        Flux, "condition", lambda self, t, told: shapes.append(t.shape) or condition(self, t, told)
+    )
+    flow = RectifiedFlow(network_convention="flux", time_scale=1000.0)
+    sampler = Sampler(Denoiser(network, flow), make_solver("euler"))
+    inputs = (params, image_keys(0, np.arange(2)), request.conditions, schedule(flow, 3))
+    for platform, expected in (("cpu", (2,)), ("gpu", (2 * 3,))):
+        with targeting(platform):
+            jax.eval_shape(lambda *inputs: sampler(*inputs), *inputs)
+        assert shapes == [expected]
+        shapes.clear()
 
 
 def stacked(params):

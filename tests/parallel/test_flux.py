@@ -25,6 +25,7 @@ from dit_jax.parallel.partitioning import ShardedPlacement, rules_for
 from dit_jax.parallel.planning import programs
 from dit_jax.parallel.sampling import ImageParallel
 from dit_jax.sampling import Sampler, image_keys
+from dit_jax.target import targeting
 from tests.long import long, only_long
 from tests.models.conftest import random_params
 from tests.models.test_lora import drawn
@@ -71,6 +72,14 @@ def evaluated(params):
     return request, np.asarray(jax.jit(Network(CONFIG).apply)(params, request).out)
 
 
+def told_ahead(params, request):
+    """The request with its modulations computed before."""
+    with targeting("gpu"):
+        network = Network(dataclasses.replace(CONFIG, dtype="float32"))
+        ahead = network.ahead(params, request.t, request.conditions)
+    return request.replace(ahead=jax.tree.map(lambda leaf: leaf[0], ahead))
+
+
 @pytest.mark.parametrize(
     ("mode", "devices", "options"),
     [
@@ -87,7 +96,7 @@ def test_exact_modes_are_the_single_device(params, evaluated, mode, devices, opt
     placement = distribute(make_plan(), ImageParallel(mode, patch_devices=devices, **options))
     network = placement.plan.sampler.denoiser.network
     placed = placement.place(params)
-    out = jax.jit(network.apply)(placed, request).out
+    out = jax.jit(network.apply)(placed, told_ahead(params, request)).out
     np.testing.assert_allclose(out, expected, atol=1e-4)
     assert len(out.sharding.device_set) == devices
     kernel = placed["single_blocks"]["linear1"]["kernel"]
