@@ -3,22 +3,28 @@
   python benchmarks/ladder.py --workdir=runs/digits --out=docs/benchmarks/ladder_digits
   python benchmarks/ladder.py --config=configs/dit_xl2.py --batch_size=8 --steps=50 \\
       --out=docs/benchmarks/ladder_xl2
+  python benchmarks/ladder.py --pretrained=FOLDER --batch_size=1 --guidance_scale=1 \\
+      --out=docs/benchmarks/ladder_flux
   python benchmarks/ladder.py --config=configs/dit_xl2.py --batch_size=8 --steps=50 \\
       --predict=h100 --out=docs/benchmarks/ladder_xl2_h100
 
 Each rung is added to those before it; then each alone on the compiled sampler, and all but each.
 Every row is a process of its own, so that memory is its own and a start is one from nothing;
 those of a group take turns. Writes OUT.json (all seconds), OUT.md (the table) and OUT.png. With
---config the parameters are drawn at random: times are right, PSNR says little.
+--config the parameters are drawn at random: times are right, PSNR says little. --pretrained is a
+checkpoint as launch/sample.py takes it, of a FLUX pipeline the transformer, which is told arrays
+drawn at random instead of a text's. --config.KEY=VALUE changes what the rungs leave alone.
 
 --predict measures nothing: launch/plan.py compiles the ladder for a GPU that is not there (the
-extra 'plan') and says what it would take at least.
+extra 'plan') and says what it would take at least. The step cache decides when the program runs:
+its rung is predicted with the share of evaluations that --computed_share states, or left out.
 
 Not among the rungs: fused projections. Queries, keys and values are one product in all networks
 that are sampled here, and their weights are stored so.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -48,6 +54,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--workdir", default="", help="a trained run")
     source.add_argument("--config", default="", help="a file of configs/, for random parameters")
+    source.add_argument("--pretrained", default="", help="a checkpoint, or a pipeline's folder")
     parser.add_argument("--solver", default="euler")
     parser.add_argument("--steps", type=argument_types.solver_steps, default=28)
     parser.add_argument("--batch_size", type=argument_types.count, default=16)
@@ -68,26 +75,46 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--without", nargs="+", default=[], choices=list(rungs.SWITCHES)[1:])
     parser.add_argument("--predict", choices=["h100", "h200", "a100"], help="measure nothing")
     parser.add_argument(
+        "--computed_share",
+        type=float,
+        help="with --predict: of the step cache's evaluations, those to count as computed in full",
+    )
+    parser.add_argument(
         "--trace", type=Path, help="a folder: a Perfetto trace of one batch of each row"
     )
     parser.add_argument("--out", type=Path, help="without a suffix")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.json and the rest")
     parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args, others = parser.parse_known_args(argv)
     if args.serve:
         return args
+    args.changes = {}
+    for other in others:
+        key, equals, value = other.partition("=")
+        if not key.startswith("--config.") or not equals:
+            parser.error(f"unrecognized argument: {other}")
+        with contextlib.suppress(json.JSONDecodeError):  # of a word
+            value = json.loads(value)
+        args.changes[key.removeprefix("--config.")] = value
     if not args.out:
         parser.error("--out is missing: for instance --out=runs/ladder")
-    if not (args.workdir or args.config):
-        parser.error("what is sampled? Give --workdir=RUN, or --config=configs/dit_xl2.py")
-    if args.predict and args.workdir:
+    if not (args.workdir or args.config or args.pretrained):
+        parser.error(
+            "what is sampled? Give --workdir=RUN, --config=configs/dit_xl2.py, or "
+            "--pretrained=FOLDER"
+        )
+    if args.predict and not args.config:
         parser.error(
             "--predict: weights do not change what is predicted. Give --config=configs/..."
         )
     idle = [name for name in ("trace", "runs", "groups", "threshold") if getattr(args, name)]
     if args.predict and idle:
         parser.error(f"--{idle[0]} would do nothing with --predict: nothing runs")
+    if args.computed_share is not None and not args.predict:
+        parser.error("--computed_share would do nothing without --predict: the share is measured")
+    if args.computed_share is not None and "step cache" in args.without:
+        parser.error("--computed_share would do nothing without the step cache")
     args.runs, args.threshold = args.runs or 10, args.threshold or 0.1
     return args
 
@@ -95,9 +122,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def workload(args: argparse.Namespace, programs: str) -> rungs.Workload:
     """What the command line asks for; `programs` is a folder for compiled ones."""
     on_cpu = not args.predict and jax.default_backend() == "cpu"
-    return rungs.Workload(
+    work = rungs.Workload(
         workdir=args.workdir,
         config=args.config,
+        pretrained=args.pretrained,
+        network="",
+        changes=args.changes,
         solver=args.solver,
         steps=args.steps,
         batch_size=args.batch_size,
@@ -106,6 +136,7 @@ def workload(args: argparse.Namespace, programs: str) -> rungs.Workload:
         threshold=args.threshold,
         programs=programs,
     )
+    return dataclasses.replace(work, network=rungs.network_name(work))
 
 
 def serve(description: str) -> None:
@@ -181,13 +212,21 @@ def psnr(images: np.ndarray, reference: np.ndarray) -> float | None:
     return evaluation.mean_psnr(np.clip(images, -1, 1), np.clip(reference, -1, 1))
 
 
-def predict(work: rungs.Workload, group: list[rungs.Setting], accelerator: str):
+def predict(
+    work: rungs.Workload,
+    group: list[rungs.Setting],
+    accelerator: str,
+    computed_share: float | None = None,
+) -> list[dict[str, Any]]:
     """The rows of the ladder as launch/plan.py predicts them."""
     rows: list[dict[str, Any]] = []
+    # Of these a compiled program says nothing, or not without being told.
+    silent = ["kept program"] + ["step cache"] * (computed_share is None)
     for setting in group:
-        if "compiled" not in setting.on or setting.on[-1] in ("kept program", "step cache"):
-            continue  # of which a compiled program says nothing
-        found = plan(work, setting, accelerator)
+        if "compiled" not in setting.on or setting.on[-1] in silent:
+            continue
+        share = computed_share if "step cache" in setting.on else None
+        found = plan(work, setting, accelerator, share)
         rows.append(
             {
                 "name": setting.name,
@@ -205,7 +244,9 @@ def predict(work: rungs.Workload, group: list[rungs.Setting], accelerator: str):
     return rows
 
 
-def plan(work: rungs.Workload, setting: rungs.Setting, accelerator: str) -> dict[str, Any]:
+def plan(
+    work: rungs.Workload, setting: rungs.Setting, accelerator: str, computed_share: float | None
+) -> dict[str, Any]:
     """What launch/plan.py writes of a row.
 
     Raises:
@@ -216,6 +257,7 @@ def plan(work: rungs.Workload, setting: rungs.Setting, accelerator: str) -> dict
         out = Path(folder, "plan.json")
         options = [f"--config={work.config}", "--devices=1", "--what=sample", f"--out={out}"]
         options += [f"--accelerator={accelerator}"]
+        options += [] if computed_share is None else [f"--computed_share={computed_share}"]
         options += [f"--config.{key}={value}" for key, value in values.items()]
         command = [sys.executable, str(ROOT / "launch/plan.py"), *options]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -302,7 +344,7 @@ def save(args: argparse.Namespace, work: rungs.Workload, rows: list[dict[str, An
         text, device = predicted_table(rows), f"{rows[0]['compiled_for']}, compiled without one"
     else:
         text, device = measured_table(rows), rows[0]["device"]
-    name = Path(args.workdir or args.config).stem
+    name = Path(args.workdir or args.config or args.pretrained).stem
     record = {"command": command, "device": device, "jax": jax.__version__, "rows": rows}
     record["workload"] = {
         key: value for key, value in dataclasses.asdict(work).items() if key != "programs"
@@ -310,7 +352,11 @@ def save(args: argparse.Namespace, work: rungs.Workload, rows: list[dict[str, An
     evaluation.save_json(args.out.with_suffix(".json"), record, overwrite=args.overwrite)
     head = f"# The ladder: {name}, {what}\n\n`{command}`\n({device}, jax {jax.__version__}; "
     head += f"8 bits: `{work.quantization}`"
-    head += ")\n\n" if args.predict else f", step cache at {work.threshold:g})\n\n"
+    if not args.predict:
+        head += f", step cache at {work.threshold:g}"
+    elif args.computed_share is not None:
+        head += f", step cache assumed to compute {args.computed_share:.0%} of the evaluations"
+    head += ")\n\n"
     args.out.with_suffix(".md").write_text(head + text + "\n")
     plot(args.out.with_suffix(".png"), rows, f"{name}: {what}\n{device}")
     return text
@@ -330,7 +376,7 @@ def main(argv: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             work = workload(args, str(Path(folder, "programs")))
             if args.predict:
-                rows = predict(work, groups["ladder"], args.predict)
+                rows = predict(work, groups["ladder"], args.predict, args.computed_share)
             else:
                 images = Path(folder)
                 chosen = [groups[name] for name in groups if name in (args.groups or groups)]

@@ -17,15 +17,19 @@ from dit_jax import conditions as conditions_lib
 from dit_jax import experiment
 from dit_jax.diffusion import guided
 from dit_jax.diffusion.samplers import Step
+from dit_jax.interop.models import open_model
 from dit_jax.launch import loading, wiring
 from dit_jax.models import Request
+from dit_jax.parallel.planning.programs import needed_conditions
 from dit_jax.programs import Programs
 from dit_jax.sampling import image_keys
+from dit_jax.training import workdir
 
 SWITCHES = {
     "compiled": "all steps are one program; else one evaluation is, and Python does the rest",
     "bfloat16": "parameters and matrix products in bfloat16 instead of float32",
     "fused attention": "the fastest kernel there is, instead of scores in memory",
+    "layers apart": "every layer's weights are arrays of their own, in an unrolled loop",
     "quantized": "matrix products of 8-bit operands",
     "kept program": "loaded from a file instead of compiled",
     "step cache": "blocks are skipped where their result hardly changes",
@@ -37,8 +41,11 @@ class Workload:
     """What is sampled.
 
     Attributes:
-        workdir: a trained run; '' where `config` is given.
+        workdir: a trained run; '' where something else is given.
         config: a file of configs/, whose network gets random parameters; '' otherwise.
+        pretrained: a checkpoint or a pipeline's folder, see `interop.open_model`; '' otherwise.
+        network: its name in configurations, as 'dit'.
+        changes: configuration values that are not the switches', by key.
         solver: of `sampling`.
         steps: its steps.
         batch_size: images at once.
@@ -50,6 +57,9 @@ class Workload:
 
     workdir: str
     config: str
+    pretrained: str
+    network: str
+    changes: dict[str, Any]
     solver: str
     steps: int
     batch_size: int
@@ -102,7 +112,10 @@ def overrides(work: Workload, on: tuple[str, ...]) -> dict[str, Any]:
         "model.param_dtype": dtype,
         "model.attention": "auto" if "fused attention" in on else "einsum",
         "model.quantization": work.quantization if "quantized" in on else "none",
+        **work.changes,
     }
+    if "layers apart" in on:
+        values[f"model.{work.network}.layer_loop"] = "unroll"
     if "step cache" in on:
         values |= {"cache.name": "first_block", "cache.first_block.threshold": work.threshold}
     return values
@@ -111,12 +124,42 @@ def overrides(work: Workload, on: tuple[str, ...]) -> dict[str, Any]:
 def load(work: Workload, on: tuple[str, ...]) -> tuple[ml_collections.ConfigDict, Any]:
     """Configuration and parameters, on the device."""
     values = overrides(work, on)
+    if work.config:
+        config = config_of(Path(work.config))
+        config = experiment.resolve_config(wiring.override(config.to_dict(), values))
+        params = random_parameters(experiment.build_network(config))
+    else:
+        if work.workdir:
+            model = loading.load_model(Path(work.workdir), overrides=values)
+        else:
+            model = loading.load_found(open_model(work.pretrained), overrides=values)
+        config, params = model.config, model.params
+    return config, experiment.build_network(config).as_sampled(params)
+
+
+def network_name(work: Workload) -> str:
+    """The name of what is sampled in configurations, of which nothing is read but these."""
     if work.workdir:
-        model = loading.load_model(Path(work.workdir), overrides=values)
-        return model.config, model.params
-    config = config_of(Path(work.config))
-    config = experiment.resolve_config(wiring.override(config.to_dict(), values))
-    return config, random_parameters(experiment.build_network(config))
+        return workdir.load_config(Path(work.workdir)).model.name
+    if work.pretrained:
+        return open_model(work.pretrained).config.model.name
+    return config_of(Path(work.config)).model.name
+
+
+def conditions(network: Any, batch_size: int) -> dict[str, np.ndarray]:
+    """What a network is told of a batch: all classes in turn, or arrays drawn at random.
+
+    A guidance scale that is told to the network is 3.5, FLUX.1's usual one.
+    """
+    random, told = np.random.default_rng(0), {}
+    for name, array in needed_conditions(network, batch_size).items():
+        if name == "label":
+            told[name] = wiring.balanced_labels(batch_size, network.num_classes)
+        elif name == "guidance":
+            told[name] = np.full(array.shape, 3.5, array.dtype)
+        else:
+            told[name] = random.standard_normal(array.shape).astype(array.dtype)
+    return told
 
 
 def config_of(path: Path) -> ml_collections.ConfigDict:
@@ -159,25 +202,24 @@ def sampler(
     """
     config, params = load(work, on)
     plan = experiment.build_sampling(config)
-    num_classes = config.model.num_classes
-    labels = wiring.balanced_labels(work.batch_size, num_classes) if num_classes else None
+    told = conditions(plan.network, work.batch_size)
     indices = np.arange(work.batch_size)
     keys = image_keys(0, indices)
 
     def computed() -> float:
         if not plan.has_cache:
             return 1.0
-        return float(plan.bind_counted(params)(keys, labels)[1].mean())
+        return float(plan.bind_counted(params)(keys, told)[1].mean())
 
     if "compiled" not in on:
         draw = host_loop(plan, params)
     elif "kept program" in on:
         programs = Programs(Path(work.programs))
         numbers = (0, indices.astype(np.uint32))
-        return lambda: programs.call(plan.program(params, *numbers, labels)), computed
+        return lambda: programs.call(plan.program(params, *numbers, told)), computed
     else:
         draw = plan.bind(params)
-    return lambda: draw(keys, labels), computed
+    return lambda: draw(keys, told), computed
 
 
 def host_loop(plan: experiment.SamplingPlan, params: Any) -> Callable[..., Any]:
@@ -187,7 +229,8 @@ def host_loop(plan: experiment.SamplingPlan, params: Any) -> Callable[..., Any]:
     """
     chosen = plan.sampler
     denoiser, solver, process = chosen.denoiser, chosen.solver, chosen.denoiser.process
-    nulls = conditions_lib.null_values(denoiser.network.conditions)
+    scale, declared = plan.guidance_scale, denoiser.network.conditions
+    nulls = {} if scale == 1.0 else conditions_lib.null_values(declared)
 
     @functools.partial(jax.jit, static_argnames="with_guidance")
     def evaluate(params, x, t, conditions, scale, with_guidance):
@@ -200,10 +243,8 @@ def host_loop(plan: experiment.SamplingPlan, params: Any) -> Callable[..., Any]:
             raw = guided(raw, null, scale, channels=chosen.guided_channels)
         return raw(x, t, conditions, None)[0]
 
-    scale = plan.guidance_scale
-
-    def draw(keys, labels):
-        conditions = {} if labels is None else {"label": jnp.asarray(labels)}
+    def draw(keys, told):
+        conditions = {name: jnp.asarray(value) for name, value in told.items()}
 
         def denoise(x, t, carry, r=None):
             r = {} if r is None else {"r": jnp.broadcast_to(r, x.shape[:1])}

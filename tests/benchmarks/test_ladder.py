@@ -9,12 +9,18 @@ import pytest
 
 import ladder
 import rungs
+from dit_jax.interop.flux_files import save_flux
+from dit_jax.models import FluxConfig, Network
 from tests.launch.conftest import TINY
 from tests.long import only_long
+from tests.models.conftest import random_params
 
 WORK = rungs.Workload(
     workdir="",
     config="configs/digits.py",
+    pretrained="",
+    network="dit",
+    changes={},
     solver="euler",
     steps=10,
     batch_size=4,
@@ -63,6 +69,22 @@ def test_switches_change_the_program_and_hardly_the_images(tmp_path):
     assert 10 < ladder.psnr(cached, baseline) < 130  # other bits, nearly the same images
 
 
+def test_a_flux_is_read_from_a_folder_and_told_arrays_in_place_of_a_text(tmp_path):
+    config = FluxConfig.from_name("flux_tiny", depth=1, single_depth=1, guidance_embedding=True)
+    save_flux(tmp_path / "flux", Network(config), random_params(Network(config)))
+    args = ladder.parse_arguments(
+        [
+            f"--pretrained={tmp_path / 'flux'}",
+            *("--out=x", "--steps=2", "--batch_size=1", "--guidance_scale=1"),
+            *("--config.model.image_size=8", "--config.model.flux.text_length=3"),
+        ]
+    )
+    work = ladder.workload(args, "")
+    assert work.network == "flux" and work.changes["model.image_size"] == 8
+    images = np.asarray(rungs.sampler(work, ("compiled", "layers apart"))[0]())
+    assert images.shape == (1, 8, 8, config.in_channels) and 0.1 < images.std() < 10
+
+
 def row(name, group, seconds, **more):
     return {
         "name": name,
@@ -95,6 +117,8 @@ def test_the_record_the_table_and_the_picture_are_written(tmp_path):
         (["--out=x"], "what is sampled"),
         (["--out=x", "--workdir=r", "--predict=h100"], "weights do not change"),
         (["--out=x", "--config=c", "--predict=h100", "--trace=t"], "nothing runs"),
+        (["--out=x", "--config=c", "--computed_share=0.5"], "nothing without --predict"),
+        (["--out=x", "--config=c", "--confg.model.x=1"], "unrecognized argument: --confg.model.x"),
         (["--out=x", "--config=c", "--predict=h100", "--runs=3"], "--runs would do nothing"),
     ],
 )
