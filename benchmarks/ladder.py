@@ -44,6 +44,7 @@ import turns
 from dit_jax import evaluation
 from dit_jax.launch import argument_types, wiring
 from dit_jax.models.quantization import QUANTIZATIONS
+from dit_jax.quantities import counted
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -338,7 +339,7 @@ def _groups_before(rows: list[dict[str, Any]], number: int) -> int:
 def save(args: argparse.Namespace, work: rungs.Workload, rows: list[dict[str, Any]]) -> str:
     """Writes the record, the table and the picture; returns the table."""
     command = shlex.join(["python", "benchmarks/ladder.py", *sys.argv[1:]])
-    what = f"{work.batch_size} images by {work.solver}, {work.steps} steps"
+    what = f"{counted(work.batch_size, 'image')} by {work.solver}, {work.steps} steps"
     what += f", guidance {work.guidance_scale:g}" if work.guidance_scale != 1 else ""
     if args.predict:
         text, device = predicted_table(rows), f"{rows[0]['compiled_for']}, compiled without one"
@@ -352,13 +353,14 @@ def save(args: argparse.Namespace, work: rungs.Workload, rows: list[dict[str, An
     evaluation.save_json(args.out.with_suffix(".json"), record, overwrite=args.overwrite)
     head = f"# The ladder: {name}, {what}\n\n`{command}`\n({device}, jax {jax.__version__}; "
     head += f"8 bits: `{work.quantization}`"
-    if not args.predict:
-        head += f", step cache at {work.threshold:g}"
-    elif args.computed_share is not None:
-        head += f", step cache assumed to compute {args.computed_share:.0%} of the evaluations"
-    head += ")\n\n"
+    cache = f"step cache at {work.threshold:g}"
+    if args.predict:
+        share = args.computed_share
+        cache = share and f"step cache assumed to compute {share:.0%} of the evaluations"
+    head += f", {cache})\n\n" if cache else ")\n\n"
     args.out.with_suffix(".md").write_text(head + text + "\n")
-    plot(args.out.with_suffix(".png"), rows, f"{name}: {what}\n{device}")
+    title = f"{name}: {what}\n{device}" + (f"; {cache}" if args.predict and cache else "")
+    plot(args.out.with_suffix(".png"), rows, title)
     return text
 
 
