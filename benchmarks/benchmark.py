@@ -10,7 +10,8 @@
 Cases: `train`, one training step (DDPM loss with learned variance, AdamW, EMA); `guided`, one
 forward pass with classifier-free guidance; `compile`, how long XLA takes to compile a training
 step, without running it; `flux`, one evaluation of a FLUX transformer of six blocks, beside
-diffusers' (`benchmarks/benchmark_flux.py`); `distillation`, one update of every method of
+diffusers' (`benchmarks/benchmark_flux.py`); `products`, the matrix products of such blocks alone;
+`distillation`, one update of every method of
 distillation beside one of denoising (`benchmarks/benchmark_distillation.py`) and, with --fastgen,
 DMD2's student beside FastGen's. The PyTorch side of the others is tests/references/torch_dit.py.
 Rounds alternate between the two sides, each in a process of its own, whose peak memory is reported;
@@ -40,6 +41,7 @@ import benchmark_distillation
 import benchmark_fastgen
 import benchmark_flux
 import benchmark_parameters
+import benchmark_products
 import turns
 from dit_jax import conditions as conditions_lib
 from dit_jax import evaluation, experiment
@@ -59,7 +61,14 @@ TAKEN = {
     "guided": (*SHAPE, "torch_compile", "rounds"),
     "compile": (*SHAPE, "remat"),
     "flux": ("batch_size", "rounds"),
+    "products": ("batch_size", "rounds"),
     "distillation": ("batch_size", "rounds"),
+}
+
+# What is measured of the FLUX transformer of benchmark_flux, by JAX and by PyTorch.
+OF_FLUX = {
+    "flux": (benchmark_flux.jax_forward, benchmark_flux.torch_forward),
+    "products": (benchmark_products.jax_products, benchmark_products.torch_products),
 }
 
 
@@ -68,8 +77,8 @@ class Case:
     """One comparison.
 
     Attributes:
-        name: 'train', 'guided', 'compile', 'flux' or 'dmd2_student'.
-        model: as 'DiT-S/2'; for 'dmd2_student' EDM's network of CIFAR-10, for 'flux' 'FLUX'.
+        name: 'train', 'guided', 'compile', 'flux', 'products' or 'dmd2_student'.
+        model: as 'DiT-S/2'; for 'dmd2_student' EDM's network of CIFAR-10, for `OF_FLUX` 'FLUX'.
         batch_size: images; guidance doubles them inside.
         image_size: side of the latent, 32 for 256 pixels.
         dtype: of the matrix products, 'float32' or 'bfloat16' (PyTorch: autocast).
@@ -216,9 +225,8 @@ def prepare(case: Case, side: str) -> tuple[Callable[[], None], dict[str, Any]]:
             return benchmark_distillation.dmd2_student(case.batch_size)
         run = benchmark_fastgen.student_step(Path(case.fastgen), case.batch_size)
         return run, {"compile_seconds": 0.0}
-    if case.name == "flux":
-        sides = {"jax": benchmark_flux.jax_forward, "torch": benchmark_flux.torch_forward}
-        return sides[side](case.batch_size)
+    if case.name in OF_FLUX:
+        return OF_FLUX[case.name][SIDES.index(side)](case.batch_size)
     if side == "torch":
         return torch_side(case)
     return {"train": jax_train, "guided": jax_guided}[case.name](case)
@@ -363,7 +371,7 @@ def measure_distillation(args: argparse.Namespace) -> dict[str, Any]:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argument_types.Parser(description=__doc__)
-    parser.add_argument("--case", choices=["train", "guided", "compile", "flux", "distillation"])
+    parser.add_argument("--case", choices=[case for case in TAKEN if case])
     parser.add_argument("--model", default="DiT-S/2", help="DiT-{S,B,L,XL}/{2,4,8}")
     parser.add_argument(
         "--batch_size", type=argument_types.count, help="default: 16; of distillation, by network"
@@ -409,12 +417,13 @@ def main(argv: list[str] | None = None) -> None:
             return
         cases = PUBLISHED
         if args.case:
-            args.batch_size = args.batch_size or (1 if args.case == "flux" else 16)
+            args.batch_size = args.batch_size or (1 if args.case in OF_FLUX else 16)
             fields = [field.name for field in dataclasses.fields(Case)]
             options = {name: getattr(args, name) for name in fields if hasattr(args, name)}
-            if args.case == "flux":
-                shape = {"model": "FLUX", "image_size": benchmark_flux.SIDE, "goal": 0.85}
+            if args.case in OF_FLUX:
+                shape = {"model": "FLUX", "image_size": benchmark_flux.SIDE}
                 options |= {**shape, "layer_loop": benchmark_flux.CONFIG.layer_loop}
+                options["goal"] = 0.85 if args.case == "flux" else 0.0
             cases = (Case(name=args.case, **options),)
         results = []
         for case in cases:

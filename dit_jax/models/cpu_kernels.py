@@ -27,6 +27,9 @@ CUSTOM_GRADIENTS = ("auto", "on", "off")
 
 # Longer sequences recompute their attention weights instead of storing length^2 of them.
 _LONGEST_STORED = 512
+# From this length on each head is a product of its own, which is a quarter faster than products
+# over a batch of heads; of short ones there would be more programs than work.
+_HEADS_APART = 1024
 _GELU_SLOPE = math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715
 
@@ -195,11 +198,35 @@ def attention(
     return _attention_forward(q, k, v, allowed, bias, scale)[0]
 
 
+def _attend_by_heads(q, k, v, allowed, bias, scale):
+    """`_attend` of one head after another; the weights are not handed out."""
+    heads = range(q.shape[2])
+
+    def of_head(array, head, axis):
+        if array is None or array.shape[axis] == 1:
+            return array
+        return jax.lax.slice_in_dim(array, head, head + 1, axis=axis)
+
+    pieces = [
+        _attend(
+            *(of_head(a, head, 2) for a in (q, k, v)),
+            *(of_head(a, head, 1) for a in (allowed, bias)),
+            scale,
+        )
+        for head in heads
+    ]
+    outs, _, inverses = zip(*pieces, strict=True)
+    return jnp.concatenate(outs, axis=2), None, jnp.concatenate(inverses, axis=1)
+
+
 def _attention_forward(q, k, v, allowed, bias, scale):
     operands = (q, k, v, allowed, bias)
-    pieces = [_attend(*piece, scale) for piece in _cut(operands, _parts(q.shape[0]))]
+    longest = max(q.shape[1], k.shape[1])
+    stored = longest <= _LONGEST_STORED
+    attend = _attend_by_heads if longest >= _HEADS_APART and not stored else _attend
+    parts = _parts(q.shape[0]) if attend is _attend else q.shape[0]
+    pieces = [attend(*piece, scale) for piece in _cut(operands, parts)]
     out = activation(jnp.concatenate([piece[0] for piece in pieces]))
-    stored = max(q.shape[1], k.shape[1]) <= _LONGEST_STORED
     kept = [
         (activation(weights) if stored else None, activation(inverse))
         for _, weights, inverse in pieces

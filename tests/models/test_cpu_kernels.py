@@ -53,9 +53,10 @@ def test_gelu():
     assert_same_derivatives(cpu_kernels.gelu, lambda x: jax.nn.gelu(x, approximate=True), x)
 
 
-@pytest.mark.parametrize("longest_stored", [512, 4])
-def test_attention(monkeypatch, longest_stored):
+@pytest.mark.parametrize(("longest_stored", "heads_apart"), [(512, 1024), (4, 1024), (4, 8)])
+def test_attention(monkeypatch, longest_stored, heads_apart):
     monkeypatch.setattr(cpu_kernels, "_LONGEST_STORED", longest_stored)
+    monkeypatch.setattr(cpu_kernels, "_HEADS_APART", heads_apart)
     operands = [2 * normal(i, 6, 9, 2, 8) for i in range(3)]
     assert_same_derivatives(cpu_kernels.attention, attention.einsum_attention, *operands)
 
