@@ -164,7 +164,7 @@ def visible(config):
     return config
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(config=UNETS, seed=st.integers(0, 99))
 def test_any_network_is_recognised_in_its_own_state_dict(tmp_path_factory, config, seed):
     folder = tmp_path_factory.mktemp("any")

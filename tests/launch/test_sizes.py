@@ -12,6 +12,7 @@ from dit_jax.evaluation import load_adm_npz
 from dit_jax.launch import evaluate, loading, sample, sizes, training, write_pairs
 from dit_jax.training import memory
 from tests.launch.conftest import curve, tiny_config
+from tests.long import long
 
 RECTANGLE = {"model.input_size": (8, 12), "data.digits.resize": "adm"}
 FEW = {"training.num_steps": 2, "training.checkpoint_every": 0, "training.log_every": 1}
@@ -50,10 +51,11 @@ def test_training_takes_the_size_of_the_configuration(runs, name):
     assert width == 2 * 16 + 2 * 12 * 6 + 4 and height > 2 * 16 + 2 * 8 * 6 + 4
 
 
-@pytest.mark.parametrize("name", ["dit", "unet"])
-def test_sampling_takes_the_size_of_the_call(runs, tmp_path, name):
+@pytest.mark.parametrize(("name", "sizes_of_calls"), [("dit", 2), ("unet", 1)])
+def test_sampling_takes_the_size_of_the_call(runs, tmp_path, name, sizes_of_calls):
     common = [f"--workdir={runs / name}", "--num_images=2", "--steps=4"]
-    for options, shape in ((["--width=8"], (2, 8, 8, 1)), (["--height=16"], (2, 16, 12, 1))):
+    calls = (["--height=16"], (2, 16, 12, 1)), (["--width=8"], (2, 8, 8, 1))
+    for options, shape in calls[:sizes_of_calls]:
         out = tmp_path / f"{shape[1]}.npz"
         sample.main([*common, *options, f"--out={out}"])
         assert load_adm_npz(out)[0].shape == shape
@@ -64,8 +66,15 @@ def test_sampling_takes_the_size_of_the_call(runs, tmp_path, name):
         assert picture.size[0] == 2 * 16 + 2 * 12 * 4 + 4
 
 
-@pytest.mark.parametrize("name", ["dit", "unet"])
-@pytest.mark.parametrize("mode", ["synchronous", "displaced"])
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [
+        ("synchronous", "dit"),
+        ("displaced", "dit"),
+        ("synchronous", "unet"),
+        long("displaced", "unet"),  # tests/parallel/test_unet.py has its modes, on squares
+    ],
+)
 def test_rows_of_a_rectangle_go_over_devices(runs, tmp_path, name, mode):
     common = [f"--workdir={runs / name}", "--num_images=2", "--steps=4", "--height=12"]
     common += ["--width=16"]
