@@ -44,7 +44,7 @@ def unflatten(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 def abstract_params(network: Any) -> Any:
     """Shapes of a network's parameters, without making them."""
-    return jax.eval_shape(network.init, jax.random.key(0))
+    return jax.eval_shape(lambda: network.init(jax.random.key(0)))  # compiles nothing
 
 
 @functools.lru_cache(maxsize=32)

@@ -286,25 +286,30 @@ def compile_programs(args: argparse.Namespace) -> None:
     print(f"samples of {counted(len(batch), 'image')} at once start from {args.programs}")
 
 
+def stream_of(args: argparse.Namespace, ready: Prepared) -> Stream:
+    """What makes the pictures of a command line."""
+    options = {
+        "seed": args.seed,
+        "placement": ready.placement,
+        "batch_size": ready.model.config.sampling.batch_size,
+        "decode": ready.decoder,
+        "programs": ready.programs,
+    }
+    return Stream(
+        lambda start: wiring.stream_images(
+            ready.plan, ready.params, ready.labels, start=start, **options
+        ),
+        ready.record,
+    )
+
+
 def run(args: argparse.Namespace) -> None:
     """Samples what the command line asks for, into its --out."""
     evaluation.check_destination(args.out, overwrite=args.overwrite)
     ready = prepare(args, lambda *size: require_room(args, *size))
     model, labels = ready.model, ready.labels
-    options = {
-        "seed": args.seed,
-        "placement": ready.placement,
-        "batch_size": model.config.sampling.batch_size,
-        "decode": ready.decoder,
-        "programs": ready.programs,
-    }
     print(describe(model, len(labels), args.out), flush=True)
-    stream = Stream(
-        lambda start: wiring.stream_images(
-            ready.plan, ready.params, labels, start=start, **options
-        ),
-        ready.record,
-    )
+    stream = stream_of(args, ready)
     if samples_format(args.out) == "picture":
         images = np.concatenate(list(stream(0)))
         panel = evaluation.Panel(images)

@@ -14,7 +14,6 @@ from typing import ClassVar, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from dit_jax.diffusion.process import DDPM, EDM, Process, RectifiedFlow
@@ -142,6 +141,8 @@ class LogNormal(_Unweighted):
 
     def sigma_ratio_quantile(self, u: np.ndarray) -> np.ndarray:
         """sigma / alpha at a quantile, float64 (for tables)."""
+        import scipy.special  # a fifth of a second, and samplers need none of it
+
         return np.exp(self.mean + self.std * scipy.special.ndtri(u))
 
 
@@ -207,6 +208,8 @@ def _truncated_table(
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """(probabilities, y, scale) of the standard normal (df None) or Student-t truncated to [low,
     high]: the quantile is y itself, or ``scale sinh(y)``, in which heavy tails are short."""
+    import scipy.special
+
     scale = 1.0 if df is None else float(np.sqrt(df))
     ends = (low, high) if df is None else np.arcsinh(np.array([low, high]) / scale)
     y = np.linspace(*ends, _TABLE_SIZE)

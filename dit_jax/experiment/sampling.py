@@ -108,7 +108,8 @@ def build_sampling(
         solver = make_solver(c.solver, **options)
         times = _sampling_times(c, solver, denoiser)
         channels = denoiser.network.sample_shape[-1]
-        solver.init(denoiser.process, jax.numpy.zeros((1, 1, 1, channels)))  # small: it is checked
+        sample = jax.ShapeDtypeStruct((1, 1, 1, channels), jax.numpy.float32)
+        jax.eval_shape(lambda x: solver.init(denoiser.process, x), sample)  # it is checked
     except (ValueError, TypeError) as error:
         raise ConfigError(f"config.sampling: {error}") from error
     interval = tuple(c.guidance_interval)

@@ -1,11 +1,12 @@
-"""Reading one set of weights out of a run's checkpoint, array by array.
+"""Reading one set of weights out of a run's checkpoint, few arrays at a time.
 
 A checkpoint holds four or more trees of the network's size (parameters, averages, the optimizer's
 moments). Sampling and conversion need one of them, and conversion one array of it at a time.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,12 @@ from dit_jax.training.checkpoints import (
     reason_of,
 )
 from dit_jax.training.method import Method
+from dit_jax.tree_paths import by_path
 
 _MOST_REMOVED = 10  # checkpoints that a run may remove before they were read
+# Of arrays that are read together: each reading opens the checkpoint anew, which takes longer than
+# a small array does.
+_TOGETHER = 64 * 2**20  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +43,7 @@ class SavedWeights:
         step: updates they have seen.
         leaves: nested like the parameters, the path in the checkpoint of each.
         fingerprints: by path in the checkpoint.
+        sizes: bytes by path in the checkpoint.
     """
 
     directory: Path
@@ -45,6 +51,7 @@ class SavedWeights:
     step: int
     leaves: Any
     fingerprints: Mapping[str, int]
+    sizes: Mapping[str, int]
 
     def read(self, path: str) -> np.ndarray:
         """Reads one array, in host memory.
@@ -55,42 +62,77 @@ class SavedWeights:
         Raises:
             CheckpointError: it is damaged.
         """
+        return self._read([path])[path]
+
+    def _read(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
+        """Some arrays, all of them in host memory; raises as `read`, of the first that is wrong."""
         item: Any = jax.ShapeDtypeStruct((), np.float32)
         options: Any = ocp.RestoreArgs(restore_type=np.ndarray)
-        for part in reversed(path.split("/")):
-            item, options = {part: item}, {part: options}
+        items, restore_args = (_nested({path: leaf for path in paths}) for leaf in (item, options))
         try:
-            arguments = ocp.args.PyTreeRestore(item, restore_args=options, partial_restore=True)
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                found = checkpointer.restore(self.directory / "state", args=arguments)
-        except Exception as error:  # whatever orbax and tensorstore raise on damaged files
-            raise CheckpointError(
-                f"checkpoint {self.directory} cannot be read at {path}: {reason_of(error)}"
-            ) from error
-        (array,) = jax.tree.leaves(found)
-        if fingerprint(array)[0] != self.fingerprints[path]:
-            raise CheckpointError(
-                f"checkpoint {self.directory} is damaged: {path} is not what was written"
+            arguments = ocp.args.PyTreeRestore(
+                items, restore_args=restore_args, partial_restore=True
             )
-        return array
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                found = by_path(checkpointer.restore(self.directory / "state", args=arguments))
+        except Exception as error:  # whatever orbax and tensorstore raise on damaged files
+            if len(paths) > 1:  # which one it is
+                return {path: self.read(path) for path in paths}
+            raise CheckpointError(
+                f"checkpoint {self.directory} cannot be read at {paths[0]}: {reason_of(error)}"
+            ) from error
+        for path in paths:
+            if fingerprint(found[path])[0] != self.fingerprints[path]:
+                raise CheckpointError(
+                    f"checkpoint {self.directory} is damaged: {path} is not what was written"
+                )
+        return found
+
+    def _in_order(self) -> Iterator[np.ndarray]:
+        """All arrays, in the order of `leaves`; few of them, or one, are in memory together."""
+        together: list[str] = []
+        for path in jax.tree.leaves(self.leaves):
+            if together and sum(self.sizes[p] for p in (*together, path)) > _TOGETHER:
+                yield from self._take(together)
+                together = []
+            together.append(path)
+        yield from self._take(together)
+
+    def _take(self, paths: Sequence[str]) -> Iterator[np.ndarray]:
+        found = self._read(paths)
+        for path in paths:
+            yield found.pop(path)
 
     def load(
         self, put: Callable[[np.ndarray], Any] = lambda array: array, shapes: Any = None
     ) -> Any:
-        """Reads all arrays, each handed to `put` before the next is read.
+        """Reads all arrays, each handed to `put` before the next is read, or the next few.
 
         Args:
             put: makes a leaf of an array.
             shapes: nested like the parameters, with the dtypes to read them as; by default those
                 they were saved in.
         """
+        arrays = self._in_order()
         if shapes is None:
-            return jax.tree.map(lambda path: put(self.read(path)), self.leaves)
+            return jax.tree.map(lambda _: put(next(arrays)), self.leaves)
 
-        def load(path, shape):
-            return put(self.read(path).astype(shape.dtype, copy=False))
+        def load(_, shape):
+            return put(next(arrays).astype(shape.dtype, copy=False))
 
         return jax.tree.map(load, self.leaves, shapes)
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """{'a/b': 1, 'a/c': 2} as {'a': {'b': 1, 'c': 2}}."""
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        *folders, name = path.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[name] = value
+    return tree
 
 
 def choose_weights(available: Mapping[str, Any], wanted: str) -> str:
@@ -129,7 +171,7 @@ class RunWeights:
         self.steps = self._checkpoints.steps()
         if not self.steps:
             raise CheckpointError(f"{directory} has no checkpoint yet: train first")
-        key = jax.random.key(0)
+        key = jax.eval_shape(lambda: jax.random.key(0))  # which compiles nothing
         self._state = {
             "state": jax.eval_shape(method.init, key),
             "key": jax.eval_shape(jax.random.key_data, key),
@@ -139,6 +181,11 @@ class RunWeights:
         available = method.weights(self._paths["state"])
         self._name = choose_weights(available, weights)
         self._leaves = available[self._name]
+        arrays = by_path(self._state)
+        self._sizes = {
+            path: math.prod(arrays[path].shape) * arrays[path].dtype.itemsize
+            for path in jax.tree.leaves(self._leaves)
+        }
 
     def open(self, step: int | None = None) -> SavedWeights:
         """The weights of the checkpoint of `step`, by default the newest.
@@ -158,7 +205,8 @@ class RunWeights:
                 f"checkpoint {self._checkpoints.path(step)} has no {self._name}: that average was "
                 "added to the run later. Choose other weights (raw, ...) or a newer step"
             )
-        return SavedWeights(self._checkpoints.path(step), self._name, step, self._leaves, found)
+        where, sizes = self._checkpoints.path(step), self._sizes
+        return SavedWeights(where, self._name, step, self._leaves, found, sizes)
 
     def load(
         self, put: Callable[[np.ndarray], Any], step: int | None = None, shapes: Any = None

@@ -88,14 +88,14 @@ def test_a_short_run_warms_up_shortly_and_is_lengthened_when_asked(capsys, tmp_p
 def test_checkpoints_that_rotate_away_while_they_are_read_are_passed_over(
     copy, monkeypatch, caplog
 ):
-    saved, read = copy / "checkpoints", SavedWeights.read
+    saved, load = copy / "checkpoints", SavedWeights.load
 
-    def rotate(self, path):
+    def rotate(self, *how):
         if self.step == 4:  # the run has removed it, and written a newer one
             (saved / "4").rename(saved / "9")
-        return read(self, path)
+        return load(self, *how)
 
-    monkeypatch.setattr(SavedWeights, "read", rotate)
+    monkeypatch.setattr(SavedWeights, "load", rotate)
     assert loading.load_model(copy).step == 9
     assert "cannot be read" not in caplog.text
 
