@@ -4,7 +4,8 @@
   python benchmarks/benchmark_start.py --sampler digits --workdir=runs/demo/teacher
   python benchmarks/benchmark_start.py --sampler DiT-S/2
   python benchmarks/benchmark_start.py --sampler DiT-XL/2 --steps=2
-  python benchmarks/benchmark_start.py --sampler FLUX --pretrained=runs/demo_flux/pipeline
+  python benchmarks/benchmark_start.py --sampler FLUX --size=8x16 \\
+      --pretrained=runs/demo_flux/pipeline
 
 A start is what launch/sample.py does (of a pipeline: `FluxPipeline.from_pretrained` and a call):
 imports, reading weights, then the sampler, which is compiled or found, and a batch. Each is a
@@ -48,12 +49,14 @@ class Start:
         options: of launch/sample.py but for --programs; of a pipeline nothing.
         pipeline: its folder, or ''.
         steps: of a pipeline.
+        size: (height, width) of its pictures; () for its default.
         programs: the folder of kept programs, or ''.
     """
 
     options: tuple[str, ...]
     pipeline: str = ""
     steps: int = 4
+    size: tuple[int, ...] = ()
     programs: str = ""
 
 
@@ -65,6 +68,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sampler", choices=["digits", *RANDOM, "FLUX"], required=True)
     parser.add_argument("--workdir", type=Path, help="of digits: a trained run")
     parser.add_argument("--pretrained", type=Path, help="of FLUX: a pipeline's folder")
+    parser.add_argument(
+        "--size", type=argument_types.image_size, help="of FLUX's pictures; default: its own"
+    )
     parser.add_argument("--steps", type=argument_types.solver_steps, default=4)
     parser.add_argument("--rounds", type=int, default=5, help="0: make only what is needed before")
     parser.add_argument("--folder", type=Path, default=Path("runs/start"))
@@ -75,6 +81,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if (name == needed) != bool(getattr(args, name)):
             verb = "is missing" if name == needed else "would do nothing"
             parser.error(f"--{name} {verb} with --sampler={args.sampler}")
+    if args.size and not args.pretrained:
+        parser.error(f"--size would do nothing with --sampler={args.sampler}: it is of FLUX")
     if args.rounds < 0:
         parser.error(f"--rounds={args.rounds}: expected 0 or more")
     return args
@@ -149,7 +157,8 @@ def pipeline_of(start: Start):
     pipe = FluxPipeline.from_pretrained(start.pipeline, programs=start.programs or None)
     jax.block_until_ready(pipe.parts.params)
     loaded = time.perf_counter()
-    options = {"num_inference_steps": start.steps, "output_type": "np"}
+    options = dict(zip(("height", "width"), start.size, strict=False))
+    options |= {"num_inference_steps": start.steps, "output_type": "np"}
     return imported, loaded, lambda: pipe(PROMPT, **options).images
 
 
@@ -223,7 +232,8 @@ def write_random(name: str, folder: Path) -> Path:
 def start_of(args: argparse.Namespace) -> Start:
     """What the command line asks for."""
     if args.sampler == "FLUX":
-        return Start((), str(args.pretrained), args.steps)
+        size = args.size if isinstance(args.size, tuple) else (args.size,) * 2
+        return Start((), str(args.pretrained), args.steps, size if args.size else ())
     if args.sampler == "digits":
         return Start((f"--workdir={args.workdir}", "--num_images=16", f"--steps={args.steps}"))
     source = write_random(args.sampler, args.folder)

@@ -1,14 +1,18 @@
-"""What 8-bit products cost in quality: the digits, trained and sampled with them, emulated exactly.
+"""What 8-bit products cost in quality, emulated exactly: of the digits, or of any trained run.
 
   python benchmarks/study_quantization.py --out=docs/results/quantization_digits
+  python benchmarks/study_quantization.py --workdir=runs/cifar10 --sampling_steps=10 \\
+      --judge=small --out=docs/results/quantization_cifar10
 
-Trains the digits model in bfloat16, and again with the blocks' products in fp8, everything else
-equal, and compares losses of training and of held-out images. Then samples the model that was
-trained without with quantised products, from the same noise, and compares images (PSNR) and their
-Fréchet distances to held-out images. Writes OUT.json with all numbers and OUT.md with the tables.
-About 10 minutes of a CPU core.
+Without --workdir the digits model is trained in bfloat16, and again with the blocks' products in
+fp8, everything else equal, and losses of training and of held-out images are compared. The model
+that was trained without, or --workdir's, is then sampled with quantised products, from the same
+noise, and images (PSNR) and their Fréchet distances to held-out images are compared. Writes
+OUT.json with all numbers, OUT.md with the tables and OUT.png with samples. Training takes about 10
+minutes of a CPU core.
 """
 
+import argparse
 import dataclasses
 import shlex
 import sys
@@ -16,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 
+import same_noise
 from dit_jax import data as data_lib
 from dit_jax import evaluation, experiment
 from dit_jax.configs import digits
-from dit_jax.launch import argument_types, wiring
+from dit_jax.launch import argument_types, loading, methods, wiring
 from dit_jax.models.quantization import QUANTIZATIONS
 
 TRAINED = ("none", "fp8", "fp8_rowwise")
@@ -100,53 +106,62 @@ def compare_training(runs: dict[str, Run]) -> dict[str, Any]:
     return rows
 
 
-def compare_samples(params: Any, *, seed: int, num_images: int) -> dict[str, Any]:
-    """Samples of one model by all quantisations, beside those by none."""
-    train_images = data_lib.to_arrays(data_lib.open_source("digits", "train"))
-    test = data_lib.to_arrays(data_lib.open_source("digits", "test"))
-    judge = evaluation.train_classifier(
-        *train_images, 10, seed=0, test_images=test[0], test_labels=test[1]
-    )
-    real = evaluation.feature_statistics(judge, [test[0]])
-    labels, rows, base = wiring.balanced_labels(num_images, 10), {}, None
+def trained_model(args: argparse.Namespace) -> loading.TrainedModel:
+    """The model of --workdir, without quantisation and in float32."""
+    values = {"model.dtype": "float32", "model.quantization": "none"}
+    if args.solver:
+        values["sampling.solver"] = args.solver
+    if args.sampling_steps:
+        values["sampling.steps"] = args.sampling_steps
+    return loading.load_model(args.workdir, overrides=values)
+
+
+def compare_samples(
+    config: ml_collections.ConfigDict,
+    params: Any,
+    args: argparse.Namespace,
+    names: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Samples of one model by all quantisations, beside those by none; saves the picture.
+
+    Args:
+        config: of the model without.
+        params: its parameters.
+        args: the command line.
+        names: of the classes.
+    """
+    folder = args.workdir and args.workdir / "evaluation"
+    judge = same_noise.Judge.open(config, args.judge, args.num_images, folder)
+    labels = same_noise.labels_of(config, args.num_images)
+    weights, rows, ways, features = methods.weights_hash(params), {}, {}, {}
     for name in QUANTIZATIONS:
-        config = configure(name, steps=1, seed=seed, dtype="float32")
+        config = config.copy_and_resolve_references()
+        config.model.quantization = name
         plan = experiment.build_sampling(config)
         network = plan.sampler.denoiser.network
         stored = params if name == "none" else jax.jit(network.quantize)(params)
-        images = wiring.sample_images(
-            plan,
-            stored,
-            labels,
-            seed=seed,
-            placement=wiring.create_placement(config),
-            batch_size=250,
-            announce=False,
-        )
-        base = images if base is None else base
-        statistics = evaluation.feature_statistics(
-            judge, evaluation.batches_of(evaluation.to_uint8(images), 500)
-        )
-        found = {
-            "frechet_distance": evaluation.frechet_distance(statistics, real),
+        kept = same_noise.kept_folder(args.keep, config, weights)
+        how = {"seed": args.seed, "batch_size": args.batch_size, "folder": kept}
+        ways[name] = same_noise.draw(plan, stored, labels, **how)
+        features[name] = judge.classifier(evaluation.to_uint8(ways[name].images))
+        rows[name] = {
+            "frechet_distance": judge.distance(features[name]),
             "parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(stored)),
         }
         if name != "none":
-            pairs = (np.clip(x, -1, 1) for x in (base, images))
-            found["psnr"] = float(np.mean(evaluation.psnr(*pairs)))
-        change = found["frechet_distance"] / rows.get("none", found)["frechet_distance"] - 1
-        rows[name] = {**found, "frechet_change": change}
+            rows[name]["psnr"] = evaluation.mean_psnr(ways[name].images, ways["none"].images)
+            change, error = judge.change(features[name], features["none"])
+            rows[name] |= {"frechet_change": change, "frechet_change_error": error}
         print(f"{name}: {rows[name]}", flush=True)
-    return rows
+    shown = {f"{name} products": way for name, way in ways.items() if name != "fp8_rowwise"}
+    shown = {"without": shown.pop("none products"), **shown}
+    same_noise.save_picture(args.out.with_suffix(".png"), shown, labels, names)
+    return {"sampling": rows, "judge": judge.describe(), "judged": judge.sentence()}
 
 
-def report(record: dict[str, Any]) -> str:
-    """The tables, as Markdown."""
+def training_table(record: dict[str, Any]) -> list[str]:
+    """Losses, as lines of Markdown."""
     lines = [
-        "# Quality of 8-bit products: digits",
-        "",
-        f"`{record['command']}`",
-        "",
         f"Trained in bfloat16, {record['steps']} steps, seed {record['seed']}; the same batches, "
         f"times and noise. Loss: mean of the last fifth of the steps; held-out: {NOISES} draws an "
         "image, averaged weights.",
@@ -159,48 +174,89 @@ def report(record: dict[str, Any]) -> str:
             f"| {name} | {row['loss_last_fifth']:.4f} | {row['loss_change']:+.2%} | "
             f"{row['held_out_loss']:.4f} | {row['held_out_change']:+.2%} |"
         )
-    lines += [
+    return [*lines, ""]
+
+
+def report(record: dict[str, Any]) -> str:
+    """The tables, as Markdown."""
+    lines = [
+        f"# Quality of 8-bit products: {record['name']}",
         "",
-        f"The model trained without, sampled in float32 by {record['sampling_steps']} Heun steps, "
-        f"{record['num_images']} images from the same noise; PSNR to those without quantisation, "
-        "Fréchet distance of a small classifier's features to held-out digits.",
+        f"`{record['command']}`",
+        "",
+        *(training_table(record) if "training" in record else ()),
+        f"The model trained without, sampled in float32 by {record['sampling_steps']} "
+        f"{record['solver'].capitalize()} steps, {record['num_images']} images from the same "
+        f"noise; PSNR to those without quantisation. {record['judged']}",
         "",
         "| `model.quantization` | PSNR, dB | Fréchet distance | change | parameters, MB |",
         "|---|---|---|---|---|",
     ]
     for name, row in record["sampling"].items():
-        psnr = f"{row['psnr']:.1f}" if "psnr" in row else ""
+        quality, change = "", ""
+        if name != "none":
+            quality = "same" if row["psnr"] is None else f"{row['psnr']:.1f}"
+            change = f"{row['frechet_change']:+.2%} ± {row['frechet_change_error']:.2%}"
         lines.append(
-            f"| {name} | {psnr} | {row['frechet_distance']:.3f} | {row['frechet_change']:+.2%} | "
+            f"| {name} | {quality} | {row['frechet_distance']:.3f} | {change} | "
             f"{row['parameter_bytes'] / 1e6:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Entry point."""
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argument_types.Parser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="path without ending")
-    parser.add_argument("--steps", type=argument_types.count, default=1500)
-    parser.add_argument("--num_images", type=argument_types.count, default=2000)
+    parser.add_argument("--workdir", type=Path, help="a trained run; default: digits, trained here")
+    parser.add_argument("--solver", help="with --workdir; default: the run's")
+    parser.add_argument("--sampling_steps", type=argument_types.solver_steps, help="the same")
+    parser.add_argument(
+        "--steps", type=argument_types.count, help="of training, without --workdir; default: 1500"
+    )
     parser.add_argument("--seed", type=argument_types.seed, default=0)
-    args = parser.parse_args()
+    same_noise.add_arguments(parser, 2000)
+    args = parser.parse_args(argv)
+    if args.workdir and args.steps:
+        parser.error("--steps would do nothing with --workdir: nothing is trained")
+    if not args.workdir and (args.solver or args.sampling_steps):
+        parser.error("--solver and --sampling_steps are for --workdir: the digits have their own")
+    args.steps = args.steps or 1500
+    return args
+
+
+def study(args: argparse.Namespace) -> dict[str, Any]:
+    """All numbers."""
+    record = {
+        "command": shlex.join(["python", "benchmarks/study_quantization.py", *sys.argv[1:]]),
+        "jax": jax.__version__,
+        "seed": args.seed,
+        "num_images": args.num_images,
+    }
+    if args.workdir:
+        model = trained_model(args)
+        config, params, names = model.config, model.params, model.class_names
+        record |= {"weights": model.weights, "step": model.step}
+    else:
+        runs = {name: train(name, steps=args.steps, seed=args.seed) for name in TRAINED}
+        config = configure("none", steps=1, seed=args.seed, dtype="float32")
+        params, names = runs["none"].params, ()
+        record |= {"steps": args.steps, "training": compare_training(runs)}
+        print(record["training"], flush=True)
+    record |= {
+        "name": config.name,
+        "solver": config.sampling.solver,
+        "sampling_steps": config.sampling.steps,
+    }
+    return record | compare_samples(config, params, args, names)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    args = parse_arguments(argv)
     with wiring.readable_errors():
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        runs = {name: train(name, steps=args.steps, seed=args.seed) for name in TRAINED}
-        record = {
-            "command": shlex.join(["python", "benchmarks/study_quantization.py", *sys.argv[1:]]),
-            "jax": jax.__version__,
-            "steps": args.steps,
-            "seed": args.seed,
-            "num_images": args.num_images,
-            "sampling_steps": digits.get_config().sampling.steps,
-            "training": compare_training(runs),
-        }
-        print(record["training"], flush=True)
-        record["sampling"] = compare_samples(
-            runs["none"].params, seed=args.seed, num_images=args.num_images
-        )
+        record = study(args)
         evaluation.save_json(args.out.with_suffix(".json"), record, overwrite=True)
         args.out.with_suffix(".md").write_text(report(record))
 

@@ -106,7 +106,7 @@ def options_of(command):
         if isinstance(node, ast.ImportFrom) and node.module == "dit_jax.launch":
             for name in node.names:
                 text += (ROOT / "launch" / f"{name.name}.py").read_text()
-    for name in re.findall(r"^import (benchmark_\w+)$", text, re.MULTILINE):
+    for name in re.findall(r"^import (benchmark_\w+|same_noise)$", text, re.MULTILINE):
         text += (ROOT / "benchmarks" / f"{name}.py").read_text()
     return set(re.findall(r"""(?:"--|DEFINE_\w+\(\s*")(\w+)""", text)) | {"help"}
 
