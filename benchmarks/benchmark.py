@@ -382,7 +382,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--remat", default="none", choices=["none", "activations", "dots", "block"])
     parser.add_argument("--layer_loop", default="auto", choices=["auto", "scan", "unroll"])
     parser.add_argument(
-        "--quantization", default="none", choices=["none", "fp8", "fp8_rowwise"], help="of JAX's"
+        "--quantization",
+        default="none",
+        choices=["none", "fp8", "fp8_rowwise", "te"],
+        help="of JAX's",
     )
     parser.add_argument("--torch_compile", action="store_true")
     parser.add_argument("--rounds", type=argument_types.count, default=11)

@@ -20,6 +20,7 @@ from dit_jax.diffusion.samplers import Step
 from dit_jax.interop.models import open_model
 from dit_jax.launch import loading, wiring
 from dit_jax.models import Request
+from dit_jax.models.quantization import STORED
 from dit_jax.parallel.planning.programs import needed_conditions
 from dit_jax.programs import Programs
 from dit_jax.sampling import image_keys
@@ -186,7 +187,7 @@ def random_parameters(network: Any) -> Any:
         noise = [0.02 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
         drawn = [(x + n).astype(x.dtype) for x, n in zip(leaves, noise, strict=True)]
         params = jax.tree.unflatten(structure, drawn)
-        return params if network.config.quantization == "none" else network.quantize(params)
+        return network.quantize(params) if network.config.quantization in STORED else params
 
     return jax.jit(draw)(jax.random.key(0))
 

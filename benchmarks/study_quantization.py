@@ -28,7 +28,7 @@ from dit_jax import data as data_lib
 from dit_jax import evaluation, experiment
 from dit_jax.configs import digits
 from dit_jax.launch import argument_types, loading, methods, wiring
-from dit_jax.models.quantization import QUANTIZATIONS
+from dit_jax.models.quantization import STORED
 
 TRAINED = ("none", "fp8", "fp8_rowwise")
 NOISES = 8  # draws of times and noise a held-out image
@@ -134,7 +134,7 @@ def compare_samples(
     judge = same_noise.Judge.open(config, args.judge, args.num_images, folder)
     labels = same_noise.labels_of(config, args.num_images)
     weights, rows, ways, features = methods.weights_hash(params), {}, {}, {}
-    for name in QUANTIZATIONS:
+    for name in ("none", *STORED):
         config = config.copy_and_resolve_references()
         config.model.quantization = name
         plan = experiment.build_sampling(config)

@@ -2,7 +2,8 @@
 
 XLA turns a product of float8 operands into an 8-bit kernel where it recognises it, and silently
 converts the operands to 16 bits where it does not. Which it was, stands in the compiled program:
-all that comes from such products carries the name `PRODUCT_SCOPE`.
+all that comes from such products carries the name `PRODUCT_SCOPE`, or is a call of Transformer
+Engine's.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ PRODUCT_SCOPE = "fp8_product"
 _INSTRUCTION = re.compile(
     r"^\s*(?:ROOT )?%?([\w.\-]+) = \(?([a-z]\w*)\[[^ ]* .*?\b([a-z][\w\-]*)\("
 )
-_LIBRARY_PRODUCT = re.compile(r'custom_call_target="(__cublas\$[^"]*)"')
+_LIBRARY_PRODUCT = re.compile(r'custom_call_target="((?:__cublas\$|te_gemm)[^"]*)"')
 _SOURCE = re.compile(r'op_name="([^"]*)"')
 
 
@@ -53,14 +54,21 @@ def fp8_products(text: str) -> Fp8Products:
         if opcode not in ("dot", "custom-call"):
             continue
         source, library = _SOURCE.search(line), _LIBRARY_PRODUCT.search(line)
-        if source and PRODUCT_SCOPE in source[1] and (opcode == "dot" or library):
+        # Transformer Engine's, whose backward pass is traced outside of the scope, are all meant.
+        own = library is not None and library[1].startswith("te_gemm")
+        if own or (source and PRODUCT_SCOPE in source[1] and (opcode == "dot" or library)):
             operands = line[found.end() :].partition(")")[0]
             result = line.partition(" = ")[2].lstrip("(").partition("{")[0]
-            products.append((result, source[1], library and library[1], operands))
+            where = source[1] if source else library[1]
+            products.append((result, where, library and library[1], operands))
     narrow, wide = [], []
     for result, source, library, operands in products:
-        read = [dtypes.get(name, "") for name in re.findall(r"%([\w.\-]+)", operands)[:2]]
-        is_narrow = library.endswith("$f8") if library else all(d.startswith("f8") for d in read)
+        read = [dtypes.get(name, "") for name in re.findall(r"%([\w.\-]+)", operands)]
+        if library and library.startswith("__cublas"):
+            is_narrow = library.endswith("$f8")
+        else:  # Transformer Engine's take each factor with its scale
+            factors = read[0:3:2] if library else read[:2]
+            is_narrow = all(dtype.startswith("f8") for dtype in factors)
         if is_narrow:
             narrow.append(source)
         else:

@@ -29,7 +29,7 @@ KINDS = (
 DESTINATIONS = tuple(kind for kind in KINDS if kind != "edm_pkl")  # of interop.export
 DTYPES = ("float32", "bfloat16", "float16")  # of interop.export
 PARAM_DTYPES = ("auto", "float32", "bfloat16")  # of dit_jax.models.linear
-QUANTIZATIONS = ("none", "fp8", "fp8_rowwise", "int8")  # of dit_jax.models.quantization
+QUANTIZATIONS = ("none", "fp8", "fp8_rowwise", "int8", "te")  # of dit_jax.models.quantization
 ACCELERATORS = ("h100", "h200", "a100", "tpu_v5p", "cpu")  # of parallel.planning.accelerators
 
 

@@ -20,6 +20,7 @@ from dit_jax.launch import arguments, methods, wiring
 from dit_jax.launch.sizes import size_overrides
 from dit_jax.models import Network
 from dit_jax.models.linear import resolve_param_dtype
+from dit_jax.models.quantization import STORED
 from dit_jax.parallel.distributed import gathered
 from dit_jax.parallel.mesh import DataParallel, put_whole
 from dit_jax.parallel.vae import RowDecoder
@@ -63,7 +64,7 @@ class TrainedModel:
 
     def quantized(self) -> "TrainedModel":
         """The same with the kernels of quantised products in 8 bits, if there are any."""
-        if self.config.model.quantization == "none":
+        if self.config.model.quantization not in STORED:
             return self
         params = jax.jit(self.network.quantize)(self.params)
         return dataclasses.replace(self, params=params, quantized_from=self.weights_hash())

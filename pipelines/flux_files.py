@@ -49,6 +49,7 @@ from dit_jax.interop.text_encoders import (
 from dit_jax.interop.tokenizer_files import load_tokenizer
 from dit_jax.models import AutoencoderKL, Network
 from dit_jax.models.linear import resolve_dtype, resolve_param_dtype
+from dit_jax.models.quantization import STORED
 from dit_jax.nearest import one_of
 from dit_jax.pipelines.divided import Divided
 from dit_jax.pipelines.text import TextPart, check_vocabulary
@@ -171,7 +172,7 @@ def load(
 
 def _quantized(network: Network, params: Any, divided: Divided | None) -> Any:
     """Parameters in 8 bits where the network's products are."""
-    if network.config.quantization == "none":
+    if network.config.quantization not in STORED:
         return params
     where = {}
     if divided is not None:
@@ -248,7 +249,7 @@ def save(folder: str | Path, parts: FluxParts, *, overwrite: bool = False) -> No
     """Writes a pipeline; see `flux.FluxPipeline.save_pretrained`."""
     folder = Path(folder)
     check_destination(folder, overwrite=overwrite)
-    if parts.transformer.config.quantization != "none":
+    if parts.transformer.config.quantization in STORED:
         raise InteropError(
             "a pipeline of quantised weights is for sampling: load it with quantization='none' to "
             "save it"

@@ -114,7 +114,7 @@ def require_trainable(config: ml_collections.ConfigDict) -> None:
     if config.model.quantization == "int8":
         raise ConfigError(
             "config.model.quantization='int8' is for sampling and evaluation: rounded weights take "
-            "no gradients. Set 'fp8' or 'fp8_rowwise', which train, or 'none'"
+            "no gradients. Set 'fp8', 'fp8_rowwise' or 'te', which train, or 'none'"
         )
 
 

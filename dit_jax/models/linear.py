@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Num
 from dit_jax.models.apart import of_layers
 from dit_jax.models.batch_axes import divided_by_examples, is_training_mesh
 from dit_jax.models.quantization import (
+    STORED,
     quantize_kernel,
     quantized_product,
     require_quantization,
@@ -248,7 +249,7 @@ class Linear(nnx.Module):
         Such a layer is for inference: 8 bits take no gradients. It may be a stack of layers.
         """
         quantization = self.precision.quantization_of(self.role)
-        if quantization == "none" or self.kernel_scale is not None:
+        if quantization not in STORED or self.kernel_scale is not None:
             return
         values, scale = of_layers(
             lambda kernel: quantize_kernel(kernel, quantization), self.kernel.get_value()

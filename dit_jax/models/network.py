@@ -19,6 +19,7 @@ from dit_jax.models import dit, edm, flux, flux_config
 from dit_jax.models.apart import take_apart
 from dit_jax.models.call import Request, Result
 from dit_jax.models.linear import Linear, converted_to, products_dtypes, resolve_dtype
+from dit_jax.models.quantization import STORED
 from dit_jax.options import register
 
 Params = dict[str, Any]
@@ -113,12 +114,12 @@ class Network:
         `apply` takes them as it takes those they are of, and gives the same. Jit it.
 
         Raises:
-            ValueError: `config.quantization` is 'none', or they are quantised already.
+            ValueError: `config.quantization` stores nothing in 8 bits; they are quantised already.
         """
-        if getattr(self.config, "quantization", "none") == "none":
+        if (own := getattr(self.config, "quantization", "none")) not in STORED:
             raise ValueError(
-                "nothing would be quantised: the network's quantization is 'none'; set it to 'fp8',"
-                " 'fp8_rowwise' or 'int8'"
+                f"nothing would be quantised: the network's quantization is {own!r}; set it to "
+                "'fp8', 'fp8_rowwise' or 'int8'"
             )
         if is_quantized(params):
             raise ValueError("these parameters are quantised already")

@@ -38,8 +38,9 @@ class NetworkOptions:
     )
     quantization: str = option(
         "none",
-        "none | fp8 (8-bit floats of one scale an array) | fp8_rowwise (one a row) | int8 (weights "
-        "alone, not for training): of the products in a transformer's blocks",
+        "none | fp8 (8-bit floats of one scale an array) | fp8_rowwise (one a row) | te (fp8 by "
+        "Transformer Engine) | int8 (weights alone, not for training): of the products in a "
+        "transformer's blocks",
     )
 
 

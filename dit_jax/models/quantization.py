@@ -21,10 +21,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dit_jax.fp8_kernels import PRODUCT_SCOPE
+from dit_jax.models import te_products
 from dit_jax.nearest import one_of
 from dit_jax.target import target_platform
 
-QUANTIZATIONS = ("none", "fp8", "fp8_rowwise", "int8")
+QUANTIZATIONS = ("none", "fp8", "fp8_rowwise", "int8", "te")
+STORED = ("fp8", "fp8_rowwise", "int8")
+"""Those whose kernels are quantised once for inference; 'te' quantises them at every call."""
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 STORED_DTYPES = (jnp.dtype(E4M3), jnp.dtype(jnp.int8))
 """Of kernels that are quantised already."""
@@ -37,7 +40,7 @@ _LEAST_CAPABILITY = (8, 9)  # of NVIDIA's GPUs: Ada, then Hopper
 
 def is_fp8(quantization: str) -> bool:
     """Whether both operands of products are quantised."""
-    return quantization.startswith("fp8")
+    return quantization.startswith("fp8") or quantization == "te"
 
 
 def require_quantization(quantization: str) -> None:
@@ -52,6 +55,8 @@ def require_quantization(quantization: str) -> None:
         raise ValueError(f"quantization={quantization!r}: {one_of(quantization, QUANTIZATIONS)}")
     if not is_fp8(quantization):
         return  # before the platform is asked for, which starts JAX: several processes join first
+    if quantization == "te":
+        te_products.require_available()
     platform = target_platform()
     if platform == "cpu":
         return
@@ -107,7 +112,7 @@ def quantize_kernel(
 
     Args:
         kernel: of one layer, or stacked ones.
-        quantization: not 'none'.
+        quantization: one of `STORED`.
 
     Returns:
         Values [*layers, out, in], and float32 scales: [*layers, 1] for 'fp8', else
@@ -140,6 +145,8 @@ def quantized_product(
         quantization: not 'none'.
         dtype: of the result.
     """
+    if quantization == "te":
+        return te_products.te_product(x, kernel, dtype)
     if is_fp8(quantization) and scale is None:
         return _trained_product(x, kernel, quantization, jnp.dtype(dtype))
     if scale is None:

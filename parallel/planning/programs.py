@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 
 from dit_jax import experiment
+from dit_jax.models.quantization import STORED
 from dit_jax.parallel.mesh import DataParallel
 from dit_jax.parallel.planning.compilers import PROGRAM_NAME
 from dit_jax.parallel.sampling import ImageParallel
@@ -192,7 +193,7 @@ def plan_parallel_sampling(
 def _sampled_params(config: ml_collections.ConfigDict, plan: experiment.SamplingPlan) -> Any:
     """The shapes of parameters as they are sampled with: quantised, if their products are."""
     params = jax.eval_shape(plan.network.init, jax.random.key(config.seed))
-    if config.model.quantization != "none":
+    if config.model.quantization in STORED:
         params = jax.eval_shape(plan.network.quantize, params)
     return jax.eval_shape(plan.network.as_sampled, params)
 
