@@ -29,7 +29,7 @@ def test_rows_are_added_or_replaced_in_order(tmp_path):
         table = benchmark_start.save(out, row)
     record = json.loads(out.with_suffix(".json").read_text())
     assert [row["sampler"] for row in record["rows"]] == ["digits", "FLUX"]
-    assert "| FLUX | a kept program | 3.00 | 3.0 | 1.50 | 0.50 | 1.00 | 7.0 | 0.25 |" in table
+    assert "| FLUX | a kept program | 3.00 | 3.0 | 1.50 | 0.50 | 1.00 | 7.0 | 0.75 | 9.0 |" in table
     assert table in out.with_suffix(".md").read_text()
 
 
