@@ -12,6 +12,7 @@ record that says how they were made.
 """
 
 import argparse
+import functools
 from pathlib import Path
 
 from dit_jax.launch import argument_types, arguments, command
@@ -152,7 +153,11 @@ def main(argv: list[str] | None = None) -> None:
             evaluation.save_json(out, record, overwrite=args.overwrite or args.out is None)
             print(f"{text}\nrecord: {out}")
             return
-        model = loading.load_from_arguments(args, arguments.sampling_overrides(args))
+        model = loading.load_from_arguments(
+            args,
+            arguments.sampling_overrides(args),
+            functools.partial(sampling.require_labels, args),
+        )
         num_images = args.num_images or model.config.evaluation.num_images
         out = args.out or args.workdir / f"metrics_{model.step}.json"
         print(sampling.describe(model, num_images, out), flush=True)

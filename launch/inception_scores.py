@@ -1,6 +1,7 @@
 """FID and its kin of samples against a reference set: the part of launch/evaluate.py for them."""
 
 import argparse
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,12 @@ def score(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         images, record = existing
     else:
         overrides = protocol_overrides(args) | arguments.sampling_overrides(args)
-        images, record = new_samples(args, loading.load_from_arguments(args, overrides))
+        images, record = new_samples(
+            args,
+            loading.load_from_arguments(
+                args, overrides, functools.partial(sampling.require_labels, args)
+            ),
+        )
     scores = tuple(args.scores) if args.scores else None
     settings = evaluation.ScoreSettings(scores=scores, allow_singular=args.allow_singular)
     batch_size = -(-args.feature_batch_size // mesh.size) * mesh.size

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from dit_jax.data.records import check_destination
 from dit_jax.data.records.header import LABEL
 from dit_jax.data.source import fingerprint
 from dit_jax.diffusion.samplers import SOLVERS, insert_times
-from dit_jax.launch import arguments, loading, recording, wiring
+from dit_jax.launch import arguments, loading, recording, sampling, wiring
 from dit_jax.sampling import image_keys
 
 
@@ -169,7 +170,9 @@ def run(args: argparse.Namespace) -> data_lib.Header:
         raise ValueError("--vae does nothing: pairs are kept as the model makes them, undecoded")
     folder = args.out.expanduser()
     check_destination(folder, "pairs", "another --out")
-    model = loading.load_from_arguments(args, arguments.sampling_overrides(args))
+    model = loading.load_from_arguments(
+        args, arguments.sampling_overrides(args), functools.partial(sampling.require_labels, args)
+    )
     placement = wiring.create_placement(model.config)
     batch_size, shard_size = choose_sizes(
         model.config.sampling.batch_size, args.shard_size, args.num_pairs, placement.num_devices

@@ -54,7 +54,8 @@ def require_labels(args: argparse.Namespace, config: ml_collections.ConfigDict) 
     given = f"--workdir={args.workdir}" if args.workdir else f"--init_from={args.init_from}"
     source = _pipeline_of(args, config)
     command = ["python", "launch/sample.py", f"--pretrained={source or 'FLUX.1-dev'}", given]
-    command += ["--prompt=a cat", f"--out={getattr(args, 'out', 'cat.png')}"]
+    out = str(getattr(args, "out", ""))  # of scores and of pairs it is no picture
+    command += ["--prompt=a cat", f"--out={out if out.endswith('.png') else 'cat.png'}"]
     raise ValueError(
         f"{given} is a FLUX, which is told prompts: their encoders and the decoder are of a "
         f"pipeline, so --pretrained is missing. Give the one that it was trained from: "

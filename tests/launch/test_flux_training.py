@@ -14,7 +14,7 @@ from dit_jax.interop import flux_pipelines
 from dit_jax.interop.export import write_model
 from dit_jax.interop.flux_files import load_flux, save_flux
 from dit_jax.interop.models import open_model
-from dit_jax.launch import convert, sample, training
+from dit_jax.launch import convert, evaluate, sample, training
 from dit_jax.models.flux_config import PRESETS
 from tests.interop.test_models import in_memory
 from tests.launch.test_lora import DIT
@@ -143,6 +143,8 @@ def test_without_a_pipeline_the_command_that_works_is_said(run, pipeline, tmp_pa
     said = refusal(capsys, sample, f"--workdir={run}", f"--out={out}")
     assert f"python launch/sample.py --pretrained=FLUX.1-dev --workdir={run}" in said
     assert "'--prompt=a cat'" in said and str(out) in said
+    said = refusal(capsys, evaluate, f"--workdir={run}", f"--out={tmp_path / 'scores.json'}")
+    assert "is a FLUX, which is told prompts" in said and "--out=cat.png" in said
     given = (f"--pretrained={pipeline}", "--prompt=a", f"--out={out}")
     assert "--step would do nothing beside --pretrained without" in refusal(
         capsys, sample, *given, "--step=3"
