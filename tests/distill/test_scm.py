@@ -271,7 +271,7 @@ CEILING = 0.1  # of the sliced Wasserstein distance; the undistilled one step's 
 # two values an example: a large constant keeps them nearer to proportional.
 RECIPES = {
     "teacher": {"learning_rate": 2e-3, "tangent_constant": 0.1},
-    "data": {"learning_rate": 2e-3, "tangent_constant": 1.0},
+    "data": {"learning_rate": 1e-3, "tangent_constant": 1.0},
 }
 
 
