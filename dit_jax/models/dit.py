@@ -241,8 +241,8 @@ class FinalLayer(nnx.Module):
         if modulation is None:
             modulation = self.adaLN_modulation(condition)
         shift, scale = jnp.split(modulation, 2, axis=-1)
-        custom = self.custom_gradients
-        return self.linear(layers.modulated_layer_norm(x, shift, scale, custom_gradients=custom))
+        custom = {"custom_gradients": self.custom_gradients}
+        return layers.modulated_product(self.linear, x, shift, scale, **custom)[0]
 
 
 class DiT(nnx.Module):

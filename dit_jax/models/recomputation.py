@@ -11,8 +11,10 @@ XLA's kernels, and kept in none. JAX's own derivatives, so that `jax.jvp` passes
 nothing of this happens unless a policy asks for it: there `cpu_kernels` are faster.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -34,6 +36,25 @@ _ACTIVATION = "activation"
 # tanh(u) = 2 sigmoid(2 u) - 1 with u = sqrt(2 / pi) (x + 0.044715 x^3).
 _GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715 * _GELU_SLOPE
+
+# Of the blocks that are being traced: their policy, and whether a scan runs them.
+_blocks = contextvars.ContextVar("blocks", default=("none", False))
+
+
+@contextlib.contextmanager
+def tracing_blocks(remat: str, *, scanned: bool) -> Iterator[None]:
+    """A context in which a block is traced.
+
+    Args:
+        remat: the policy around it, resolved.
+        scanned: whether its forward and backward pass are bodies of two scans. XLA cannot merge
+            then what one computes with what the other computes anew.
+    """
+    token = _blocks.set((remat, scanned))
+    try:
+        yield
+    finally:
+        _blocks.reset(token)
 
 
 def resolve_remat(remat: str, backend: str | None = None) -> str:
@@ -68,10 +89,11 @@ def recomputes_elementwise(backend: str | None = None) -> bool:
     return (backend or target_platform()) != "cpu"
 
 
-def elementwise(function: Callable[..., Array], *operands: Array) -> Array:
+def elementwise(
+    function: Callable[..., Array], *operands: Array, prevent_cse: bool = False
+) -> Array:
     """function(*operands), keeping the operands alone for its backward pass."""
-    # Inside a scan XLA has nothing to merge the recomputation with.
-    return jax.checkpoint(function, prevent_cse=False)(*operands)
+    return jax.checkpoint(function, prevent_cse=prevent_cse)(*operands)
 
 
 def product_of(
@@ -102,7 +124,11 @@ def product_of(
         layer, after = nnx.merge(graph, parameters)
         return layer(x), nnx.split(after)[1]
 
-    y, after = jax.checkpoint(run, policy=activations_saveable)(parameters, *operands)
+    # Within a scan's body `prepare` is computed twice only if the whole block is computed anew:
+    # there it is better merged than stored and read once more.
+    _, scanned = _blocks.get()
+    run = jax.checkpoint(run, policy=activations_saveable, prevent_cse=not scanned)
+    y, after = run(parameters, *operands)
     return y, nnx.merge(nnx.graphdef(following), after)
 
 
@@ -127,7 +153,10 @@ def _gelu_jvp(primals, tangents):
 
 def gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """GELU in its tanh approximation, computed in float32 and kept in none."""
-    return elementwise(_gelu, x)
+    # Where a block is computed anew XLA would make GELU and its gradient in one kernel, and both of
+    # them, the widest arrays of a block, would be there at once with what they are made of.
+    remat, _ = _blocks.get()
+    return elementwise(_gelu, x, prevent_cse=remat == "block")
 
 
 @jax.custom_jvp

@@ -16,7 +16,12 @@ from flax import nnx
 
 from dit_jax.models.apart import is_apart
 from dit_jax.models.linear import converted_to, products_dtypes
-from dit_jax.models.recomputation import activations_saveable, converted, resolve_remat
+from dit_jax.models.recomputation import (
+    activations_saveable,
+    converted,
+    resolve_remat,
+    tracing_blocks,
+)
 from dit_jax.nearest import one_of
 from dit_jax.target import target_platform
 
@@ -170,7 +175,8 @@ def run_stack(
             args = (*args, own_inputs)
         if dtypes:
             parameters = jax.tree.map(converted, *parameters)
-        return call(nnx.merge(graph, parameters), x, state, *args)
+        with tracing_blocks(resolve_remat(remat), scanned=scanned):
+            return call(nnx.merge(graph, parameters), x, state, *args)
 
     if state is None:
         prefetch = None
