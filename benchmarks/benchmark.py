@@ -429,6 +429,8 @@ def main(argv: list[str] | None = None) -> None:
             cases = (Case(name=args.case, **options),)
         results = []
         for case in cases:
+            if case.name in ("train", "guided", "compile"):
+                method_of(case)  # what cannot be built is said here, not by a side's process
             print(f"measuring {case} ...", file=sys.stderr, flush=True)
             measured = case.name == "compile"
             results.append(measure_compilation(case) if measured else compare(case, args.rounds))

@@ -72,7 +72,7 @@ class Finiteness:
             raise InteropError(
                 f"{path} has NaN or infinity in {len(self.found)} of its tensors: {self.listed()}. "
                 "The training that wrote it diverged, or the file is damaged: take an earlier "
-                "checkpoint or a new copy. --allow_nonfinite reads it all the same"
+                "checkpoint or a new copy. Commands with --allow_nonfinite read it all the same"
             )
 
 

@@ -58,7 +58,7 @@ def adapter(text: str) -> tuple[str, float]:
     if not path:
         raise argparse.ArgumentTypeError(f"{text!r}: expected FILE or FILE:WEIGHT")
     if weight == 0 or weight not in ranges.FINITE:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a weight other than 0")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a weight other than 0, and finite")
     return path, weight
 
 

@@ -53,8 +53,8 @@ class Execution:
     def __post_init__(self):
         if self.divided is not None and self.parallel is not None:
             raise ValueError(
-                f"a mesh divides weights, parallel={self.parallel.mode!r} pictures: give one of "
-                "them (parallel='tensor' divides both)"
+                f"weights divided over a mesh and parallel={self.parallel.mode!r}, which divides "
+                "pictures over devices of its own: give one of the two"
             )
         if self.divided is not None and self.programs is not None:
             raise ValueError(

@@ -188,7 +188,7 @@ def shift_of_tokens(tokens: int, points: tuple[float, ...]) -> float:
         points: (tokens, log shift, other tokens, their log shift).
 
     Raises:
-        ValueError: The points are no two points of a line.
+        ValueError: The points are no two points of a line, or the shift is no finite number.
     """
     if len(points) != 4 or points[0] == points[2]:
         raise ValueError(
@@ -196,4 +196,10 @@ def shift_of_tokens(tokens: int, points: tuple[float, ...]) -> float:
             "their shift), such as (256, 0.5, 4096, 1.15)"
         )
     first, low, second, high = points
-    return math.exp(low + (tokens - first) * (high - low) / (second - first))
+    log_shift = low + (tokens - first) * (high - low) / (second - first)
+    if not abs(log_shift) < 700:
+        raise ValueError(
+            f"inputs of {tokens:,} tokens: the shift of times, exp({log_shift:.4g}), is out of "
+            "range. Choose smaller images"
+        )
+    return math.exp(log_shift)
