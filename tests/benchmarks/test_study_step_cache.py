@@ -46,7 +46,7 @@ def test_the_study_of_step_caches_writes_numbers_a_table_and_a_picture(workdir, 
 
 
 def test_the_study_of_quantisation_takes_a_trained_run(workdir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study_quantization, "QUANTIZATIONS", ("none", "fp8"))
+    monkeypatch.setattr(study_quantization, "STORED", ("fp8",))
     out = tmp_path / "fp8"
     options = (f"--workdir={workdir}", "--solver=euler", "--sampling_steps=2", f"--out={out}")
     study_quantization.main([*SMALL, *options])
