@@ -109,7 +109,7 @@ def test_prompts_of_a_file_become_a_folder_a_grid_and_those_of_python(folder, tm
                 "--parallel=ring",
                 "--patch_devices=2",
             ],
-            "a mesh divides weights, parallel='ring' pictures",
+            "weights divided over a mesh and parallel='ring'",
         ),
         (["--pretrained=FOLDER", "--prompt=a", "--lora=x:0"], "expected a weight other than 0"),
         (["--pretrained=FOLDER", "--prompt=a", "--lora=none.pt:2"], "none.pt does not exist"),

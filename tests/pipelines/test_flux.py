@@ -445,7 +445,7 @@ def test_weights_are_divided_as_they_are_read_and_pictures_are_the_same(dev, mad
 def test_what_does_not_go_with_divided_weights_is_refused(dev, tmp_path):
     mesh = create_mesh(data=1, fsdp=2, devices=jax.devices()[:2])
     for options, message in (
-        ({"parallel": ImageParallel("ring", patch_devices=2)}, "a mesh divides weights"),
+        ({"parallel": ImageParallel("ring", patch_devices=2)}, "weights divided over a mesh"),
         ({"programs": tmp_path}, "programs of divided weights are not kept"),
         ({"offload": True}, "offload keeps the encoders' weights on the host"),
         ({"mesh": jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])}, "a mesh of the axes x"),
