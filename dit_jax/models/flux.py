@@ -306,9 +306,25 @@ class Flux(nnx.Module):
         """What modulates every block: time, guidance and the whole text, through SiLU."""
         condition = self.t_embedder(t) + self.pooled_embedder(conditions["pooled"])
         if self.config.guidance_embedding:
-            # As time, of which the network is told 1000 t.
-            condition = condition + self.guidance_embedder(1000.0 * conditions["guidance"])
+            told = _told_guidance(conditions["guidance"], resolve_dtype(self.config.dtype))
+            condition = condition + self.guidance_embedder(told)
         return jax.nn.silu(condition).astype(resolve_dtype(self.config.dtype))
+
+
+def _told_guidance(guidance: Float[Array, " b"], dtype: jnp.dtype) -> Float[Array, " b"]:
+    """1000 times the scale, as of time.
+
+    In bfloat16 rounded as the published implementations round it (3.5 becomes 3504), which is what
+    their users see: a constant shift of a setting, unlike the rounding of times, which stay exact.
+    """
+    if dtype != jnp.bfloat16:
+        return 1000.0 * guidance
+
+    def rounded(x):
+        # XLA may leave out a conversion to bfloat16 and back, but not this.
+        return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+    return rounded(1000.0 * rounded(guidance))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,6 +105,7 @@ def test_dev_in_bfloat16_is_near_that_of_diffusers(tmp_path):
     ours = FluxPipeline.from_pretrained(folder, dtype=torch.bfloat16)
     wide = FluxPipeline.from_pretrained(folder, dtype="float32")
     distances = {}
+    # 4000 is a number of bfloat16, 3500 is not: both networks are told 3504.
     for scale in (4.0, 3.5):
         options = {"guidance_scale": scale}
         more = {"latents": NOISE, "output_type": "np", **SHORT, **options}
@@ -112,9 +113,8 @@ def test_dev_in_bfloat16_is_near_that_of_diffusers(tmp_path):
         wanted = theirs(pipeline, **options)
         distances[scale] = psnr(found, wanted), psnr(found, exact), psnr(wanted, exact)
         print(f"guidance {scale}: to theirs, ours to float32, theirs to float32:", distances[scale])
-    # 4000 is a number of bfloat16, 3500 is not: diffusers tells the network 3504.
-    assert distances[4.0][0] > 35 and min(distances[4.0][1], distances[3.5][1]) > 40
-    assert distances[3.5][2] < distances[3.5][1]
+    assert min(distances[scale][0] for scale in distances) > 35, distances
+    assert distances[4.0][1] > 40
 
 
 @only_long
