@@ -2,6 +2,7 @@
 
     adapter = load_lora("style.safetensors", network)       # for `models.lora.attach`
     save_lora("mine.safetensors", network, adapter)         # for diffusers' load_lora_weights
+    load_loras("style.safetensors", {"transformer": network, "clip": encoder, "t5": encoder_2})
 
 Our fused projections take what are several adapters elsewhere: their a's side by side, their b's in
 blocks. What a file holds for modules that the network does not have is an error, never left out.
@@ -11,25 +12,26 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.atomic import atomic_file, atomic_folder, check_destination
 from dit_jax.interop import hub
-from dit_jax.interop.claims import check_types, read_object
 from dit_jax.interop.finiteness import Finiteness, WatchedFile
 from dit_jax.interop.lora_names import (
-    Part,
+    CLIP,
+    T5,
+    TRANSFORMER,
     family_of,
     grouped,
     in_first_layer,
     part_of,
     spellings,
 )
+from dit_jax.interop.lora_scales import PEFT_CONFIG, PEFT_PREFIX, Scales
 from dit_jax.interop.lora_targets import Target, export_targets, normalised, targets
 from dit_jax.interop.tensors import (
     InteropError,
@@ -40,13 +42,16 @@ from dit_jax.interop.tensors import (
 )
 from dit_jax.models import FluxConfig, Network
 from dit_jax.models.lora import Adapter, Factors, layer_shapes
+from dit_jax.models.text import TextEncoder
 from dit_jax.quantities import counted
-from dit_jax.untrusted import shown
 
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_METADATA = "lora_adapter_metadata"  # in what diffusers saves, of PEFT's configurations
-_PEFT_PREFIX = "base_model.model."
-_PEFT_ALPHA = 8  # its default, of a configuration without lora_alpha
+PEFT_WEIGHTS = "adapter_model.safetensors"
+_TITLES = {CLIP: "CLIP", T5: "T5"}
+# What diffusers calls the parts of a pipeline, in a file's metadata.
+_METADATA = {TRANSFORMER: "transformer.", CLIP: "text_encoder.", T5: "text_encoder_2."}
+_IGNORING = (
+    "ignore_text_encoders=True (--lora_ignore_text_encoders) leaves the text encoders as they are"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,60 +89,86 @@ def load_lora(
             have, half a pair, other shapes; another family's adapter, which is named; other
             changes than those of low rank (DoRA, LoHa, LoKr); NaN or infinity.
     """
+    networks = {TRANSFORMER: network}
+    return load_loras(path, networks, ignore_text_encoders=ignore_text_encoders)[TRANSFORMER]
+
+
+def load_loras(
+    path: str | os.PathLike,
+    networks: Mapping[str, Network | TextEncoder],
+    *,
+    ignore_text_encoders: bool = False,
+) -> dict[str, Adapter]:
+    """Reads what a file changes in a pipeline, an adapter for each network that it does change.
+
+    Args:
+        path: see `load_lora`.
+        networks: 'transformer', and 'clip' and 't5' if text encoders are to be changed, too.
+        ignore_text_encoders: leave out what it changes in text encoders, whatever that is.
+
+    Raises:
+        InteropError: see `load_lora`; it changes a text encoder that is none of `networks`.
+    """
     path = hub.resolve(str(path)) if str(path).startswith(hub.PREFIX) else Path(path).expanduser()
     if not path.exists():
         raise InteropError(f"{path} does not exist: expected a file or folder of a LoRA")
     file = open_tensors(path, keep_names=True)
-    scales = _Scales.of(file, path)
-    modules = _modules(file, network, ignore_text_encoders)
-    _check_shapes(file, modules)
+    scales = {name: Scales.of(file, _METADATA[name]) for name in networks}
+    modules = _modules(file, networks, ignore_text_encoders)
+    _check_shapes(file, [module for own in modules.values() for module in own])
     seen = Finiteness()
-    factors = _read(WatchedFile(file, seen), modules, scales, network)
+    watched = WatchedFile(file, seen)
+    factors = {
+        name: _read(watched, own, scales[name], networks[name]) for name, own in modules.items()
+    }
     seen.require(file.path)
-    return Adapter(factors, path.stem)
+    return {name: Adapter(own, path.stem) for name, own in factors.items()}
 
 
-def _modules(file: TensorFile, network: Network, ignore_text_encoders: bool) -> list[_Module]:
-    """The file's modules with their places here; refuses what has none."""
-    found: dict[str, dict[str, str]] = {}
-    unknown, texts, others = [], [], {}
+def _modules(
+    file: TensorFile, networks: Mapping[str, Network | TextEncoder], ignore_text_encoders: bool
+) -> dict[str, list[_Module]]:
+    """The file's modules with their places here, by network; refuses what has none."""
+    found: dict[str, dict[str, dict[str, str]]] = {name: {} for name in networks}
+    unknown: dict[str, list[str]] = {name: [] for name in networks}
+    others: dict[str, list[str]] = {}
+    strangers, half, modules = [], [], {}
     for name in file.specs:
-        part = part_of(name) or Part("none", name)
-        if part.kind in ("a", "b", "alpha"):
-            if part.kind in found.setdefault(part.module, {}):
-                unknown.append(name)  # of several adapters in one file
-            found[part.module].setdefault(part.kind, name)
-        elif part.kind == "text":
-            texts.append(name)
-        elif part.kind == "other":
+        part = part_of(name)
+        if part.owner != TRANSFORMER and ignore_text_encoders:
+            continue
+        if part.kind == "other":
             others.setdefault(part.module, []).append(name)
+        elif part.owner not in networks:
+            strangers.append(name)
+        elif part.kind == "none":
+            unknown[part.owner].append(name)
         else:
-            unknown.append(name)
+            own = found[part.owner].setdefault(part.module, {})
+            if part.kind in own:
+                unknown[part.owner].append(name)  # of several adapters in one file
+            own.setdefault(part.kind, name)
     for what, names in others.items():
         raise InteropError(
             f"{file.path} is {what}, of which there is no code here: a LoRA has lora_A and lora_B "
             f"(or lora_down and lora_up) and nothing else; found {grouped(names)[0]}"
         )
-    modules, half = [], []
-    for module, names in found.items():
-        places = _find(module, network)
-        if places is None:
-            unknown.append(module)
-        elif "a" not in names or "b" not in names:
-            half.extend(names.values())
-        else:
-            modules.append(_Module(module, places, names["a"], names["b"], names.get("alpha")))
-    _require_known(file, network, modules, unknown, half)
-    if texts and not ignore_text_encoders:
-        raise InteropError(
-            f"{file.path} also changes a text encoder ({counted(len(texts), 'tensor')}, as "
-            f"{texts[0]}), which has no LoRA here: leave those out with ignore_text_encoders=True "
-            "(--lora_ignore_text_encoders); the rest was trained beside them"
-        )
+    for owner, by_module in found.items():
+        for module, names in by_module.items():
+            places = _find(module, networks[owner])
+            if places is None:
+                unknown[owner] += [module] if owner == TRANSFORMER else names.values()
+            elif "a" not in names or "b" not in names:
+                half += names.values()
+            else:
+                made = _Module(module, places, names["a"], names["b"], names.get("alpha"))
+                modules.setdefault(owner, []).append(made)
+    _require_known(file, networks[TRANSFORMER], modules, unknown, half)
+    _require_encoders(file, networks, strangers)
     return modules
 
 
-def _find(module: str, network: Network) -> tuple[Target, ...] | None:
+def _find(module: str, network: Network | TextEncoder) -> tuple[Target, ...] | None:
     known = targets(network)
     for names in spellings(module):
         found = tuple(known.get(normalised(name)) for name in names)
@@ -149,27 +180,50 @@ def _find(module: str, network: Network) -> tuple[Target, ...] | None:
 def _require_known(
     file: TensorFile,
     network: Network,
-    modules: list[_Module],
-    unknown: list[str],
+    modules: Mapping[str, list[_Module]],
+    unknown: Mapping[str, list[str]],
     half: list[str],
 ) -> None:
-    title = network.config.title
+    title, own = network.config.title, unknown[TRANSFORMER]
     # Modules of blocks beyond the network's depth are this family's, however many they are.
-    deeper = [name for name in unknown if _find(in_first_layer(name), network)]
-    is_own = unknown and len(deeper) == len(unknown)
-    family = None if is_own else family_of(file.specs)
-    if not modules and not half and not deeper:
+    deeper = [name for name in own if _find(in_first_layer(name), network)]
+    family = family_of(file.specs) if len(deeper) < len(own) else None
+    has_some = TRANSFORMER in modules or half or deeper
+    if not has_some and (own or not modules):
         what = f"it is an adapter of {family}" if family else "none of its tensors is for it"
-        some = ", ".join(grouped(unknown)[:8]) or "no factors"
+        some = ", ".join(grouped(own or file.specs)[:8]) or "no factors"
         raise InteropError(f"{file.path} is no LoRA of {title}: {what} (it has {some})")
-    problems = [f"  not in the network: {name}" for name in grouped(unknown)]
-    problems += [f"  half a pair: {name}" for name in grouped(half)]
+    problems = [f"  not in the network: {name}" for name in grouped(own)]
+    in_texts = [
+        f"  not in {encoder}: {name}"
+        for owner, encoder in _TITLES.items()
+        for name in grouped(unknown.get(owner, ()))
+    ]
+    problems += in_texts + [f"  half a pair: {name}" for name in grouped(half)]
     if problems:
         what = f" (its names are those of {family})" if family else ""
         raise InteropError(
             f"{file.path} is not, or not only, a LoRA of this network, {title}{what}:\n"
             + "\n".join(problems)
+            + (f"\n{_IGNORING}" if in_texts else "")
         )
+
+
+def _require_encoders(file: TensorFile, networks: Collection[str], strangers: list[str]) -> None:
+    if not strangers:
+        return
+    found = f"{counted(len(strangers), 'tensor')}, as {strangers[0]}"
+    if len(networks) == 1:
+        raise InteropError(
+            f"{file.path} also changes a text encoder ({found}), which is no part of this network: "
+            "FluxPipeline.load_lora_weights reads all of it, ignore_text_encoders=True leaves that "
+            "out; the rest was trained beside it"
+        )
+    known = " and ".join(_TITLES[name] for name in networks if name in _TITLES)
+    raise InteropError(
+        f"{file.path} changes a text encoder that the pipeline does not have ({found}): it has "
+        f"{known}. {_IGNORING}"
+    )
 
 
 def _check_shapes(file: TensorFile, modules: list[_Module]) -> None:
@@ -202,85 +256,8 @@ def _is_float(dtype: np.dtype) -> bool:
     return dtype.kind == "f" or dtype.name.startswith(("bfloat16", "float8"))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Scales:
-    """What PEFT's configuration says of scales, beside the tensors; empty where there is none.
-
-    Attributes:
-        alpha: of modules that no pattern is for; None, without a configuration: their rank.
-        patterns: alpha by the end of a module's name.
-        rank_stabilised: whether alpha is divided by the root of the rank.
-    """
-
-    alpha: float | None = None
-    patterns: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    rank_stabilised: bool = False
-
-    @classmethod
-    def of(cls, file: TensorFile, path: Path) -> "_Scales":
-        """Of adapter_config.json beside PEFT's file, or of the metadata that diffusers writes."""
-        config = file.path.parent / PEFT_CONFIG
-        if text := file.metadata.get(_METADATA):
-            try:
-                values = json.loads(text)
-            except (ValueError, RecursionError, TypeError) as error:
-                raise InteropError(f"{file.path}: {_METADATA} is no JSON") from error
-            if not isinstance(values, dict):
-                raise InteropError(f"{file.path}: {_METADATA} is no table")
-            start = "transformer."
-            own = {k.removeprefix(start): v for k, v in values.items() if k.startswith(start)}
-            return cls._checked(own, f"{file.path} ({_METADATA})") if own else cls()
-        if not any(name.startswith(_PEFT_PREFIX) for name in file.specs):
-            return cls()
-        if not config.is_file():
-            raise InteropError(
-                f"{file.path} is of PEFT, whose {PEFT_CONFIG} is not beside it: without it the "
-                "scale of the change (lora_alpha) is not known. Give the folder with both"
-            )
-        return cls._checked(read_object(config, file.path.parent), str(config))
-
-    @classmethod
-    def _checked(cls, values: Mapping[str, Any], where: str) -> "_Scales":
-        numbers, truths = ("lora_alpha",), ("use_dora", "use_rslora", "lora_bias")
-        check_types(where, values, numbers=numbers, truths=truths, nullable=(*numbers, *truths))
-        kind = values.get("peft_type", "LORA")
-        unknown = [name for name in ("use_dora", "lora_bias") if values.get(name)]
-        if kind != "LORA" or unknown or values.get("bias", "none") != "none":
-            what = shown(kind) if kind != "LORA" else " and ".join(unknown) or "trained biases"
-            raise InteropError(f"{where}: {what}: no plain LoRA, which is all that is read here")
-        patterns = values.get("alpha_pattern") or {}
-        number = (int, float)
-        if not isinstance(patterns, dict) or not all(
-            isinstance(v, number) and math.isfinite(v) for v in patterns.values()
-        ):
-            raise InteropError(f"{where}: alpha_pattern: expected numbers by module")
-        patterns = {
-            key.lstrip("^").rstrip("$").replace("\\.", "."): v for key, v in patterns.items()
-        }
-        for key in patterns:
-            if not all(part.replace("_", "").isalnum() for part in key.split(".")):
-                raise InteropError(f"{where}: alpha_pattern has {shown(key)}: expected a module")
-        alpha = values.get("lora_alpha")
-        alpha = _PEFT_ALPHA if alpha is None else alpha
-        return cls(alpha, patterns, bool(values.get("use_rslora")))
-
-    def __call__(self, module: str, rank: int, alpha: float | None) -> float:
-        """What the product is multiplied by."""
-        if alpha is not None:
-            return alpha / rank
-        for end, value in self.patterns.items():
-            if module == end or module.endswith(f".{end}"):
-                alpha = value
-                break  # of several that match PEFT takes the first
-        if alpha is None:
-            alpha = self.alpha
-        if alpha is None:
-            return 1.0
-        return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
-
-
 def _read(
-    file: TensorFile, modules: list[_Module], scales: _Scales, network: Network
+    file: TensorFile, modules: list[_Module], scales: Scales, network: Network | TextEncoder
 ) -> dict[str, Factors]:
     """All factors in our layout, float32."""
     shapes = layer_shapes(network)
@@ -363,7 +340,7 @@ def save_lora(
             _write(Path(temporary.name), "transformer.", places, adapter, dtype)
         return
     with atomic_folder(path, overwrite=overwrite) as folder:
-        rank = _write(folder / PEFT_WEIGHTS, _PEFT_PREFIX, places, adapter, dtype)
+        rank = _write(folder / PEFT_WEIGHTS, PEFT_PREFIX, places, adapter, dtype)
         values = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none"}
         values["target_modules"] = [target.module for target in places]
         (folder / PEFT_CONFIG).write_text(json.dumps(values, indent=2) + "\n")

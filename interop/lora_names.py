@@ -2,7 +2,8 @@
 
 PEFT and diffusers (`transformer.MODULE.lora_A.weight`), diffusers before PEFT
 (`MODULE.lora.down.weight`), kohya (`lora_unet_MODULE.lora_down.weight`, points in MODULE written as
-underscores, and `.alpha`) and XLabs (`double_blocks.0.processor.qkv_lora1.down.weight`).
+underscores, and `.alpha`) and XLabs (`double_blocks.0.processor.qkv_lora1.down.weight`). What is of
+a text encoder has a prefix of its own: `text_encoder.` or `lora_te1_`.
 """
 
 import dataclasses
@@ -12,11 +13,12 @@ from collections.abc import Collection, Iterable
 from dit_jax.quantities import spelled_numbers
 
 _FACTOR = re.compile(
-    r"(?P<module>.+?)\.(?P<kind>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|down|up)"
-    r"(\.(?P<adapter>[^.]+))?\.weight"
+    r"(?P<module>.+?)\.(?P<kind>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|down|up"
+    r"|lora_linear_layer\.down|lora_linear_layer\.up)(\.(?P<adapter>[^.]+))?\.weight"
 )
 _KINDS = {"lora_A": "a", "lora_down": "a", "lora.down": "a", "down": "a"}
 _KINDS |= {"lora_B": "b", "lora_up": "b", "lora.up": "b", "up": "b"}
+_KINDS |= {"lora_linear_layer.down": "a", "lora_linear_layer.up": "b"}  # diffusers' of CLIP
 # What may stand before the name of a module.
 _PREFIXES = (
     "base_model.model.",
@@ -28,9 +30,21 @@ _PREFIXES = (
     "lora_unet_",
     "lora_transformer_",
 )
+TRANSFORMER, CLIP, T5 = "transformer", "clip", "t5"
 _TEXT_ENCODER = re.compile(
     r"(base_model\.model\.)?(text_encoders?(_\d)?[._]|lora_te\d?_|te\d?[._]|text_model\.|t5xxl[._])"
 )
+# Of FLUX's two. kohya's T5 is the third, as its second is Stable Diffusion 3's other CLIP.
+_TEXT_ENCODERS = {
+    CLIP: re.compile(
+        r"(base_model\.model\.)?(text_encoder\.|lora_te1?_|te1?[._]|(?=text_model\.)"
+        r"|text_encoders\.clip_l\.(transformer\.)?)"
+    ),
+    T5: re.compile(
+        r"(base_model\.model\.)?(text_encoder_2\.|lora_te[23]_|te[23][._]|t5xxl[._]"
+        r"|text_encoders\.t5xxl\.(transformer\.)?)"
+    ),
+}
 # Changes that are none of low rank added to a weight.
 _OTHERS = (
     (r"\.(lora_magnitude_vector(\.\w+)?(\.weight)?|dora_scale)", "DoRA"),
@@ -76,26 +90,38 @@ class Part:
     """What one tensor is.
 
     Attributes:
-        kind: 'a', 'b' or 'alpha'; 'text' of a text encoder; 'other' of another kind of change.
-        module: as the file spells it; of an 'other' what kind of change it is.
+        kind: 'a', 'b' or 'alpha'; 'other' of another kind of change; 'none' of names that no tool
+            writes.
+        module: as the file spells it, of a text encoder without what tells that it is one; of an
+            'other' what kind of change it is.
+        owner: `TRANSFORMER`, or whatever network it is that the file is for; `CLIP` or `T5`; '' of
+            another text encoder.
     """
 
     kind: str
     module: str
+    owner: str = TRANSFORMER
 
 
-def part_of(name: str) -> Part | None:
-    """What a tensor of this name is; None if no tool writes such names."""
-    if _TEXT_ENCODER.match(name):
-        return Part("text", name)
+def part_of(name: str) -> Part:
+    """What a tensor of this name is."""
+    if not _TEXT_ENCODER.match(name):
+        return _part_of(name, TRANSFORMER)
+    for owner, prefix in _TEXT_ENCODERS.items():
+        if match := prefix.match(name):
+            return _part_of(name[match.end() :], owner)
+    return _part_of(name, "")
+
+
+def _part_of(name: str, owner: str) -> Part:
     for pattern, what in _OTHERS:
         if re.fullmatch(rf".+{pattern}", name):
-            return Part("other", what)
+            return Part("other", what, owner)
     if match := _FACTOR.fullmatch(name):
-        return Part(_KINDS[match["kind"]], match["module"])
+        return Part(_KINDS[match["kind"]], match["module"], owner)
     if name.endswith(".alpha"):
-        return Part("alpha", name.removesuffix(".alpha"))
-    return None
+        return Part("alpha", name.removesuffix(".alpha"), owner)
+    return Part("none", name, owner)
 
 
 def spellings(module: str) -> Iterable[tuple[str, ...]]:

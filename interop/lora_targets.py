@@ -18,9 +18,11 @@ from dit_jax.interop import dit, flux, kinds
 from dit_jax.interop.edm import edm_table
 from dit_jax.interop.parameters import parameter_shapes
 from dit_jax.interop.table import LAYER, Row, Table, foreign_shapes
+from dit_jax.interop.text_encoders import table_of
 from dit_jax.models import DiTConfig, FluxConfig, Network
 from dit_jax.models.edm_config import UNetConfig
 from dit_jax.models.lora import layer_shapes
+from dit_jax.models.text import CLIPTextConfig, T5Config, TextEncoder
 
 _PROBED = 64  # rows and columns of a large weight that are looked at
 
@@ -78,12 +80,14 @@ def tables_of(config: Any) -> Iterator[Table]:
         yield from (dit.original_table(config), dit.diffusers_table(config))
     elif isinstance(config, UNetConfig):
         yield edm_table(config, parameter_shapes(Network(config)))
+    elif isinstance(config, CLIPTextConfig | T5Config):
+        yield table_of(config)
     known = kinds.registered().values()
     yield from (kind.table(config) for kind in known if isinstance(config, kind.config))
 
 
 @functools.lru_cache(maxsize=8)
-def targets(network: Network) -> Mapping[str, Target]:
+def targets(network: Network | TextEncoder) -> Mapping[str, Target]:
     """All modules that can have a LoRA, in every layout, by normalised name."""
     found: dict[str, Target] = {}
     for table in tables_of(network.config):
@@ -97,7 +101,7 @@ def export_targets(network: Network) -> list[Target]:
     return list(targets_of(network, next(tables_of(network.config))))
 
 
-def targets_of(network: Network, table: Table) -> Iterator[Target]:
+def targets_of(network: Network | TextEncoder, table: Table) -> Iterator[Target]:
     """The modules of one layout, layer by layer."""
     layers, shapes = layer_shapes(network), parameter_shapes(network)
     for row in table.rows:

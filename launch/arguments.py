@@ -143,7 +143,7 @@ def add_pipeline_arguments(group: argparse._ActionsContainer) -> None:
         action="append",
         type=argument_types.adapter,
         metavar="FILE[:WEIGHT]",
-        help="change the transformer by a LoRA, or by several (docs/lora.md)",
+        help="change the pipeline by a LoRA, or by several (docs/lora.md)",
     )
     group.add_argument(
         "--lora_ignore_text_encoders",

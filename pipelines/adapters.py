@@ -1,16 +1,58 @@
-"""The LoRA adapters of a pipeline's transformer: several at hand, some of them in use."""
+"""The LoRA adapters of a pipeline: several at hand, some of them in use."""
 
-import os
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.interop.lora import load_lora
+from dit_jax.interop.lora import load_loras
+from dit_jax.interop.lora_names import CLIP, T5, TRANSFORMER
 from dit_jax.models import Network, lora
+from dit_jax.models.text import TextEncoder
 from dit_jax.nearest import did_you_mean
+from dit_jax.pipelines.divided import Divided
 from dit_jax.pipelines.execution import Latents
+from dit_jax.pipelines.flux_files import RULES, FluxParts
+from dit_jax.pipelines.text import TextPart
+
+Changes = Mapping[str, lora.Adapter]
+"""What one LoRA changes, by the name of the network: 'transformer', 'clip', 't5'."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapted:
+    """A network that adapters change.
+
+    Attributes:
+        network: the transformer, or a text encoder.
+        params: its parameters, without adapters.
+        put: (path, array) -> leaf: where the factors live.
+    """
+
+    network: Network | TextEncoder
+    params: Any
+    put: Callable[[str, np.ndarray], Any] = lambda path, array: jnp.asarray(array)
+
+
+def adapted_networks(parts: FluxParts, divided: Divided | None) -> dict[str, Adapted]:
+    """The networks of a pipeline by name; factors of its text encoders live where these do.
+
+    Args:
+        parts: the pipeline's.
+        divided: over which devices its weights are divided.
+    """
+    found = {TRANSFORMER: Adapted(parts.transformer, parts.params)}  # which `Latents` places
+    for name, text in ((CLIP, parts.clip), (T5, parts.t5)):
+        found[name] = Adapted(text.encoder, text.params)
+        if divided is not None:
+            found[name] = dataclasses.replace(found[name], put=divided.put(RULES[name]))
+        elif isinstance(jax.tree.leaves(text.params)[0], np.ndarray):  # offloaded
+            found[name] = dataclasses.replace(found[name], put=lambda path, array: array)
+    return found
 
 
 class Adapters:
@@ -21,19 +63,23 @@ class Adapters:
     that no program is compiled anew.
 
     Args:
-        network: the transformer.
-        params: its parameters, without adapters.
+        networks: by name, 'transformer', 'clip' and 't5'.
+
+    Attributes:
+        params: parameters with adapters, by the networks' names; those that no adapter changes are
+            the very ones that were given.
+        weights: of the adapters in use, by their names.
     """
 
-    def __init__(self, network: Network, params: Any):
-        self._network, self._base = network, params
-        self._known: dict[str, lora.Adapter] = {}
+    def __init__(self, networks: Mapping[str, Adapted]):
+        self._networks = dict(networks)
+        self._known: dict[str, Changes] = {}
         self.weights: dict[str, float] = {}
-        self.params = params
+        self.params = {name: adapted.params for name, adapted in networks.items()}
 
     def load(
         self,
-        path: str | os.PathLike,
+        path: str | Path,
         weight: float,
         name: str | None,
         ignore_text_encoders: bool,
@@ -41,22 +87,27 @@ class Adapters:
         """Reads one and puts it to use beside those that are; returns its name.
 
         Raises:
-            InteropError: see `interop.lora.load_lora`.
+            InteropError: see `interop.lora.load_loras`.
             ValueError: there is one of this name.
         """
         self._require_new(name)
-        adapter = load_lora(path, self._network, ignore_text_encoders=ignore_text_encoders)
-        return self.add(adapter, weight, name)
+        networks = {
+            part: adapted.network
+            for part, adapted in self._networks.items()
+            if part == TRANSFORMER or not ignore_text_encoders
+        }
+        changes = load_loras(path, networks, ignore_text_encoders=ignore_text_encoders)
+        return self.add(changes, weight, name)
 
-    def add(self, adapter: lora.Adapter, weight: float, name: str | None = None) -> str:
+    def add(self, changes: Changes, weight: float, name: str | None = None) -> str:
         """Puts one to use beside those that are; returns its name.
 
         Raises:
-            ValueError: there is one of this name, or it is another network's.
+            ValueError: there is one of this name, or it is of other networks.
         """
         self._require_new(name)
-        name = name or self._new_name(adapter.name)
-        self._use({**self._known, name: adapter}, {**self.weights, name: float(weight)})
+        name = name or self._new_name(next(iter(changes.values())).name)
+        self._use({**self._known, name: changes}, {**self.weights, name: float(weight)})
         return name
 
     def choose(self, names: Sequence[str], weights: Sequence[float]) -> None:
@@ -83,11 +134,18 @@ class Adapters:
         """Lets go of all of them."""
         self._use({}, {})
 
-    def _use(self, known: Mapping[str, lora.Adapter], weights: Mapping[str, float]) -> None:
-        pairs = [(adapter, weights.get(name, 0.0)) for name, adapter in known.items()]
-        params = self._base
-        if pairs:
-            params = lora.attach(self._network, params, pairs, rank=lora.padded_rank)
+    def _use(self, known: Mapping[str, Changes], weights: Mapping[str, float]) -> None:
+        params = {}
+        for part, adapted in self._networks.items():
+            pairs = [
+                (changes[part], weights.get(name, 0.0))
+                for name, changes in known.items()
+                if part in changes
+            ]
+            params[part] = adapted.params
+            if pairs:
+                options = {"rank": lora.padded_rank, "put": adapted.put}
+                params[part] = lora.attach(adapted.network, adapted.params, pairs, **options)
         self._known, self.weights, self.params = dict(known), dict(weights), params
 
     def _require_new(self, name: str | None) -> None:
@@ -103,10 +161,23 @@ class Adapters:
 
 
 class Adaptable:
-    """What a pipeline that has `adapters` and `latents` offers of them."""
+    """What a pipeline that has these offers of adapters.
+
+    Attributes:
+        adapters: of its networks.
+        latents: which its transformer makes.
+        texts: its text encoders, 'clip' and 't5', with the adapters in use.
+    """
 
     adapters: Adapters
     latents: Latents
+    texts: dict[str, TextPart]
+
+    def _use_adapters(self) -> None:
+        """Goes on with the parameters of the adapters in use."""
+        self.latents.replace_params(self.adapters.params[TRANSFORMER])
+        for name, text in self.texts.items():
+            self.texts[name] = dataclasses.replace(text, params=self.adapters.params[name])
 
     def load_lora_weights(
         self,
@@ -116,7 +187,9 @@ class Adaptable:
         adapter_name: str | None = None,
         ignore_text_encoders: bool = False,
     ) -> str:
-        """Reads a LoRA of the transformer and uses it, beside those in use (docs/lora.md).
+        """Reads a LoRA and uses it, beside those in use (docs/lora.md).
+
+        What it changes in CLIP and T5 is used with the same weight. diffusers reads no T5's.
 
         Args:
             path: a file of PEFT, diffusers, kohya or XLabs, a folder, or hub:owner/name[:file].
@@ -128,11 +201,11 @@ class Adaptable:
             Its name.
 
         Raises:
-            InteropError: it does not match the transformer; all that differs is said.
+            InteropError: it does not match the pipeline; all that differs is said.
             ValueError: there is one of this name, or the weight is no number.
         """
         name = self.adapters.load(path, weight, adapter_name, ignore_text_encoders)
-        self.latents.replace_params(self.adapters.params)
+        self._use_adapters()
         return name
 
     def add_adapter(
@@ -148,8 +221,8 @@ class Adaptable:
         Raises:
             ValueError: it does not fit the transformer; there is one of this name.
         """
-        name = self.adapters.add(adapter, weight, adapter_name)
-        self.latents.replace_params(self.adapters.params)
+        name = self.adapters.add({TRANSFORMER: adapter}, weight, adapter_name)
+        self._use_adapters()
         return name
 
     def set_adapters(
@@ -171,9 +244,9 @@ class Adaptable:
         if np.ndim(weights) == 0:
             weights = [weights] * len(names)
         self.adapters.choose(names, [float(weight) for weight in weights])
-        self.latents.replace_params(self.adapters.params)
+        self._use_adapters()
 
     def unload_lora_weights(self) -> None:
         """Lets go of every LoRA: the pipeline as it was read."""
         self.adapters.remove()
-        self.latents.replace_params(self.adapters.params)
+        self._use_adapters()

@@ -26,7 +26,7 @@ from dit_jax.interop.found_model import FoundModel
 from dit_jax.interop.tensors import InteropError
 from dit_jax.parallel.sampling import ImageParallel
 from dit_jax.pipelines import flux_files, flux_inputs
-from dit_jax.pipelines.adapters import Adaptable, Adapters
+from dit_jax.pipelines.adapters import Adaptable, Adapters, adapted_networks
 from dit_jax.pipelines.divided import Divided
 from dit_jax.pipelines.execution import Draw, Execution, Latents, Pixels
 from dit_jax.programs import Programs
@@ -61,7 +61,8 @@ class FluxPipeline(Adaptable):
         self.parts, self.execution = parts, execution
         self.latents = Latents(parts.transformer, parts.params, PROCESS, execution)
         self.pixels = Pixels(parts.vae, parts.vae_params, execution)
-        self.adapters = Adapters(parts.transformer, parts.params)
+        self.texts = {"clip": parts.clip, "t5": parts.t5}
+        self.adapters = Adapters(adapted_networks(parts, execution.divided))
 
     @classmethod
     def from_pretrained(
@@ -197,7 +198,8 @@ class FluxPipeline(Adaptable):
         prompts = flux_inputs.as_list("prompt", prompt)
         others = prompts if prompt_2 is None else flux_inputs.as_list("prompt_2", prompt_2)
         programs = self.execution.programs
-        return self.parts.t5(others, length, programs), self.parts.clip(prompts, None, programs)
+        text = self.texts["t5"](others, length, programs)
+        return text, self.texts["clip"](prompts, None, programs)
 
     def __call__(
         self,
@@ -333,7 +335,7 @@ class FluxPipeline(Adaptable):
             height, width, num_inference_steps, None, None, max_sequence_length
         )
         config, ready = self.parts.transformer.config, self.execution.programs.ready
-        for program in (self.parts.t5.program(length), self.parts.clip.program()):
+        for program in (self.texts["t5"].program(length), self.texts["clip"].program()):
             ready(program)
         conditions = {
             "text": jax.numpy.zeros((num_images, length, config.text_dim)),

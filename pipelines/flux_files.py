@@ -55,6 +55,7 @@ from dit_jax.pipelines.divided import Divided
 from dit_jax.pipelines.text import TextPart, check_vocabulary
 
 DTYPES = ("auto", "float32", "bfloat16")  # of products; T5's states go beyond float16
+RULES = {"clip": "clip_text", "t5": "t5_encoder"}  # how text encoders are divided over devices
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
 
@@ -162,8 +163,8 @@ def load(
             ),
         )
         for title, output, kind, name, encoder, tokenizer in (
-            ("CLIP", "pooled", CLIP, "clip_text", "text_encoder", "tokenizer"),
-            ("T5", "tokens", T5, "t5_encoder", "text_encoder_2", "tokenizer_2"),
+            ("CLIP", "pooled", CLIP, RULES["clip"], "text_encoder", "tokenizer"),
+            ("T5", "tokens", T5, RULES["t5"], "text_encoder_2", "tokenizer_2"),
         )
     ]
     vae, vae_params, _ = load_autoencoder(folder / "vae", **execution)

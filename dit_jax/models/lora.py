@@ -1,7 +1,8 @@
 """LoRA: changes of low rank to a network's linear maps, added to them or folded into them.
 
 Hu et al. 2021, arXiv 2106.09685. A layer's product becomes x W + alpha / r (x A) B. Parameters with
-factors tell the network by themselves: `Network.apply` takes them like any others.
+factors tell the network by themselves: `Network.apply` takes them like any others, and so does
+`TextEncoder.encode`.
 
     params = attach(network, params, [(first, 0.8), (second, 0.5)])     # Adapter, weight
     params = merge(params)        # the same function, and no cost
@@ -23,7 +24,8 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from dit_jax.models.apart import Apart, is_apart
-from dit_jax.models.network import Network, Params, linear_layers
+from dit_jax.models.network import Network, Params
+from dit_jax.models.structure import Architecture, linear_layers
 from dit_jax.quantities import counted
 
 Factors = tuple[Float[np.ndarray, "*layers i r"], Float[np.ndarray, "*layers r o"]]
@@ -51,7 +53,7 @@ class Adapter:
         return max(a.shape[-1] for a, _ in self.factors.values())
 
 
-def layer_shapes(network: Network) -> dict[str, tuple[int, ...]]:
+def layer_shapes(network: Architecture) -> dict[str, tuple[int, ...]]:
     """Shapes of the kernels, [*layers, i, o], of the layers that can have a LoRA, by path."""
     return {".".join(map(str, p)): shape for p, shape in linear_layers(network).items()}
 
@@ -62,7 +64,7 @@ def padded_rank(rank: int) -> int:
 
 
 def attach(
-    network: Network,
+    network: Architecture,
     params: Params,
     adapters: Sequence[tuple[Adapter, float]],
     *,
@@ -75,7 +77,7 @@ def attach(
     Several adapters are one of concatenated ranks, each times its weight.
 
     Args:
-        network: whose parameters they are.
+        network: whose parameters they are, a `Network` or a `TextEncoder`.
         params: with or without factors, quantised or not.
         adapters: with their weights.
         rank: of all layers, filled up with zeros, or what makes it of what a layer needs
@@ -99,7 +101,7 @@ def attach(
     return result
 
 
-def _check(network: Network, adapters: Sequence[tuple[Adapter, float]], layers) -> None:
+def _check(network: Architecture, adapters: Sequence[tuple[Adapter, float]], layers) -> None:
     shapes, problems = layer_shapes(network), []
     for adapter, weight in adapters:
         if not math.isfinite(weight):

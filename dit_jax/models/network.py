@@ -6,7 +6,6 @@ rest of the library sees only that dict, so states are ordinary pytrees and step
 
 import dataclasses
 import functools
-import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +17,9 @@ from dit_jax import conditions as conditions_lib
 from dit_jax.models import dit, edm, flux, flux_config
 from dit_jax.models.apart import take_apart
 from dit_jax.models.call import Request, Result
-from dit_jax.models.linear import Linear, converted_to, products_dtypes, resolve_dtype
+from dit_jax.models.linear import converted_to, products_dtypes, resolve_dtype
 from dit_jax.models.quantization import STORED
+from dit_jax.models.structure import Structure, module_of, quantize_layers
 from dit_jax.options import register
 
 Params = dict[str, Any]
@@ -101,12 +101,13 @@ class Network:
             for name, part in params.items()
         }
 
-    def _create(self, key: Key[Array, ""]) -> nnx.Module:
+    def create(self, key: Key[Array, ""]) -> nnx.Module:
+        """The module with fresh parameters."""
         return _MODULES[type(self.config)](self.config, rngs=nnx.Rngs(params=key))
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh float32 parameters as a nested dict. Jit it to create them where they will live."""
-        return nnx.to_pure_dict(nnx.state(self._create(key), nnx.Param))
+        return nnx.to_pure_dict(nnx.state(self.create(key), nnx.Param))
 
     def quantize(self, params: Params) -> Params:
         """Parameters for inference alone, the kernels of quantised products in 8 bits.
@@ -123,7 +124,7 @@ class Network:
             )
         if is_quantized(params):
             raise ValueError("these parameters are quantised already")
-        module = _quantize_layers(nnx.merge(self.graph(params), params))
+        module = quantize_layers(nnx.merge(self.graph(params), params))
         return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
     def apply(self, params: Params, request: Request) -> Result:
@@ -159,14 +160,14 @@ class Network:
         return self._of_structure(params)[0]
 
     @functools.cached_property
-    def _structures(self) -> dict["Structure", tuple[Any, dict]]:
+    def _structures(self) -> dict[Structure, tuple[Any, dict]]:
         return {}
 
     def _of_structure(self, params: Params) -> tuple[Any, dict[tuple, Any]]:
         """Graph and `products_dtypes` of parameters of this structure, made once."""
         structure = Structure.of(params)
         if structure not in self._structures:
-            module = _module(self, structure)
+            module = module_of(self, structure)
             self._structures[structure] = nnx.split(module)[0], products_dtypes(module)
         return self._structures[structure]
 
@@ -252,64 +253,6 @@ class Network:
 def is_quantized(params: Params) -> bool:
     """Whether parameters are of `Network.quantize`."""
     return Structure.of(params).quantized
-
-
-@dataclasses.dataclass(frozen=True)
-class Structure:
-    """What parameters are, beside those of `Network.init`: which decides the module's graph.
-
-    Attributes:
-        quantized: whether kernels are quantised.
-        adapted: paths of the layers that carry the factors of a LoRA.
-    """
-
-    quantized: bool = False
-    adapted: frozenset[tuple] = frozenset()
-
-    @classmethod
-    def of(cls, params: Params) -> "Structure":
-        """That of parameters, or of their shapes."""
-        quantized, adapted = False, set()
-        for path, _ in jax.tree_util.tree_leaves_with_path(params):
-            names = tuple(getattr(entry, "key", None) for entry in path)
-            quantized |= "kernel_scale" in names
-            if "lora_a" in names:
-                adapted.add(names[: names.index("lora_a")])
-        return cls(quantized, frozenset(adapted))
-
-
-def _module(network: Network, structure: Structure) -> nnx.Module:
-    """The module, without values, whose parameters have this structure."""
-
-    def create():
-        module = network._create(jax.random.key(0))
-        if structure.quantized:
-            _quantize_layers(module)
-        for path, layer in nnx.iter_modules(module):
-            if path in structure.adapted:
-                layer.adapt()
-        return module
-
-    return nnx.eval_shape(create)
-
-
-@functools.lru_cache(maxsize=64)
-def linear_layers(network: Network) -> Mapping[tuple, tuple[int, ...]]:
-    """Shapes of the kernels, [*layers, i, o], of all `Linear` layers of a network, by path."""
-    return types.MappingProxyType(
-        {
-            path: layer.kernel.get_value().shape
-            for path, layer in nnx.iter_modules(_module(network, Structure()))
-            if isinstance(layer, Linear)
-        }
-    )
-
-
-def _quantize_layers(module: nnx.Module) -> nnx.Module:
-    for _, layer in nnx.iter_modules(module):
-        if isinstance(layer, Linear):
-            layer.quantize()
-    return module
 
 
 def network_name(config: Any) -> str:

@@ -1,5 +1,6 @@
 """LoRA files against PEFT on diffusers' FLUX: every module, every tool's names, there and back."""
 
+import copy
 import dataclasses
 import json
 
@@ -11,14 +12,22 @@ from safetensors.numpy import save_file
 
 from dit_jax.interop.flux import original_table
 from dit_jax.interop.flux_files import load_flux
-from dit_jax.interop.lora import PEFT_CONFIG, PEFT_WEIGHTS, load_lora, save_lora
+from dit_jax.interop.lora import (
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    load_lora,
+    load_loras,
+    save_lora,
+)
 from dit_jax.interop.lora_targets import export_targets, targets_of
 from dit_jax.interop.tensors import InteropError
+from dit_jax.interop.text_encoders import load_text_encoder
 from dit_jax.models import DiTConfig, FluxConfig, Network, lora
+from dit_jax.models.text import CLIPTextConfig, TextEncoder
 from tests.compilations import compilations
 from tests.models.test_flux import random_request
 from tests.models.test_lora import CONFIGS, drawn
-from tests.references import diffusers_flux, torch_dit
+from tests.references import diffusers_flux, torch_dit, transformers_text
 
 DEV = FluxConfig.from_name("flux_tiny", guidance_embedding=True)
 SOME = r"(single_)?transformer_blocks\.1\.(attn\.(to_q|to_v|add_k_proj)|proj_mlp|ff\.net\.2)"
@@ -375,3 +384,75 @@ def test_errors_of_other_networks_and_names(models, tmp_path):
     (tmp_path / "dit" / PEFT_WEIGHTS).write_bytes(b"PK")
     with pytest.raises(InteropError):
         load_lora(tmp_path / "dit", dit)
+
+
+def t5_files(factors):
+    """T5's factors, as tools name them: (tensors of a file, whether there is a scale)."""
+    points, underscores = {}, {}
+    for name, array in factors.items():
+        module, part = name.removeprefix("base_model.model.").split(".lora_")
+        down = {"A.weight": "lora_down", "B.weight": "lora_up"}[part]
+        points[f"{module}.{down}.weight"] = array
+        underscores[f"{module.replace('.', '_')}.{down}.weight"] = array
+        underscores[f"{module.replace('.', '_')}.alpha"] = np.asarray(6, np.float32)
+    yield {f"lora_te3_{name}": array for name, array in underscores.items()}, True
+    yield {f"lora_te2_{name}": array for name, array in underscores.items()}, True
+    yield {f"text_encoder_2.{name}": array for name, array in points.items()}, False
+    prefix = "text_encoders.t5xxl.transformer."
+    yield {f"{prefix}{name}": array for name, array in points.items()}, False
+
+
+def test_t5_changes_as_in_peft_whatever_tool_wrote_it(models, tmp_path):
+    import peft
+
+    model = copy.deepcopy(transformers_text.t5(num_layers=1))
+    model.save_pretrained(tmp_path / "t5")
+    encoder, params = load_text_encoder(tmp_path / "t5", dtype="float32")
+    linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
+    config = {"r": 3, "lora_alpha": 6, "target_modules": linear}
+    theirs = peft.get_peft_model(model, peft.LoraConfig(**config)).eval()
+    generator, factors = torch.Generator().manual_seed(0), {}
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+            factors[name.replace(".default", "")] = parameter.detach().numpy()
+    ids = np.random.default_rng(0).integers(3, 60, (2, 12))
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(ids)).last_hidden_state.numpy()
+    networks, found = {"transformer": models.network, "t5": encoder}, []
+    for tensors, is_scaled in t5_files(factors):
+        save_file(tensors, tmp_path / "x.safetensors")
+        read = load_loras(tmp_path / "x.safetensors", networks)
+        assert read.keys() == {"t5"}  # it changes nothing else
+        found.append(read["t5"])
+        scale = 1 if is_scaled else 2
+        same({k: scale * v for k, v in changes(found[-1]).items()}, changes(found[0]))
+    assert found[0].factors.keys() == lora.layer_shapes(encoder).keys()
+    adapted, encode = lora.attach(encoder, params, [(found[0], 1.0)]), jax.jit(encoder.encode)
+    np.testing.assert_allclose(encode(adapted, ids).tokens, wanted, atol=1e-4)
+    np.testing.assert_allclose(encode(lora.merge(adapted), ids).tokens, wanted, atol=1e-4)
+    assert np.abs(encode(params, ids).tokens - wanted).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lora_te1_text_model_encoder_layers_9_mlp_fc1.alpha", "not in CLIP: lora_te1_text"),
+        ("text_encoder.text_projection.lora_A.weight", "not in CLIP: text_encoder.text_pro"),
+        ("text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight", "half a pair: text_e"),
+        ("text_encoder.something", "not in CLIP: text_encoder.something"),
+        ("text_encoder_2.encoder.block.0.layer.0.SelfAttention.q.alpha", "does not have (1 tensor"),
+        ("text_encoder_3.x.lora_A.weight", "a text encoder that the pipeline does not have"),
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1.dora_scale", "is DoRA"),
+    ],
+)
+def test_what_no_text_encoder_has_is_an_error(models, tmp_path, name, message):
+    tensors = before_peft(models)[0] | {name: np.ones((2, 32), "f")}
+    save_file(tensors, tmp_path / "x.safetensors")
+    config = CLIPTextConfig(70, 32, 48, 2, 4, 12)
+    networks = {"transformer": models.network, "clip": TextEncoder(config)}
+    with pytest.raises(InteropError) as caught:
+        load_loras(tmp_path / "x.safetensors", networks)
+    assert message in str(caught.value)
+    ignoring = {"ignore_text_encoders": True}
+    assert load_loras(tmp_path / "x.safetensors", networks, **ignoring).keys() == {"transformer"}

@@ -1,5 +1,6 @@
 """Pipelines against diffusers': tiny ones, written by it, every part random."""
 
+import functools
 import json
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from dit_jax.pipelines.execution import Execution
 from tests.compilations import compilations
 from tests.long import long, only_long
 from tests.models.test_lora import drawn
+from tests.pipelines.adapter_files import write_adapters, write_t5_adapter
 from tests.references import diffusers_flux_pipeline as reference
 
 PROMPTS = ["a cat holding a sign", "Straße, 猫 hello"]
@@ -215,12 +217,18 @@ def test_one_image_on_several_devices_is_the_same(dev, made, tmp_path):
     assert pipe.latents._placed.params["x_embedder"]["kernel"] is kernel
 
 
-def test_offloaded_encoders_stay_in_host_memory(dev):
+def test_offloaded_encoders_stay_in_host_memory(dev, tmp_path):
     pipe = FluxPipeline.from_pretrained(dev[1], offload=True)
-    weights = jax.tree.leaves(pipe.parts.t5.params) + jax.tree.leaves(pipe.parts.clip.params)
-    assert all(type(array) is np.ndarray for array in weights)
     found, wanted = (p.encode_prompt("a cat", max_sequence_length=24) for p in (pipe, dev[2]))
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    # So do the factors of a LoRA.
+    pipe.load_lora_weights(write_t5_adapter(tmp_path, dev[0].text_encoder_2), 0.5)
+    changed = pipe.encode_prompt("a cat", max_sequence_length=24)
+    assert np.abs(changed[0] - found[0]).max() > 0.1
+    np.testing.assert_array_equal(changed[1], found[1])
+    weights = jax.tree.leaves([text.params for text in pipe.texts.values()])
+    assert all(type(array) is np.ndarray for array in weights)
+    assert len(weights) > len(jax.tree.leaves([pipe.parts.t5.params, pipe.parts.clip.params]))
 
 
 @only_long
@@ -248,24 +256,25 @@ def test_ways_that_exclude_each_other_and_missing_folders_are_errors(dev):
 
 def test_adapters_change_pictures_as_in_diffusers_and_are_swapped_without_compiling(dev, tmp_path):
     pipe, options = dev[2], {"guidance_scale": 3.0}
-    network = pipe.parts.transformer
-    for seed, name in enumerate(("one", "two")):
-        adapter = drawn(network, seed, rank=3 + seed, spread=0.2)
-        save_lora(tmp_path / f"{name}.safetensors", network, adapter)
-        dev[0].load_lora_weights(tmp_path / f"{name}.safetensors", adapter_name=name)
-        pipe.load_lora_weights(tmp_path / f"{name}.safetensors", 0.5)
+    for file in write_adapters(tmp_path, dev[0].text_encoder, pipe.parts.transformer):
+        dev[0].load_lora_weights(file, adapter_name=file.stem)
+        pipe.load_lora_weights(file, 0.5)
     more = {"latents": NOISE[:1], "output_type": "np", **SHORT, **options}
     found = {}
     with compilations("_.*") as compiled:
-        for names, weights in ((["one", "two"], [0.5, 0.5]), (["two"], [1.0])):
+        for names, weights in ((["one", "two"], [0.5, 0.5]), (["two", "three"], [1.0, 0.8])):
             pipe.set_adapters(names, weights)
             before = len(compiled)
             found[tuple(names)] = pipe(PROMPTS[0], **more).images
             dev[0].set_adapters(names, weights)
             wanted = theirs(dev[0], NOISE[:1], PROMPTS[0], **options)
             assert psnr(found[tuple(names)], wanted) > 50
+            with torch.no_grad():
+                prompt = {"prompt": PROMPTS[0], "prompt_2": PROMPTS[0], "max_sequence_length": 24}
+                states = pipe.encode_prompt(**prompt), dev[0].encode_prompt(**prompt)[:2]
+            jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), *states)
     assert len(compiled) == before > 0
-    with pytest.raises(InteropError, match="LoRA two would not be saved"):
+    with pytest.raises(InteropError, match="LoRA two, three would not be saved"):
         pipe.save_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"no adapter 'twoo'.*did you mean"):
         pipe.set_adapters("twoo")
@@ -278,6 +287,8 @@ def test_adapters_change_pictures_as_in_diffusers_and_are_swapped_without_compil
     pipe.unload_lora_weights()
     dev[0].unload_lora_weights()
     assert pipe.latents._params is pipe.parts.params
+    assert pipe.texts["clip"].params is pipe.parts.clip.params
+    assert np.abs(pipe.encode_prompt(**prompt)[1] - states[0][1]).max() > 0.1
     plain = theirs(dev[0], NOISE[:1], PROMPTS[0], **options)
     assert all(np.abs(image - plain).max() > 0.05 for image in found.values())
 

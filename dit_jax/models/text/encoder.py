@@ -4,11 +4,11 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Int, Key
 
+from dit_jax.models.structure import Structure, module_of
 from dit_jax.models.text.clip import CLIPText, CLIPTextConfig
 from dit_jax.models.text.parts import TextStates, hidden_blocks
 from dit_jax.models.text.t5 import T5Config, T5Encoder
@@ -29,16 +29,23 @@ class TextEncoder:
     config: CLIPTextConfig | T5Config
 
     @functools.cached_property
-    def _graph(self):
-        module = nnx.eval_shape(lambda: self._create(jax.random.key(0)))
-        return nnx.split(module)[0]
+    def _graphs(self) -> dict[Structure, Any]:
+        return {}
 
-    def _create(self, key: Key[Array, ""]) -> nnx.Module:
+    def _graph(self, params: Params) -> Any:
+        """The module's static graph, of parameters with or without the factors of a LoRA."""
+        structure = Structure.of(params)
+        if structure not in self._graphs:
+            self._graphs[structure] = nnx.split(module_of(self, structure))[0]
+        return self._graphs[structure]
+
+    def create(self, key: Key[Array, ""]) -> nnx.Module:
+        """The module with fresh parameters."""
         return _MODULES[type(self.config)](self.config, rngs=nnx.Rngs(params=key))
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh parameters as a nested dict. Jit it to create them where they will live."""
-        return nnx.to_pure_dict(nnx.state(self._create(key), nnx.Param))
+        return nnx.to_pure_dict(nnx.state(self.create(key), nnx.Param))
 
     def encode(
         self,
@@ -51,7 +58,7 @@ class TextEncoder:
         """The states of prompts' tokens.
 
         Args:
-            params: the parameters.
+            params: the parameters, of `init` or `lora.attach`.
             ids: of tokens, padded to one length.
             mask: True for tokens, False for padding, to which then nothing attends; None for none,
                 as FLUX and Stable Diffusion encode: they attend to the padding, too.
@@ -72,4 +79,4 @@ class TextEncoder:
                 "True where there is a token"
             )
         blocks = hidden_blocks(tuple(hidden), self.config.depth)
-        return nnx.merge(self._graph, params)(ids, mask, blocks)
+        return nnx.merge(self._graph(params), params)(ids, mask, blocks)
