@@ -61,7 +61,7 @@ TAKEN = {
     "compile": (*SHAPE, "remat"),
     "flux": ("batch_size", "rounds"),
     "products": ("batch_size", "rounds"),
-    "distillation": ("batch_size", "rounds"),
+    "distillation": ("batch_size", "rounds", "networks", "methods", "fastgen"),
 }
 
 # What is measured of the FLUX transformer of benchmark_flux, by JAX and by PyTorch.
@@ -259,15 +259,16 @@ def serve(case: Case, side: str) -> None:
     turns.serve(facts, turn)
 
 
-def process_of(case: Case, side: str) -> turns.Turns:
+def process_of(case: Case, side: str, *, traceback: bool = False) -> turns.Turns:
     """The process of one side."""
     description = json.dumps(dataclasses.asdict(case))
-    return turns.Turns(__file__, ["--serve", side, "--describe", description])
+    options = ["--serve", side, "--describe", description, *["--traceback"] * traceback]
+    return turns.Turns(__file__, options)
 
 
-def compare(case: Case, rounds: int) -> dict[str, Any]:
+def compare(case: Case, rounds: int, *, traceback: bool = False) -> dict[str, Any]:
     """Times both sides, turn by turn, each in its own process."""
-    sides = {side: process_of(case, side) for side in SIDES}
+    sides = {side: process_of(case, side, traceback=traceback) for side in SIDES}
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for _ in range(rounds):
         for name, side in sides.items():
@@ -359,7 +360,7 @@ def measure_distillation(args: argparse.Namespace) -> dict[str, Any]:
     if args.fastgen:  # first: it takes two processes, and the memory is still free
         case = Case("dmd2_student", "EDM CIFAR-10", args.batch_size or 2, fastgen=str(args.fastgen))
         print(f"measuring {case} ...", file=sys.stderr, flush=True)
-        compared = [compare(case, args.rounds)]
+        compared = [compare(case, args.rounds, traceback=args.traceback)]
         print(table(compared), flush=True)
     rows = benchmark_distillation.measure(args)
     if args.out:
@@ -395,9 +396,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
     parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--describe", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    for name in TAKEN["train"]:
-        if name not in TAKEN[args.case] and getattr(args, name) != parser.get_default(name):
+    not_given = object()  # argparse leaves what is set: a default that is given tells itself
+    names = dict.fromkeys(name for taken in TAKEN.values() for name in taken)
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, not_given)))
+    for name in names:
+        if getattr(args, name) is not_given:
+            setattr(args, name, parser.get_default(name))
+        elif name not in TAKEN[args.case]:
             case = f"--case={args.case}" if args.case else "the published cases: give --case"
             parser.error(f"--{name} would do nothing with {case}")
     return args
@@ -406,10 +411,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = parse_arguments(argv)
-    if args.serve:
-        serve(Case(**json.loads(args.describe)), args.serve)
-        return
     with wiring.readable_errors(traceback=args.traceback):
+        if args.serve:
+            serve(Case(**json.loads(args.describe)), args.serve)
+            return
         if args.out:
             evaluation.check_destination(args.out, overwrite=args.overwrite)
         if args.case == "distillation":
@@ -432,8 +437,10 @@ def main(argv: list[str] | None = None) -> None:
             if case.name in ("train", "guided", "compile"):
                 method_of(case)  # what cannot be built is said here, not by a side's process
             print(f"measuring {case} ...", file=sys.stderr, flush=True)
-            measured = case.name == "compile"
-            results.append(measure_compilation(case) if measured else compare(case, args.rounds))
+            if case.name == "compile":
+                results.append(measure_compilation(case))
+            else:
+                results.append(compare(case, args.rounds, traceback=args.traceback))
         print(table(results))
         if args.out:
             record = {"environment": environment(), "results": results}

@@ -26,6 +26,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="0: make only what is needed before")
     parser.add_argument("--folder", type=Path, default=Path("runs/start"))
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/start"))
+    parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
     args = parser.parse_args(argv)
     needed = {"digits": "workdir", "FLUX": "pretrained"}.get(args.sampler, "")
     for name in ("workdir", "pretrained"):
@@ -106,7 +108,6 @@ def serve(description: str) -> None:
     """A start: the facts say how long its parts took. Later turns make another batch each."""
     began = time.perf_counter()
     start = Start(**json.loads(description))
-    sys.stdout = sys.stderr  # answers alone go to the other end
     watch = Watch()
     imported, loaded, draw = (pipeline_of if start.pipeline else sampler_of)(start)
     before = watch.counts.copy()
@@ -173,8 +174,14 @@ def environment(way: str, folder: Path) -> dict[str, str]:
     }
 
 
-def run(start: Start, way: str, folder: Path) -> dict[str, Any]:
+def run(start: Start, way: str, folder: Path, *, traceback: bool = False) -> dict[str, Any]:
     """One start in a process of its own.
+
+    Args:
+        start: what is started.
+        way: of `WAYS`.
+        folder: of caches and programs.
+        traceback: show the process's errors with their stack traces.
 
     Raises:
         RuntimeError: a kept program was compiled, or traced, all the same.
@@ -182,7 +189,8 @@ def run(start: Start, way: str, folder: Path) -> dict[str, Any]:
     if way == "program":
         start = dataclasses.replace(start, programs=str(folder / "programs"))
     description = json.dumps(dataclasses.asdict(start))
-    process = turns.Turns(__file__, ["--serve", description], environment(way, folder))
+    options = ["--serve", description, *["--traceback"] * traceback]
+    process = turns.Turns(__file__, options, environment(way, folder))
     batch = process.run()["seconds"]
     process.close()
     return {"whole_seconds": process.start_seconds, "batch_seconds": batch, **process.facts}
@@ -246,11 +254,11 @@ def measure(start: Start, args: argparse.Namespace) -> dict[str, Any]:
     """All starts of a sampler, by way."""
     folder = args.folder / args.sampler.replace("/", "_")
     for way in ("cache", "program"):  # as an earlier process leaves them; what is there is found
-        run(start, way, folder)
+        run(start, way, folder, traceback=args.traceback)
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for number in range(args.rounds):
         for way, starts in found.items():
-            starts.append(run(start, way, folder))
+            starts.append(run(start, way, folder, traceback=args.traceback))
             whole = starts[-1]["whole_seconds"]
             print(f"{args.sampler}, {way}, round {number + 1}: {whole:.2f} s", flush=True)
         check(found["program"][-1])
@@ -329,14 +337,16 @@ def save(out: Path, row: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     argv = sys.argv[1:] if argv is None else argv
+    # Not of `wiring`, whose imports are part of the starts that are timed.
+    from dit_jax.launch.command import readable_errors
+
     if argv[:1] == ["--serve"]:
-        serve(argv[1])
+        with readable_errors(traceback="--traceback" in argv), redirect_stdout(sys.stderr):
+            serve(argv[1])  # answers alone go to the other end
         return
     args = parse_arguments(argv)
-    args.folder.mkdir(parents=True, exist_ok=True)
-    from dit_jax.launch import wiring
-
-    with wiring.readable_errors():
+    with readable_errors(traceback=args.traceback):
+        args.folder.mkdir(parents=True, exist_ok=True)
         row = measure(start_of(args), args)
         if args.rounds:
             print(save(args.out, row))

@@ -42,11 +42,20 @@ import numpy as np
 import rungs
 import turns
 from dit_jax import evaluation
-from dit_jax.launch import argument_types, wiring
-from dit_jax.models.quantization import QUANTIZATIONS
+from dit_jax.launch import argument_types, planning, wiring
+from dit_jax.models.quantization import QUANTIZATIONS, require_quantization
+from dit_jax.named_options import options_named
 from dit_jax.quantities import counted
 
 ROOT = Path(__file__).resolve().parents[1]
+# What configurations and functions call what the command line calls otherwise.
+OPTIONS = {
+    "config.sampling.guidance_scale": "--guidance_scale",
+    "guidance_scale": "--guidance_scale",
+    "config.sampling.solver": "--solver",
+    "model.quantization": "--quantization",
+    "quantization": "--quantization",
+}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -59,7 +68,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--solver", default="euler")
     parser.add_argument("--steps", type=argument_types.solver_steps, default=28)
     parser.add_argument("--batch_size", type=argument_types.count, default=16)
-    parser.add_argument("--guidance_scale", type=float, default=1.5)
+    parser.add_argument("--guidance_scale", type=argument_types.guidance_scale, default=1.5)
     parser.add_argument(
         "--quantization", choices=QUANTIZATIONS[1:], help="default: fp8, on a CPU int8"
     )
@@ -100,6 +109,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.changes[key.removeprefix("--config.")] = value
     if not args.out:
         parser.error("--out is missing: for instance --out=runs/ladder")
+    if args.out.suffix:
+        parser.error(
+            f"--out={args.out}: expected a name without a suffix, as {args.out.with_suffix('')}, "
+            "to which .json, .md and .png are added"
+        )
     if not (args.workdir or args.config or args.pretrained):
         parser.error(
             "what is sampled? Give --workdir=RUN, --config=configs/dit_xl2.py, or "
@@ -137,12 +151,11 @@ def workload(args: argparse.Namespace, programs: str) -> rungs.Workload:
         threshold=args.threshold,
         programs=programs,
     )
-    return dataclasses.replace(work, network=rungs.network_name(work))
+    return dataclasses.replace(work, network=rungs.source_config(work).model.name)
 
 
 def serve(description: str) -> None:
     """A row's process: makes a batch, says so, and makes more when its turn comes."""
-    sys.stdout = sys.stderr  # answers alone go to the other end
     described = json.loads(description)
     work, on = rungs.Workload(**described["work"]), tuple(described["on"])
     draw, computed = rungs.sampler(work, on)
@@ -162,13 +175,14 @@ def serve(description: str) -> None:
     turns.serve({"device": jax.devices()[0].device_kind}, turn)
 
 
-def start(work: rungs.Workload, setting: rungs.Setting) -> turns.Turns:
+def start(work: rungs.Workload, setting: rungs.Setting, *, traceback: bool = False) -> turns.Turns:
     """The process of a row; nothing is found compiled but by the switch that is for it."""
-    description = {"work": dataclasses.asdict(work), "on": setting.on}
+    description = json.dumps({"work": dataclasses.asdict(work), "on": setting.on})
+    options = ["--serve", description, *["--traceback"] * traceback]
     environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
     if "kept program" in setting.on:  # as an earlier process would have left it
-        turns.Turns(__file__, ["--serve", json.dumps(description)], environment).close()
-    return turns.Turns(__file__, ["--serve", json.dumps(description)], environment)
+        turns.Turns(__file__, options, environment).close()
+    return turns.Turns(__file__, options, environment)
 
 
 def measure(
@@ -177,7 +191,7 @@ def measure(
     """The rows of a group, which take turns; images are kept in `folder`."""
     processes = []
     for setting in group:
-        processes.append(start(work, setting))
+        processes.append(start(work, setting, traceback=args.traceback))
         print(f"{setting.name}: started in {processes[-1].start_seconds:.1f} s", flush=True)
     answers = [[process.run() for process in processes] for _ in range(args.runs)]
     rows = []
@@ -213,19 +227,28 @@ def psnr(images: np.ndarray, reference: np.ndarray) -> float | None:
     return evaluation.mean_psnr(np.clip(images, -1, 1), np.clip(reference, -1, 1))
 
 
+def predicted_rows(group: list[rungs.Setting], computed_share: float | None) -> list[rungs.Setting]:
+    """Those that a compiled program says something of, without being told more."""
+    silent = ["kept program"] + ["step cache"] * (computed_share is None)
+    return [row for row in group if "compiled" in row.on and row.on[-1] not in silent]
+
+
 def predict(
     work: rungs.Workload,
     group: list[rungs.Setting],
     accelerator: str,
     computed_share: float | None = None,
 ) -> list[dict[str, Any]]:
-    """The rows of the ladder as launch/plan.py predicts them."""
+    """The rows of `predicted_rows` as launch/plan.py predicts them.
+
+    Raises:
+        ValueError: the GPU's compiler is not there.
+        ChildProcessError: launch/plan.py failed.
+    """
+    if reason := planning.why_virtual(accelerator):
+        raise ValueError(f"--predict={accelerator}: {reason}")
     rows: list[dict[str, Any]] = []
-    # Of these a compiled program says nothing, or not without being told.
-    silent = ["kept program"] + ["step cache"] * (computed_share is None)
     for setting in group:
-        if "compiled" not in setting.on or setting.on[-1] in silent:
-            continue
         share = computed_share if "step cache" in setting.on else None
         found = plan(work, setting, accelerator, share)
         rows.append(
@@ -251,7 +274,7 @@ def plan(
     """What launch/plan.py writes of a row.
 
     Raises:
-        RuntimeError: it failed; or the GPU's compiler is not there.
+        ChildProcessError: it failed.
     """
     values = rungs.overrides(work, setting.on)
     with tempfile.TemporaryDirectory() as folder:
@@ -263,11 +286,8 @@ def plan(
         command = [sys.executable, str(ROOT / "launch/plan.py"), *options]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr.strip()}")
-        found = json.loads(out.read_text())
-    if found["compiled_for"] == "virtual CPU devices":
-        raise RuntimeError(f"--predict: {found['fallback']}")
-    return found
+            raise ChildProcessError(f"{shlex.join(command)} failed:\n{done.stderr.strip()}")
+        return json.loads(out.read_text())
 
 
 def measured_table(rows: list[dict[str, Any]]) -> str:
@@ -289,7 +309,7 @@ def measured_table(rows: list[dict[str, Any]]) -> str:
 def predicted_table(rows: list[dict[str, Any]]) -> str:
     """Rows that were predicted, in Markdown."""
     lines = [
-        "| | *predicted*, ms | speed-up | *predicted* MFU | memory, GiB |",
+        "| | *predicted*, ms | speed-up | *predicted* MFU, of bfloat16's peak | memory, GiB |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
@@ -357,7 +377,8 @@ def save(args: argparse.Namespace, work: rungs.Workload, rows: list[dict[str, An
     if args.predict:
         share = args.computed_share
         cache = share and f"step cache assumed to compute {share:.0%} of the evaluations"
-    head += f", {cache})\n\n" if cache else ")\n\n"
+    head += f", {cache}" if cache else ""
+    head += "; MFU counts all of them)\n\n" if args.predict and cache else ")\n\n"
     args.out.with_suffix(".md").write_text(head + text + "\n")
     title = f"{name}: {what}\n{device}" + (f"; {cache}" if args.predict and cache else "")
     plot(args.out.with_suffix(".png"), rows, title)
@@ -367,21 +388,28 @@ def save(args: argparse.Namespace, work: rungs.Workload, rows: list[dict[str, An
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = parse_arguments(argv)
-    if args.serve:
-        serve(args.serve)
-        return
     with wiring.readable_errors(traceback=args.traceback):
+        if args.serve:
+            with contextlib.redirect_stdout(sys.stderr):  # answers alone go to the other end
+                serve(args.serve)
+            return
         for suffix in (".json", ".md", ".png"):
             evaluation.check_destination(args.out.with_suffix(suffix), overwrite=args.overwrite)
         switches = tuple(name for name in rungs.SWITCHES if name not in args.without)
         groups = rungs.settings(switches)
+        if args.predict:
+            groups = {"ladder": predicted_rows(groups["ladder"], args.computed_share)}
+        chosen = [groups[name] for name in groups if name in (args.groups or groups)]
         with tempfile.TemporaryDirectory() as folder:
             work = workload(args, str(Path(folder, "programs")))
+            with options_named(OPTIONS):
+                rungs.check(work, [setting for group in chosen for setting in group])
+                if not args.predict and "quantized" in switches:
+                    require_quantization(work.quantization)
             if args.predict:
                 rows = predict(work, groups["ladder"], args.predict, args.computed_share)
             else:
                 images = Path(folder)
-                chosen = [groups[name] for name in groups if name in (args.groups or groups)]
                 rows = [row for group in chosen for row in measure(work, group, args, images)]
         print(save(args, work, rows))
 

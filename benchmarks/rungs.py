@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import importlib.util
+import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import numpy as np
 
 from dit_jax import conditions as conditions_lib
 from dit_jax import experiment
+from dit_jax.config import default_config
 from dit_jax.diffusion import guided
 from dit_jax.diffusion.samplers import Step
 from dit_jax.interop.models import open_model
-from dit_jax.launch import loading, wiring
+from dit_jax.launch import loading, spelling, wiring
 from dit_jax.models import Request
 from dit_jax.models.quantization import STORED
 from dit_jax.parallel.planning.programs import needed_conditions
@@ -126,7 +128,7 @@ def load(work: Workload, on: tuple[str, ...]) -> tuple[ml_collections.ConfigDict
     """Configuration and parameters, on the device."""
     values = overrides(work, on)
     if work.config:
-        config = config_of(Path(work.config))
+        config = config_of(work.config)
         config = experiment.resolve_config(wiring.override(config.to_dict(), values))
         params = random_parameters(experiment.build_network(config))
     else:
@@ -138,13 +140,37 @@ def load(work: Workload, on: tuple[str, ...]) -> tuple[ml_collections.ConfigDict
     return config, experiment.build_network(config).as_sampled(params)
 
 
-def network_name(work: Workload) -> str:
-    """The name of what is sampled in configurations, of which nothing is read but these."""
+def check(work: Workload, settings: Sequence[Setting]) -> None:
+    """Refuses rows that cannot be sampled, before any of them is.
+
+    Raises:
+        ValueError: a row's configuration cannot work, which is named.
+        InteropError, WorkdirError, FileNotFoundError: there is no such network.
+    """
+    values = source_config(work).to_dict()
+    values["mesh"] = default_config().mesh.to_dict()  # of this machine
+    names = {(): ""}  # without switches first: what is wrong with all rows
+    for setting in settings:
+        names.setdefault(setting.on, setting.name)
+    for on, name in names.items():
+        # Which devices multiply in 8 bits, and what samples but does not train, is known elsewhere.
+        changes = {**overrides(work, on), "model.quantization": "none"}
+        try:
+            experiment.resolve_config(wiring.override(values, changes))
+        except ValueError as error:
+            if not on:
+                raise
+            without = f"--without {shlex.quote(on[-1])}"
+            raise ValueError(f"the row '{name}': {error} ({without})") from error
+
+
+def source_config(work: Workload) -> ml_collections.ConfigDict:
+    """The configuration of what is sampled, before any switch; no weights are read."""
     if work.workdir:
-        return workdir.load_config(Path(work.workdir)).model.name
+        return workdir.load_config(Path(work.workdir))
     if work.pretrained:
-        return open_model(work.pretrained).config.model.name
-    return config_of(Path(work.config)).model.name
+        return open_model(work.pretrained).config
+    return config_of(work.config)
 
 
 def conditions(network: Any, batch_size: int) -> dict[str, np.ndarray]:
@@ -163,12 +189,19 @@ def conditions(network: Any, batch_size: int) -> dict[str, np.ndarray]:
     return told
 
 
-def config_of(path: Path) -> ml_collections.ConfigDict:
-    """What `get_config()` of a Python file returns.
+def config_of(name: str) -> ml_collections.ConfigDict:
+    """What `get_config()` of a Python file returns, or of an experiment known by its name.
 
     Raises:
         FileNotFoundError: it is not there.
     """
+    path = Path(name)
+    if not (path.is_file() and path.suffix == ".py"):
+        path = spelling.experiment_file(name)
+    if path is None:
+        raise FileNotFoundError(
+            f"--config={name}: no such file; expected one of configs/, as digits"
+        )
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

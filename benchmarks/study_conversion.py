@@ -46,6 +46,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--hidden_size", type=argument_types.count, default=1408)
     parser.add_argument("--out", type=argument_types.json_file, help="JSON of the figures")
     parser.add_argument("--convert", nargs=4, help=argparse.SUPPRESS)  # one step, in its process
+    parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
     return parser.parse_args(argv)
 
 
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.convert:
         convert(*args.convert)
         return
-    with wiring.readable_errors():
+    with wiring.readable_errors(traceback=args.traceback):
         config = DiTConfig(depth=args.depth, hidden_size=args.hidden_size)
         shapes = flat_shapes(abstract_params(Network(config)))
         sizes = {path: 4 * int(np.prod(shape)) for path, shape in shapes.items()}

@@ -339,8 +339,9 @@ def main() -> None:
     )
     parser.add_argument("--solver", help="default: the run's")
     parser.add_argument("--batch_size", type=argument_types.count, default=128)
+    parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
     args = parser.parse_args()
-    with wiring.readable_errors():
+    with wiring.readable_errors(traceback=args.traceback):
         check_devices(args)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         run = Run.open(args)

@@ -124,8 +124,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=argument_types.solver_steps, default=28)
     parser.add_argument("--num_images", type=argument_types.count, default=500)
     parser.add_argument("--batch_size", type=argument_types.count, default=250)
+    parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
     args = parser.parse_args(argv)
-    with wiring.readable_errors():
+    with wiring.readable_errors(traceback=args.traceback):
         if max(args.devices) > jax.device_count():
             raise ValueError(
                 f"--devices {max(args.devices)}, but there are {jax.device_count()}: set "

@@ -337,8 +337,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--num_images", type=argument_types.count, default=1000)
     parser.add_argument("--seed", type=argument_types.seed, default=0)
+    parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
     args = parser.parse_args()
-    with wiring.readable_errors():
+    with wiring.readable_errors(traceback=args.traceback):
         args.out.parent.mkdir(parents=True, exist_ok=True)
         teacher = (args.teacher or args.workdir / "teacher").absolute()
         seconds = train_teacher(teacher, args.seed) if args.teacher is None else 0.0

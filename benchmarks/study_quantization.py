@@ -216,6 +216,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=argument_types.seed, default=0)
     same_noise.add_arguments(parser, 2000)
+    parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
     args = parser.parse_args(argv)
     if args.workdir and args.steps:
         parser.error("--steps would do nothing with --workdir: nothing is trained")
@@ -254,7 +255,7 @@ def study(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = parse_arguments(argv)
-    with wiring.readable_errors():
+    with wiring.readable_errors(traceback=args.traceback):
         args.out.parent.mkdir(parents=True, exist_ok=True)
         record = study(args)
         evaluation.save_json(args.out.with_suffix(".json"), record, overwrite=True)

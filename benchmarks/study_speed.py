@@ -138,8 +138,9 @@ def main() -> None:
     parser.add_argument(
         "--distributions", nargs="+", choices=DISTRIBUTIONS, default=list(DISTRIBUTIONS)
     )
+    parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
     args = parser.parse_args()
-    with wiring.readable_errors():
+    with wiring.readable_errors(traceback=args.traceback):
         if "uniform" not in args.distributions:
             raise ValueError("--distributions needs uniform, which the others are compared with")
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -49,6 +49,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=argument_types.count, default=3, help="timed batches")
     parser.add_argument("--out", type=Path, required=True, help="without a suffix")
+    parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
     return parser.parse_args(argv)
 
 
@@ -170,7 +171,7 @@ def report(record: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = parse_arguments(argv)
-    with wiring.readable_errors():
+    with wiring.readable_errors(traceback=args.traceback):
         args.out.parent.mkdir(parents=True, exist_ok=True)
         record = study(args)
         evaluation.save_json(args.out.with_suffix(".json"), record, overwrite=True)

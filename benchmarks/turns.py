@@ -1,6 +1,8 @@
 """Programs that take turns, each in a process of its own: nobody's memory or threads are shared."""
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -9,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+_MENDABLE = 2  # the status of `readable_errors`, after a message
 
 
 class Turns:
@@ -38,10 +42,12 @@ class Turns:
         """One turn; returns its answer.
 
         Raises:
-            RuntimeError: the process ended.
+            ChildProcessError: the process ended, by a signal or with a stack trace.
+            SystemExit: it ended with an error that a user can mend, which it has printed.
         """
-        self._process.stdin.write(f"{line}\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it ended; `_answer` says how
+            self._process.stdin.write(f"{line}\n")
+            self._process.stdin.flush()
         return self._answer()
 
     def close(self) -> None:
@@ -51,9 +57,15 @@ class Turns:
 
     def _answer(self) -> dict[str, Any]:
         line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError("a side of the benchmark ended early; its message is above")
-        return json.loads(line)
+        if line:
+            return json.loads(line)
+        status = self._process.wait()
+        if status == _MENDABLE:
+            sys.exit(status)
+        how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+        raise ChildProcessError(
+            f"a process of the benchmark ended early, {how}: what it printed is above"
+        )
 
 
 def serve(facts: dict[str, Any], turn: Callable[[str], dict[str, Any]]) -> None:

@@ -3,7 +3,7 @@
 import functools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -38,21 +38,23 @@ def define_config() -> flags.FlagHolder:
 
 
 def run(
-    main: Callable[[list[str]], object], required: tuple[str, ...] = (), *, announce: bool = True
+    main: Callable[[list[str]], object],
+    required: Mapping[str, str] | None = None,
+    *,
+    announce: bool = True,
 ) -> None:
     """Parses the flags and runs `main`, as `command.run` does with those of other commands.
 
     Args:
         main: is given what absl leaves of the command line, the name of the program.
-        required: names of the flags that have to be given as --config has.
+        required: names of the flags that have to be given as --config has, with an example each.
         announce: see `parse`.
     """
     if any(re.fullmatch(r"--?(h|help|helpshort|\?)", argument) for argument in sys.argv[1:]):
         show_help(main.__module__)
         sys.exit(0)
     logging.set_verbosity(logging.WARNING)
-    flags.mark_flags_as_required(required)
-    parser = functools.partial(parse, announce=announce)
+    parser = functools.partial(parse, required=required, announce=announce)
     command.run(lambda: app.run(main, flags_parser=parser))
 
 
@@ -61,11 +63,14 @@ def config_name() -> str:
     return Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
 
 
-def parse(argv: list[str], *, announce: bool = True) -> list[str]:
+def parse(
+    argv: list[str], *, required: Mapping[str, str] | None = None, announce: bool = True
+) -> list[str]:
     """absl's parsing, with mistakes reported as all others are.
 
     Args:
         argv: the program and its arguments.
+        required: see `run`.
         announce: say what of the file of --config is left out (`settle`).
     """
     show_help_config(argv[1:])
@@ -91,6 +96,9 @@ def parse(argv: list[str], *, announce: bool = True) -> list[str]:
             raise ValueError(f"{_in_words(str(error))} (see --help)") from error
         if flags.FLAGS["config"].value is None:
             raise ValueError("--config is missing, for example --config=configs/digits.py")
+        for name, example in (required or {}).items():
+            if flags.FLAGS[name].value is None:
+                raise ValueError(f"--{name} is missing, for example --{name}={example}")
         if rest:
             raise ValueError(f"unexpected arguments: {' '.join(rest)}")
     left_out = settle()

@@ -151,7 +151,7 @@ def main(argv: list[str]) -> None:
 
 def start() -> None:
     """Runs the command line of this process."""
-    configuration_flags.run(main, required=("devices",), announce=_CHILD not in os.environ)
+    configuration_flags.run(main, required={"devices": "8"}, announce=_CHILD not in os.environ)
 
 
 if __name__ == "__main__":

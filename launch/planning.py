@@ -180,6 +180,21 @@ def environment(accelerator_name: str, reason: str, devices: int, folder: Path) 
     }
 
 
+def _refuse_te(config: ml_collections.ConfigDict, accelerator_name: str) -> None:
+    """Refuses products that cannot be compiled for a device that is not there.
+
+    Raises:
+        ConfigError: with those that can be.
+    """
+    if accelerator_name != "cpu" and config.model.get("quantization") == "te":
+        raise ConfigError(
+            "config.model.quantization='te': Transformer Engine asks the GPU itself while a "
+            f"program is traced, and there is no {accelerator(accelerator_name).title} here: it "
+            "cannot be planned, with JAX's CUDA plugin or without. Plan "
+            "config.model.quantization='fp8', which computes as much in 8 bits"
+        )
+
+
 def make_plan(
     config: ml_collections.ConfigDict,
     what: str,
@@ -215,6 +230,7 @@ def make_plan(
         ValueError: mesh, batch and devices do not go together.
     """
     given = config
+    _refuse_te(config, accelerator_name)
     if is_virtual(accelerator_name, reason):
         compiler = compilers.VirtualCompiler(accelerator(accelerator_name), folder)
         if accelerator_name != "cpu":

@@ -120,6 +120,15 @@ def test_mistakes_beside_the_configurations_keys_are_told(config_flag, capsys, t
         assert message in capsys.readouterr().err
 
 
+def test_a_flag_that_has_to_be_given_is_asked_for_with_an_example(config_flag, capsys):
+    flags.DEFINE_integer("devices", None, "", flag_values=config_flag)
+    options = ["plan.py", "--config=configs/digits.py"]
+    with pytest.raises(SystemExit):
+        configuration_flags.parse(options, required={"devices": "8"})
+    assert "--devices is missing, for example --devices=8" in capsys.readouterr().err
+    configuration_flags.parse([*options, "--devices=2"], required={"devices": "8"})
+
+
 def test_a_choice_by_flag_leaves_out_the_files_options_of_another(config_flag, capsys):
     options = ["--config=configs/digits.py", "--config.data.name=tfds", "--config.model.depth=2"]
     options += ["--config.process.name=edm", "--config.process.flow.time_scale=3.0"]

@@ -128,10 +128,13 @@ def _bounds(plan: dict[str, Any]) -> str:
     bounds, run = plan["bounds"], "steps" if plan["what"] == "train" else "batches"
     if not bounds:
         return f"the model's own formula: {plan['model_flops']:.4g} FLOP a run; no times for CPUs"
-    rate = bounds["runs_per_second"]
+    rate, cache, when = bounds["runs_per_second"], plan["step_cache"], ""
+    if cache:  # decides when the program runs; a bound needs an assumption
+        share = f"{cache['computed_share']:.1%} of the" if cache["is_stated"] else "all"
+        when = f" if {share} evaluations are computed in full"
     return (
         f"the model's own formula: {plan['model_flops']:.4g} FLOP a run\n"
-        f"upper bound: {rate:.3g} {run}/s, {rate * plan['batch_size']:.4g} images/s, MFU "
+        f"upper bound{when}: {rate:.3g} {run}/s, {rate * plan['batch_size']:.4g} images/s, MFU "
         f"{bounds['mfu']:.1%} if communication hides behind arithmetic;\n"
         f"             {1 / bounds['seconds_in_turn']:.3g} {run}/s, MFU "
         f"{bounds['mfu_in_turn']:.1%} if it does not. Real programs stay below: no kernel reaches "

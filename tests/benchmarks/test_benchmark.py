@@ -14,6 +14,8 @@ import benchmark
         ["--case=compile", "--rounds=3"],
         ["--case=guided", "--remat=block"],
         ["--case=distillation", "--dtype=bfloat16"],
+        ["--case=products", "--model=DiT-S/2"],  # the default, said
+        ["--case=products", "--networks", "digits"],
     ],
 )
 def test_options_that_would_do_nothing_are_refused(options, capsys):

@@ -115,6 +115,7 @@ def test_the_record_the_table_and_the_picture_are_written(tmp_path):
     [
         ([], "--out is missing"),
         (["--out=x"], "what is sampled"),
+        (["--out=x.json", "--config=c"], "--out=x.json: expected a name without a suffix, as x"),
         (["--out=x", "--workdir=r", "--predict=h100"], "weights do not change"),
         (["--out=x", "--config=c", "--predict=h100", "--trace=t"], "nothing runs"),
         (["--out=x", "--config=c", "--computed_share=0.5"], "nothing without --predict"),
@@ -126,6 +127,22 @@ def test_command_lines_that_cannot_be_meant_are_refused(options, message, capsys
     with pytest.raises(SystemExit):
         ladder.parse_arguments(options)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 7}, r"the row '\+ step cache': .*at least 8; .* \(--without 'step cache'\)"),
+        ({"config": "digit"}, "--config=digit: no such file"),
+        ({"solver": "eulr"}, "^config.sampling.solver='eulr': .*did you mean euler"),
+    ],
+)
+def test_rows_that_cannot_be_sampled_are_refused_before_any_is(change, message):
+    settings = rungs.settings(("compiled", "step cache"))
+    work = dataclasses.replace(WORK, config="configs/digits.py")
+    rungs.check(work, settings["alone"])
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        rungs.check(dataclasses.replace(work, **change), settings["ladder"])
 
 
 @only_long

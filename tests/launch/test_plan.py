@@ -116,6 +116,7 @@ def test_sampling_is_planned_and_reported(tmp_path, monkeypatch):
     assert found["flops_per_device"] == pytest.approx(expected, rel=0.05)
     text = format_plan(plan)
     assert "fits: " in text and "Assumed, not found out: 50.0% of the evaluations" in text
+    assert "upper bound if 50.0% of the evaluations are computed in full: " in text
     with pytest.raises(ValueError, match=r"=0.2: of 8 evaluations at least 3 \(37.5%\) are comput"):
         plan_with(computed_share=0.2)
     config.cache.name = "none"
@@ -176,6 +177,12 @@ def test_errors_of_options(option, message):
         planning.check_options(
             **{"what": "train", "devices": 4, "accelerator_name": "h100", **option}
         )
+
+
+def test_products_that_need_the_gpu_itself_are_not_planned(tmp_path):
+    config = tiny_config(**{"model.quantization": "te"})
+    with pytest.raises(ValueError, match="there is no NVIDIA H100 SXM here: it cannot be planned"):
+        planning.make_plan(config, "train", "h100", 1, tmp_path, reason="a test")
 
 
 def test_options_of_xla():
