@@ -62,17 +62,22 @@ class Finiteness:
             return ()
         return (f"NaN or infinity in {counted(len(self.found), 'tensor')}: {self.listed()}",)
 
-    def require(self, path: Path) -> None:
+    def require(self, path: Path, *, can_be_allowed: bool = True) -> None:
         """Refuses a source in which some were found, unless they are allowed.
+
+        Args:
+            path: of the source.
+            can_be_allowed: whether its reader has an option to let them through.
 
         Raises:
             InteropError: with the names of the tensors.
         """
         if self.found and not self.allowed:
+            remedy = ". allow_nonfinite (--allow_nonfinite) reads it all the same"
             raise InteropError(
                 f"{path} has NaN or infinity in {len(self.found)} of its tensors: {self.listed()}. "
                 "The training that wrote it diverged, or the file is damaged: take an earlier "
-                "checkpoint or a new copy. Commands with --allow_nonfinite read it all the same"
+                f"checkpoint or a new copy{remedy if can_be_allowed else ''}"
             )
 
 

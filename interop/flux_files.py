@@ -152,7 +152,7 @@ def load_flux(
         found.table, flat_shapes(abstract_params(network)), WatchedFile(found.file, seen)
     )
     params = read_params(network, reader, put)
-    seen.require(found.file.path)
+    seen.require(found.file.path, can_be_allowed=False)
     return network, params
 
 
@@ -279,7 +279,7 @@ def _write(path: Path, layout: str, network: Network, params: Mapping[str, Any],
     seen = Finiteness()
     written = seen.watched(specs, _exported(table, shapes, arrays, stored))
     digest = write_safetensors(path, specs, written, metadata={"format": "pt"})
-    seen.require(path)
+    seen.require(path, can_be_allowed=False)
     return digest
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import os
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
@@ -74,7 +75,11 @@ class _Module:
 
 
 def load_lora(
-    path: str | os.PathLike, network: Network, *, ignore_text_encoders: bool = False
+    path: str | os.PathLike,
+    network: Network,
+    *,
+    ignore_text_encoders: bool = False,
+    allow_nonfinite: bool = False,
 ) -> Adapter:
     """Reads an adapter for `network`.
 
@@ -83,6 +88,7 @@ def load_lora(
             diffusers saved, or hub:owner/name[:file].
         network: what it is for.
         ignore_text_encoders: leave out what it changes in text encoders, instead of refusing it.
+        allow_nonfinite: read NaN and infinity, with a warning, instead of refusing them.
 
     Raises:
         InteropError: one error with all that does not match: modules that the network does not
@@ -90,7 +96,8 @@ def load_lora(
             changes than those of low rank (DoRA, LoHa, LoKr); NaN or infinity.
     """
     networks = {TRANSFORMER: network}
-    return load_loras(path, networks, ignore_text_encoders=ignore_text_encoders)[TRANSFORMER]
+    options = {"ignore_text_encoders": ignore_text_encoders, "allow_nonfinite": allow_nonfinite}
+    return load_loras(path, networks, **options)[TRANSFORMER]
 
 
 def load_loras(
@@ -98,6 +105,7 @@ def load_loras(
     networks: Mapping[str, Network | TextEncoder],
     *,
     ignore_text_encoders: bool = False,
+    allow_nonfinite: bool = False,
 ) -> dict[str, Adapter]:
     """Reads what a file changes in a pipeline, an adapter for each network that it does change.
 
@@ -105,6 +113,7 @@ def load_loras(
         path: see `load_lora`.
         networks: 'transformer', and 'clip' and 't5' if text encoders are to be changed, too.
         ignore_text_encoders: leave out what it changes in text encoders, whatever that is.
+        allow_nonfinite: see `load_lora`.
 
     Raises:
         InteropError: see `load_lora`; it changes a text encoder that is none of `networks`.
@@ -116,12 +125,14 @@ def load_loras(
     scales = {name: Scales.of(file, _METADATA[name]) for name in networks}
     modules = _modules(file, networks, ignore_text_encoders)
     _check_shapes(file, [module for own in modules.values() for module in own])
-    seen = Finiteness()
+    seen = Finiteness(allow_nonfinite)
     watched = WatchedFile(file, seen)
     factors = {
         name: _read(watched, own, scales[name], networks[name]) for name, own in modules.items()
     }
     seen.require(file.path)
+    for note in seen.note():
+        warnings.warn(f"{file.path}: {note}", stacklevel=2)
     return {name: Adapter(own, path.stem) for name, own in factors.items()}
 
 
@@ -368,7 +379,7 @@ def _write(path: Path, prefix: str, places: list[Target], adapter: Adapter, dtyp
     seen = Finiteness()
     arrays = seen.watched(specs, _exported(places, adapter, rank, _dtype(dtype)))
     write_safetensors(path, specs, arrays, metadata={"format": "pt"})
-    seen.require(path)
+    seen.require(path, can_be_allowed=False)
     return rank
 
 

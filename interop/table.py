@@ -308,7 +308,7 @@ def load_params(
     put = put or (lambda path, array: array)
     dtypes = flat_dtypes(abstract)
     params = unflatten((path, put(path, reader(path, dtypes[path]))) for path in reader.paths())
-    seen.require(file.path)
+    seen.require(file.path, can_be_allowed=False)
     return params
 
 

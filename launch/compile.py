@@ -19,14 +19,14 @@ Of a pretrained pipeline, for so many pictures at once:
 
 import argparse
 
-from dit_jax.launch import argument_types, arguments, command
+from dit_jax.launch import argument_types, arguments, command, pretrained_arguments
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argument_types.Parser(description=__doc__)
     arguments.add_samples_arguments(parser)
-    arguments.add_pretrained_arguments(parser)
+    pretrained_arguments.add_pretrained_arguments(parser)
     arguments.add_programs_argument(parser, required=True)
     parser.add_argument(
         "--accelerator",
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = parse_arguments(argv)
     with command.readable_errors(traceback=args.traceback):
-        arguments.check_pretrained(args, prompts=False)
+        pretrained_arguments.check_pretrained(args, prompts=False)
         if args.pretrained is None:
             arguments.check_model(args)
             arguments.check_parallel(args)

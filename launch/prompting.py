@@ -29,6 +29,12 @@ from dit_jax.pipelines.flux import FluxPipeline
 from dit_jax.quantities import counted, format_bytes
 from dit_jax.training import memory, workdir
 
+# Names of the pipeline's arguments, in its errors, on the command line.
+_FLAGS = wiring.PARALLEL_FLAGS | {
+    name: f"--{name}"
+    for name in ("height", "width", "max_sequence_length", "guidance_scale", "vae_devices")
+}
+_FLAGS |= {"num_inference_steps": "--steps", "vae_tile": "--vae_tile"}
 _DEFAULT_BATCH = 4  # pictures at once
 # What makes weights smaller, or keeps them elsewhere.
 SMALLER = (
@@ -138,6 +144,7 @@ def open_tuned(args: argparse.Namespace) -> Tuned:
         network, adapter = open_adapter(args.workdir, **choice)
         print(f"{args.workdir}: a LoRA of rank {adapter.rank}", flush=True)
         return Tuned(adapter=(network, adapter))
+    choice["allow_nonfinite"] = args.allow_nonfinite
     found = open_model(str(source), kind="dit_jax" if args.workdir else "auto", **choice)
     step = f", step {found.step}" if found.step else ""
     print(f"transformer of {source}{found.chosen_weights}{step}", flush=True)
@@ -159,6 +166,15 @@ def _add_adapter(pipeline: FluxPipeline, run: Path, network: Network, adapter: A
     pipeline.add_adapter(adapter)
 
 
+def _load_adapters(pipeline: FluxPipeline, args: argparse.Namespace) -> None:
+    options = {
+        "ignore_text_encoders": args.lora_ignore_text_encoders,
+        "allow_nonfinite": args.allow_nonfinite,
+    }
+    for path, weight in args.lora or ():
+        pipeline.load_lora_weights(path, weight, **options)
+
+
 def open_pipeline(args: argparse.Namespace) -> FluxPipeline:
     """The pipeline that the options choose, and how it runs."""
     options = {
@@ -175,11 +191,11 @@ def open_pipeline(args: argparse.Namespace) -> FluxPipeline:
         pipeline = FluxPipeline.from_pretrained(
             args.pretrained, transformer=tuned.transformer, **options
         )
+        for note in () if tuned.transformer is None else tuned.transformer.finiteness.note():
+            print(f"note: {note}", flush=True)
         if tuned.adapter is not None:
             _add_adapter(pipeline, args.workdir, *tuned.adapter)
-        for path, weight in args.lora or ():
-            ignored = {"ignore_text_encoders": args.lora_ignore_text_encoders}
-            pipeline.load_lora_weights(path, weight, **ignored)
+        _printing_warnings(lambda: _load_adapters(pipeline, args))
     if options["mesh"] is not None:
         parts = pipeline.parts
         held = bytes_a_device(parts.params, parts.clip.params, parts.t5.params)
@@ -251,6 +267,24 @@ def compile_programs(args: argparse.Namespace) -> None:
     print(f"{made} at once of {pipeline.title} start from {args.programs}")
 
 
+def check_image(pipeline: FluxPipeline, args: argparse.Namespace, options: dict[str, Any]) -> None:
+    """Refuses an --image that the pipeline cannot edit; says so where it was not trained to.
+
+    Raises:
+        ValueError: it is too small; pictures of the pipeline are not of RGB.
+    """
+    try:
+        pipeline.reference_pixels(options["image"], auto_resize=options["auto_resize"])
+    except ValueError as error:
+        raise ValueError(f"--image={args.image}: {error}") from error
+    if not pipeline.parts.kontext:
+        print(
+            f"note: {args.pretrained} was not saved as a FluxKontextPipeline, which is what edits "
+            "images",
+            flush=True,
+        )
+
+
 def check(pipeline: FluxPipeline, args: argparse.Namespace, batch_size: int) -> tuple[str, ...]:
     """Refuses what the pipeline cannot make, before anything is compiled.
 
@@ -265,7 +299,7 @@ def check(pipeline: FluxPipeline, args: argparse.Namespace, batch_size: int) -> 
             f"--guidance_scale={args.guidance_scale:g}: {pipeline.title} is not told a guidance "
             "scale; leave it out"
         )
-    with options_named(wiring.PARALLEL_FLAGS):
+    with options_named(_FLAGS):
         return pipeline.check(batch_size, **settings(args))
 
 
@@ -274,12 +308,8 @@ def run(args: argparse.Namespace) -> None:
     evaluation.check_destination(args.out, overwrite=args.overwrite)
     prompts, options = prompts_of(args), settings(args) | read_image(args)
     pipeline = open_pipeline(args)
-    if args.image is not None and not pipeline.parts.kontext:
-        print(
-            f"note: {args.pretrained} was not saved as a FluxKontextPipeline, which is what edits "
-            "images",
-            flush=True,
-        )
+    if args.image is not None:
+        check_image(pipeline, args, options)
     batch_size = min(args.batch_size or _DEFAULT_BATCH, len(prompts))
 
     def work() -> None:

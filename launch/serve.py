@@ -19,7 +19,7 @@ import os
 import socket
 from pathlib import Path
 
-from dit_jax.launch import argument_types, arguments, command
+from dit_jax.launch import argument_types, arguments, command, pretrained_arguments
 
 DEFAULT_PIXELS = 2048 * 2048
 NEEDED = ("starlette", "uvicorn", "tokenizers")  # the extra 'serve'
@@ -66,8 +66,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="directory of a training run, whose transformer (or LoRA) is used in the pipeline",
     )
     parser.set_defaults(init_from=None, weights="", step=None)
+    arguments.add_allow_nonfinite_argument(group)
     arguments.add_storage_arguments(group)
-    arguments.add_pipeline_arguments(group)
+    pretrained_arguments.add_pipeline_arguments(group)
     arguments.add_step_cache_argument(group)
     arguments.add_vae_devices_argument(group)
     arguments.add_programs_argument(group)
@@ -81,7 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     with command.readable_errors(traceback=args.traceback):
         arguments.check_parallel(args)
-        arguments.check_adapters(args)
+        pretrained_arguments.check_adapters(args)
+        pretrained_arguments.check_execution(args)
         require_extra()
         listening = listen_at(args.host, args.port)  # before anything is read
         from dit_jax.launch import serving

@@ -83,8 +83,16 @@ class Adapters:
         weight: float,
         name: str | None,
         ignore_text_encoders: bool,
+        **options: bool,
     ) -> str:
         """Reads one and puts it to use beside those that are; returns its name.
+
+        Args:
+            path: see `interop.lora.load_loras`, as what follows the name.
+            weight: of what it changes.
+            name: None for the file's.
+            ignore_text_encoders: leave out what it changes in text encoders.
+            options: others.
 
         Raises:
             InteropError: see `interop.lora.load_loras`.
@@ -96,7 +104,7 @@ class Adapters:
             for part, adapted in self._networks.items()
             if part == TRANSFORMER or not ignore_text_encoders
         }
-        changes = load_loras(path, networks, ignore_text_encoders=ignore_text_encoders)
+        changes = load_loras(path, networks, ignore_text_encoders=ignore_text_encoders, **options)
         return self.add(changes, weight, name)
 
     def add(self, changes: Changes, weight: float, name: str | None = None) -> str:
@@ -186,6 +194,7 @@ class Adaptable:
         *,
         adapter_name: str | None = None,
         ignore_text_encoders: bool = False,
+        allow_nonfinite: bool = False,
     ) -> str:
         """Reads a LoRA and uses it, beside those in use (docs/lora.md).
 
@@ -196,6 +205,7 @@ class Adaptable:
             weight: of what it changes.
             adapter_name: for `set_adapters`; default: the file's.
             ignore_text_encoders: leave out what it changes in text encoders.
+            allow_nonfinite: read NaN and infinity, with a warning, instead of refusing them.
 
         Returns:
             Its name.
@@ -204,7 +214,9 @@ class Adaptable:
             InteropError: it does not match the pipeline; all that differs is said.
             ValueError: there is one of this name, or the weight is no number.
         """
-        name = self.adapters.load(path, weight, adapter_name, ignore_text_encoders)
+        name = self.adapters.load(
+            path, weight, adapter_name, ignore_text_encoders, allow_nonfinite=allow_nonfinite
+        )
         self._use_adapters()
         return name
 

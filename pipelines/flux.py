@@ -30,6 +30,7 @@ from dit_jax.pipelines.adapters import Adaptable, Adapters, adapted_networks
 from dit_jax.pipelines.divided import Divided
 from dit_jax.pipelines.execution import Draw, Execution, Latents, Pixels
 from dit_jax.programs import Programs
+from dit_jax.quantities import counted
 
 PROCESS = RectifiedFlow(network_convention="flux", time_scale=1000.0)
 OUTPUT_TYPES = ("pil", "np", "latent")
@@ -175,6 +176,25 @@ class FluxPipeline(Adaptable):
         default = _DEFAULT_LATENTS * self.parts.vae.downsampling_factor
         return flux_inputs.picture_size(height, width, default, self.side_multiple)
 
+    def reference_pixels(
+        self, image: Any, *, auto_resize: bool = True
+    ) -> Float[np.ndarray, "1 h w 3"] | None:
+        """What Kontext is shown of an image, in [-1, 1]; None of none.
+
+        Args:
+            image: as of a call, like what follows.
+            auto_resize: likewise.
+
+        Raises:
+            ValueError: it is too small, or none of RGB; the pipeline makes no pictures of RGB.
+        """
+        if image is not None and self.channels != 3:
+            raise ValueError(
+                "an image can be edited by a pipeline of RGB pictures alone, and those of this one "
+                f"have {counted(self.channels, 'channel')}"
+            )
+        return flux_inputs.reference_pixels(image, self.side_multiple, auto_resize)
+
     def encode_prompt(
         self,
         prompt: str | Sequence[str],
@@ -280,7 +300,7 @@ class FluxPipeline(Adaptable):
         if latents is not None:
             channels = self.parts.transformer.config.in_channels
             noise = flux_inputs.unpacked(latents, count, size, channels)
-        reference = flux_inputs.reference_pixels(image, self.side_multiple, auto_resize)
+        reference = self.reference_pixels(image, auto_resize=auto_resize)
 
         embeds = prompt_embeds, pooled_prompt_embeds
         if prompt_embeds is None:

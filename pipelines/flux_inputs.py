@@ -170,9 +170,11 @@ def reference_size(height: int, width: int, multiple: int, auto_resize: bool) ->
     Raises:
         ValueError: the image is smaller than that.
     """
+    if min(height, width) < multiple:
+        raise ValueError(
+            f"image of {width} x {height} pixels: expected at least {multiple} pixels a side"
+        )
     height, width = (side - side % multiple for side in (height, width))
-    if not height or not width:
-        raise ValueError(f"image of less than {multiple} pixels a side: expected a larger one")
     if not auto_resize:
         return height, width
     ratio = width / height

@@ -13,13 +13,11 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32, Int64
-from PIL import UnidentifiedImageError
 
 from dit_jax.atomic import atomic_file
 from dit_jax.data.image_files import ImageFiles
 from dit_jax.data.images import (
     DECODE_ERRORS,
-    FORMATS,
     decode_image,
     open_image,
     upright_size,
@@ -91,8 +89,6 @@ def _check(files: ImageFiles, number: int, verify: str) -> tuple[tuple[int, int]
         if verify == "full" or not _has_proper_end(files.open(number), image_format):
             decode_image(files.open(number), channels=3)
     except DECODE_ERRORS as error:
-        if isinstance(error, UnidentifiedImageError):
-            return (0, 0), f"not an image in one of the formats {', '.join(FORMATS)}"
         return (0, 0), str(error) or type(error).__name__
     return size, ""
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dit_jax.untrusted import open_regular
 
@@ -74,12 +74,20 @@ def open_image(file: str | os.PathLike | bytes | io.BufferedReader) -> Iterator[
         stream = io.BytesIO(file)
     else:
         stream = open_regular(file) if isinstance(file, str | os.PathLike) else file
-    with stream, Image.open(stream, formats=FORMATS) as image:
+    with stream, _recognised(stream) as image:
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError(
                 f"{image.width} x {image.height} pixels; at most {MAX_PIXELS} are decoded"
             )
         yield image
+
+
+def _recognised(stream: io.BufferedIOBase) -> Image.Image:
+    try:
+        return Image.open(stream, formats=FORMATS)
+    except UnidentifiedImageError as error:  # which names the stream as Python prints it
+        formats = ", ".join(FORMATS)
+        raise UnidentifiedImageError(f"not an image in one of the formats {formats}") from error
 
 
 class _Budget:

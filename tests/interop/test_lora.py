@@ -325,6 +325,14 @@ def test_errors_of_what_does_not_match(models, tmp_path, written, message):
     assert message in str(caught.value)
 
 
+def test_nan_is_read_where_it_is_allowed(models, tmp_path):
+    file, (name, *_) = before_peft(models)[0], before_peft(models)[0]
+    save_file(file | {name: np.full_like(file[name], np.nan)}, tmp_path / "x.safetensors")
+    with pytest.warns(UserWarning, match="NaN or infinity in 1 tensor: transformer"):
+        adapter = load_lora(tmp_path / "x.safetensors", models.network, allow_nonfinite=True)
+    assert sum(np.isnan(a).any() or np.isnan(b).any() for a, b in adapter.factors.values()) == 1
+
+
 def test_blocks_beyond_the_depth_are_no_other_familys(models, tmp_path):
     for number, written in enumerate((deeper, much_deeper)):
         save_file(written(models), tmp_path / f"{number}.safetensors")

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from dit_jax import FluxPipeline
-from dit_jax.launch import arguments, prompting, sample
 from dit_jax.launch import compile as compile_command
+from dit_jax.launch import pretrained_arguments, prompting, sample
 from tests.launch.served import Painter
 from tests.references import diffusers_flux_pipeline as reference
 
@@ -109,12 +109,36 @@ def test_prompts_of_a_file_become_a_folder_a_grid_and_those_of_python(folder, tm
                 "--parallel=ring",
                 "--patch_devices=2",
             ],
-            "weights divided over a mesh and parallel='ring'",
+            "--fsdp divides weights over devices, --parallel=ring pictures",
+        ),
+        (
+            ["--pretrained=FOLDER", "--prompt=a", "--tensor=2", "--programs=x"],
+            "--programs: of weights that --tensor divides none are kept",
+        ),
+        (
+            ["--pretrained=FOLDER", "--prompt=a", "--fsdp=2", "--offload"],
+            "--offload keeps the encoders' weights on the host, --fsdp divides them",
+        ),
+        (
+            ["--pretrained=FOLDER", "--prompt=a", "--vae_tile=8", "--vae_devices=2"],
+            "--vae_tile=8 decodes by several small programs on one device: leave --vae_devices out",
         ),
         (["--pretrained=FOLDER", "--prompt=a", "--lora=x:0"], "expected a weight other than 0"),
         (["--pretrained=FOLDER", "--prompt=a", "--lora=none.pt:2"], "none.pt does not exist"),
         (["--pretrained=FOLDER", "--prompt=a", "--lora_ignore_text_encoders"], "is of --lora"),
+        (
+            ["--pretrained=FOLDER", "--prompt=a", "--allow_nonfinite"],
+            "is of --lora and --init_from",
+        ),
         (["--pretrained=FOLDER", "--prompt=a", "--image=none.png"], "--image=none.png cannot be"),
+        (
+            ["--pretrained=FOLDER", "--prompt=a", "--image=FILE"],
+            "prompts.txt cannot be read: not an",
+        ),
+        (
+            ["--pretrained=FOLDER", "--prompt=a", "--image=THIN"],
+            "thin.png: image of 3 x 40 pixels: expected at least 4 pixels a side",
+        ),
         (["--pretrained=FOLDER", "--prompt=a", "--keep_image_size"], "is of --image, which is not"),
         (["--pretrained=none/of/these", "--prompt=a"], "none/of/these does not exist"),
         (["--pretrained=FOLDER/vae", "--prompt=a"], "has no model_index.json"),
@@ -131,7 +155,8 @@ def test_what_cannot_be_done_is_refused(folder, tmp_path, capsys, options, messa
     ):
         (tmp_path / f"{name}.txt").write_bytes(content)
     files = {"FOLDER": folder, "FILE": tmp_path / "prompts.txt", "EMPTY": tmp_path / "empty.txt"}
-    files["BYTES"] = tmp_path / "bytes.txt"
+    files |= {"BYTES": tmp_path / "bytes.txt", "THIN": tmp_path / "thin.png"}
+    Image.new("RGB", (3, 40)).save(files["THIN"])
     for name, path in files.items():
         options = [option.replace(name, str(path)) for option in options]
     assert message in refusal(capsys, *options, f"--out={tmp_path / 'a.png'}")
@@ -194,7 +219,7 @@ def test_memory_that_runs_out_names_what_would_fit(folder, tmp_path, capsys, mon
 
 def test_every_option_of_a_sample_is_for_one_kind_of_model_or_both():
     parser_options = set(vars(sample.parse_arguments(["--out=a.png"])))
-    known = {*arguments._OF_TRAINED_MODELS, *arguments._OF_PIPELINES}
+    known = {*pretrained_arguments._OF_TRAINED_MODELS, *pretrained_arguments._OF_PIPELINES}
     both = {"pretrained", "steps", "guidance_scale", "height", "width", "batch_size", "seed"}
     both |= {
         "num_images",
@@ -208,6 +233,6 @@ def test_every_option_of_a_sample_is_for_one_kind_of_model_or_both():
         "traceback",
         "param_dtype",
     }
-    both |= {"quantization", "vae_devices", "step_cache", "programs"}
+    both |= {"quantization", "vae_devices", "step_cache", "programs", "allow_nonfinite"}
     both |= {"workdir", "init_from", "weights", "step"}  # what takes a transformer's place
     assert parser_options == known | both

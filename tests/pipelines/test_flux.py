@@ -160,7 +160,7 @@ def test_kontext_edits_an_image(dev, monkeypatch):
     floats = flux_inputs.reference_pixels(pixels / np.float32(255), 4)
     assert floats.shape == (1, 1248, 832, 3) and -1 <= floats.min() < floats.max() <= 1
     assert np.abs(floats - flux_inputs.reference_pixels(image, 4)).max() < 0.02
-    with pytest.raises(ValueError, match="less than 4 pixels a side"):
+    with pytest.raises(ValueError, match="pixels: expected at least 4 pixels a side"):
         dev[2]("a cat", image=pixels[:3], **SHORT)
     with pytest.raises(ValueError, match="would do nothing without an image"):
         dev[2]("a cat", auto_resize=False, **SHORT)
