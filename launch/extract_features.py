@@ -20,13 +20,14 @@ was, and ends with the same bits. Then train with
 import argparse
 import math
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dit_jax.launch import argument_types, arguments, command, spelling
 
 if TYPE_CHECKING:
     from dit_jax.data import Header
+
+_PUBLISHED_FLUX = "hub:black-forest-labs/FLUX.1-dev"
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -142,40 +143,46 @@ def extract(args: argparse.Namespace) -> None:
     height, width, channels = max(shapes, key=math.prod)
     square = height == width and len(set(shapes)) == 1
     size = f"image_size={height}" if square else f"input_size={height},{width}"
-    config = "dit_b2" if args.text_encoders is None else "flux_dev_sft"
+    config, more = "dit_b2", [f"--config.model.num_classes={header.num_classes}"]
+    if args.text_encoders is not None:
+        config, more = captioned_training(args.text_encoders, header)
     train = ["python", "launch/train.py", f"--config=configs/{config}.py"]
     train += ["--workdir=runs/latents"]
     train += [f"--config.data.latents.path={args.out}", f"--config.model.{size}"]
-    train.append(f"--config.model.in_channels={channels}")
-    if args.text_encoders is None:
-        train.append(f"--config.model.num_classes={header.num_classes}")
-    else:
-        train += text_options(args.text_encoders, header)
+    train += [f"--config.model.in_channels={channels}", *more]
     if extraction.flip_of(args) != "pairs" and args.text_encoders is None:
         train.append("--config.data.horizontal_flip=False")
     print(f"next: {spelling.spelled(shlex.join(train))}")
 
 
-def text_options(encoders: str, header: "Header") -> list[str]:
-    """Options of launch/train.py for embeddings of captions: where to start, and sizes of its own.
+def captioned_training(encoders: str, header: "Header") -> tuple[str, list[str]]:
+    """What embeddings of captions are trained with: an experiment of configs/, and its options.
 
     Args:
         encoders: --text_encoders.
         header: of what was made.
     """
+    from dit_jax import experiment
     from dit_jax.configs import flux_dev_sft
+    from dit_jax.interop.models import open_model
+    from dit_jax.launch.text_extraction import find_encoders
 
-    sizes = {"text_dim": header.fields["text"].shape[-1]}
-    sizes["pooled_dim"] = header.fields["pooled"].shape[-1]
-    published = flux_dev_sft.get_config().model.flux
-    own = [
-        f"--config.model.flux.{key}={size}" for key, size in sizes.items() if size != published[key]
-    ]
-    whole = encoders.startswith("hub:") or (Path(encoders).expanduser() / "transformer").is_dir()
-    if whole:
-        return [f"--init_from={encoders}", *own]
-    # Encoders alone: published networks fit those of their sizes, and no others.
-    return own or ["--init_from=FLUX.1-dev"]
+    published = flux_dev_sft.get_config()
+    folder = find_encoders(encoders)
+    if (folder / "transformer").is_dir():  # which they are told in its own pipeline
+        found = open_model(folder).config
+        sizes = experiment.network_differences(found, published)
+        sizes = {key: its for key, (its, _) in sizes.items() if key.startswith("flux.")}
+        start, config = [f"--init_from={encoders}"], "flux_dev_sft"
+    else:
+        sizes = {"flux.text_dim": header.fields["text"].shape[-1]}
+        sizes["flux.pooled_dim"] = header.fields["pooled"].shape[-1]
+        start, config = [f"--init_from={_PUBLISHED_FLUX}"], "flux_dev_sft"
+        if sizes != {key: published.model.flux[key.partition(".")[2]] for key in sizes}:
+            start, config = [], "flux_tiny"  # no published network is told states of these sizes
+        else:
+            sizes = {}
+    return config, [*start, *(f"--config.model.{key}={size}" for key, size in sizes.items())]
 
 
 def start() -> None:

@@ -52,7 +52,7 @@ def require_labels(args: argparse.Namespace, config: ml_collections.ConfigDict) 
     if config.model.name != "flux":
         return
     given = f"--workdir={args.workdir}" if args.workdir else f"--init_from={args.init_from}"
-    source = _pipeline_of(args, config)
+    source = pipeline_of(args.workdir, config)
     command = ["python", "launch/sample.py", f"--pretrained={source or 'FLUX.1-dev'}", given]
     out = str(getattr(args, "out", ""))  # of scores and of pairs it is no picture
     command += ["--prompt=a cat", f"--out={out if out.endswith('.png') else 'cat.png'}"]
@@ -63,10 +63,10 @@ def require_labels(args: argparse.Namespace, config: ml_collections.ConfigDict) 
     )
 
 
-def _pipeline_of(args: argparse.Namespace, config: ml_collections.ConfigDict) -> str:
+def pipeline_of(directory: Path | None, config: ml_collections.ConfigDict) -> str:
     """The pipeline that a network was trained from, as far as its workdir tells; else ''."""
     source = config.lora.base if config.lora.rank else ""
-    record = args.workdir / "init_from.json" if args.workdir else None
+    record = directory / "init_from.json" if directory else None
     if record is not None and record.is_file():
         source = str(read_json(record).get("path", ""))
     whole = source.startswith("hub:") or (Path(source) / "model_index.json").is_file()

@@ -115,16 +115,14 @@ def main(argv: list[str]) -> None:
         sys.exit(128 + (result.signal or signal.SIGTERM))
     if distributed.is_first():
         print(f"done: step {result.step}, {result.steps_per_second:.4g} steps/s, in {directory}")
-        sample = ["python", "launch/sample.py", f"--workdir={directory}", "--out=samples.png"]
-        if _CONFIG.value.model.name == "flux" and _CONFIG.value.lora.rank:
-            # Prompts are for pipelines, of which a run has the transformer's change alone.
-            adapter = ["--to=lora", str(directory), "lora.safetensors"]
-            sample = ["python", "launch/convert.py", *adapter]
         from dit_jax import config, options
+        from dit_jax.launch import next_steps
+        from dit_jax.training.workdir import load_config
 
+        following = next_steps.after_training(load_config(directory), directory)
         modules = options.extensions(config.choices(_CONFIG.value))
         before = f"{options.EXTENSIONS}={','.join(modules)} " if modules else ""
-        print(f"next: {before}{spelling.spelled(shlex.join(sample))}")
+        print(f"next: {before}{spelling.spelled(shlex.join(following))}")
 
 
 def start() -> None:

@@ -85,15 +85,35 @@ def require_same_network(
     Raises:
         ConfigError: with the values to set.
     """
-    found, wanted = architecture(found), architecture(wanted)
     flags = [
-        f"  config.model.{key} is {wanted.get(key)!r}, the checkpoint's {found.get(key)!r}: "
-        + shlex.quote(f"--config.model.{key}={found.get(key)}")
-        for key in sorted(found.keys() | wanted.keys())
-        if found.get(key) != wanted.get(key) and found.get(key) != _ADDITIONS.get(key, _NOTHING)
+        f"  config.model.{key} is {own!r}, the checkpoint's {its!r}: "
+        + shlex.quote(f"--config.model.{key}={its}")
+        for key, (its, own) in network_differences(found, wanted).items()
     ]
     if flags:
         raise ConfigError(f"{source} is a checkpoint of another network:\n" + "\n".join(flags))
+
+
+def network_differences(
+    found: ml_collections.ConfigDict, wanted: ml_collections.ConfigDict
+) -> dict[str, tuple[Any, Any]]:
+    """Where the network of a checkpoint is another than an experiment's.
+
+    Args:
+        found: the checkpoint's configuration.
+        wanted: the experiment's.
+
+    Returns:
+        (the checkpoint's value, the experiment's) by key of `config.model`, None for one that is
+        not there.
+    """
+    found, wanted = architecture(found), architecture(wanted)
+    both = {key: (found.get(key), wanted.get(key)) for key in sorted(found.keys() | wanted.keys())}
+    return {
+        key: (its, own)
+        for key, (its, own) in both.items()
+        if its != own and its != _ADDITIONS.get(key, _NOTHING)
+    }
 
 
 def require_trainable(config: ml_collections.ConfigDict) -> None:

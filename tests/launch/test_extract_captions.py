@@ -1,6 +1,7 @@
 """launch/extract_features.py of captioned images: embeddings beside latents."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from dit_jax import data, experiment
 from dit_jax.config import ConfigError
-from dit_jax.configs import flux_dev_sft, flux_schnell_dmd2
+from dit_jax.configs import flux_dev_sft
 from dit_jax.data import captioned_digits, open_source
 from dit_jax.interop.autoencoder_kl import save_autoencoder
 from dit_jax.interop.flux_files import save_flux
@@ -17,13 +18,12 @@ from dit_jax.interop.parameters import flatten
 from dit_jax.interop.pixel_autoencoder import pixel_autoencoder
 from dit_jax.interop.text_encoders import load_text_encoder
 from dit_jax.interop.tokenizer_files import load_tokenizer
-from dit_jax.launch import extract_features, methods, training
+from dit_jax.launch import extract_features, training
 from dit_jax.models import FluxConfig, Network
 from dit_jax.pipelines.small_text import write_text_encoders
 from tests.compilations import compilations
 from tests.data.test_captioned_folder import write
 from tests.data.test_captioned_shards import pack
-from tests.long import only_long
 
 LONG = "four and five side by side " * 3
 CAPTIONS = {f"{i}.png": text for i, text in enumerate(captioned_digits.all_captions()[8:13])}
@@ -109,7 +109,7 @@ def test_captions_that_are_too_long_are_told_and_shards_are_as_folders(
     assert "6 different captions, told by" in out
     for title, length in (("CLIP", 10), ("T5", 8)):
         assert f"note: 1 of 6 captions is longer than {title}'s {length} tokens and cut" in out
-    assert "5.png" in out and "--config=configs/flux_dev_sft.py" in out
+    assert "5.png" in out and "--config=configs/flux_tiny.py" in out
     # Nothing is published that takes states of these sizes.
     sizes = "--config.model.flux.text_dim=16 --config.model.flux.pooled_dim=8"
     assert sizes in out and "--init_from" not in out
@@ -212,34 +212,25 @@ def test_what_does_not_fit_a_networks_text_is_refused_with_what_to_set(features)
         experiment.open_data(config, "train")
 
 
-def test_where_flux_is_trained_from_is_where_the_encoders_are(features, pipeline):
+def test_the_command_that_trains_on_them_has_the_sizes_of_the_network(
+    features, pipeline, dev, tmp_path
+):
     header = open_source("latents", "train", path=str(features)).records.header
     sizes = ["--config.model.flux.text_dim=16", "--config.model.flux.pooled_dim=8"]
-    assert extract_features.text_options(str(pipeline), header) == sizes
-    whole = "hub:somebody/flux"
-    assert extract_features.text_options(whole, header) == [f"--init_from={whole}", *sizes]
+    found = extract_features.captioned_training(str(pipeline), header)
+    assert found == ("flux_tiny", sizes)
+    whole = tmp_path / "whole"
+    shutil.copytree(pipeline, whole)
+    shutil.copytree(dev, whole / "transformer")
+    (whole / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    name, (start, *options) = extract_features.captioned_training(str(whole), header)
+    assert (name, start) == ("flux_dev_sft", f"--init_from={whole}")
+    config = flux_dev_sft.get_config()
+    values = dict(option.removeprefix("--config.").split("=") for option in options)
+    config.model.in_channels = 1
+    config.update_from_flattened_dict({key: int(value) for key, value in values.items()})
+    experiment.require_same_network(open_model(str(dev)).config, config, "dev")
     published = {"text": data.Field((8, 4096), "bfloat16"), "pooled": data.Field((768,), "float32")}
     header = dataclasses.replace(header, fields={**header.fields, **published}, nulls={})
-    assert extract_features.text_options(str(pipeline), header) == ["--init_from=FLUX.1-dev"]
-
-
-def test_guidance_that_means_nothing_is_refused_in_words_of_conditions(features):
-    values = {"method.label_dropout": 0.0, "sampling.guidance_scale": 2.0}
-    with pytest.raises(ConfigError, match=r"images without conditions; .* null values"):
-        experiment.resolve_config(tiny(flux_dev_sft, features, **values))
-
-
-def distillation(features, dev):
-    return tiny(flux_schnell_dmd2, features, **{"teacher.path": str(dev), "sampling.steps": 2})
-
-
-def test_a_teacher_whose_file_tells_no_size_has_the_students(features, dev):
-    prepared = experiment.prepare(distillation(features, dev))
-    teacher = methods.open_frozen(prepared.config, prepared.method).models["teacher"]
-    assert teacher.network.sample_shape == (8, 16, 1)
-
-
-@only_long
-def test_it_is_distilled_by_dmd2(features, dev, tmp_path):
-    assert training.run(distillation(features, dev), tmp_path / "run").step == 2
-    assert open_model(str(tmp_path / "run")).config.data.guidance == 3.5
+    found = extract_features.captioned_training(str(pipeline), header)
+    assert found == ("flux_dev_sft", ["--init_from=hub:black-forest-labs/FLUX.1-dev"])

@@ -14,8 +14,16 @@ from dit_jax.interop import flux_pipelines
 from dit_jax.interop.export import write_model
 from dit_jax.interop.flux_files import load_flux, save_flux
 from dit_jax.interop.models import open_model
-from dit_jax.launch import convert, evaluate, sample, training
+from dit_jax.launch import (
+    convert,
+    evaluate,
+    next_steps,
+    pretrained_arguments,
+    sample,
+    training,
+)
 from dit_jax.models.flux_config import PRESETS
+from dit_jax.training.workdir import load_config
 from tests.interop.test_models import in_memory
 from tests.launch.test_lora import DIT
 from tests.references import diffusers_flux_pipeline as reference
@@ -124,6 +132,22 @@ def test_a_run_goes_back_into_a_pipeline_and_is_sampled_in_one(run, pipeline, tm
     np.testing.assert_array_equal(made(outs[0]), made(outs[1]))
     assert np.abs(made(outs[0]) - made(outs[2])).max() > 5
     assert json.loads((tmp_path / "tuned.json").read_text())["workdir"] == str(run)
+
+
+def test_what_comes_after_a_run_is_a_command_that_works(run, records, pipeline, tmp_path):
+    config = load_config(run)
+    command = ["python", "launch/convert.py", "--to=diffusers", str(run), "transformer"]
+    assert next_steps.after_training(config, run) == command
+    (tmp_path / "init_from.json").write_text(json.dumps({"path": str(pipeline)}))
+    _, script, *options = next_steps.after_training(config, tmp_path)
+    assert script == "launch/sample.py"
+    assert options == [
+        *(f"--pretrained={pipeline}", f"--workdir={tmp_path}", "--prompt=a cat"),
+        *(f"--height={2 * SIDE}", f"--width={2 * SIDE}", "--steps=8", "--max_sequence_length=3"),
+        "--out=cat.png",
+    ]
+    args = sample.parse_arguments(options)
+    pretrained_arguments.check_pretrained(args)
 
 
 def test_a_lora_of_a_run_is_used_in_the_pipeline(records, pipeline, tmp_path):
