@@ -126,6 +126,11 @@ def write_model(
     others, others_note = _other_parts(model, kind, pipeline)
     if others:
         _refuse_source(destination, others.folder, "the pipeline")
+        if destination.resolve().is_relative_to(others.folder.resolve()):
+            raise InteropError(
+                f"{destination} is inside {others.folder}, the pipeline being read: choose another "
+                "destination"
+            )
         others.require_space(destination, sum(spec.nbytes for spec in specs.values()))
     is_state_dict = kind not in _FOLDERS
     if is_state_dict and (class_names or metrics):

@@ -32,20 +32,23 @@ COMPONENTS = {
 TRANSFORMER = "transformer"
 
 
-def check_index(folder: Path, without: Collection[str] = ()) -> bool:
+def check_index(folder: Path, without: Collection[str] = (), hint: str = "") -> bool:
     """Refuses what is no whole FLUX pipeline; tells whether it is one that edits images.
 
     Args:
         folder: the pipeline's.
         without: components that are not asked for.
+        hint: where else to go with a folder that is no pipeline's.
 
     Raises:
         InteropError: it has no index, is another class's, or lacks components.
     """
     if not (folder / INDEX).is_file():
+        if (folder.absolute().parent / INDEX).is_file():
+            hint = f"{folder} is a part of one: give {folder.parent}"
         raise InteropError(
             f"{folder} has no {INDEX}: expected the folder of a diffusers pipeline, as "
-            "FluxPipeline.save_pretrained writes it. For other models see --init_from"
+            f"FluxPipeline.save_pretrained writes it{'. ' if hint else ''}{hint}"
         )
     name = read_object(folder / INDEX, folder).get("_class_name")
     if name not in CLASSES:

@@ -126,7 +126,7 @@ def load(
     found = _find_transformer(transformer)
     without = () if found is None else (TRANSFORMER,)
     folder = resolve(source, without)
-    kontext = check_index(folder, without)
+    kontext = check_index(folder, without, "For other models see --init_from")
     times = flow_times_from_scheduler(*_scheduler_config(folder))
     tokenizers = {
         name: load_tokenizer(folder / name, kind, within=folder)

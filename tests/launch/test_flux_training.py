@@ -125,6 +125,8 @@ def test_a_run_goes_back_into_a_pipeline_and_is_sampled_in_one(run, pipeline, tm
 
     given = (f"--pipeline={tmp_path / 'whole'}", "--to=diffusers", str(run), "--overwrite")
     assert "is the pipeline being read" in refusal(capsys, convert, *given, f"{tmp_path}/whole")
+    inside = refusal(capsys, convert, *given, f"{tmp_path}/whole/sub")
+    assert f"whole/sub is inside {tmp_path / 'whole'}, the pipeline being read" in inside
     outs = [tmp_path / name for name in ("tuned", "whole_again", "plain")]
     sample.main([f"--pretrained={pipeline}", f"--workdir={run}", *OPTIONS, f"--out={outs[0]}"])
     sample.main([f"--pretrained={tmp_path / 'whole'}", *OPTIONS, f"--out={outs[1]}"])
