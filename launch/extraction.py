@@ -340,6 +340,14 @@ def tell_of_captions(texts: TextFeatures, source: CaptionedImages) -> None:
     captions = [source.captions[number] for number in source.used]
     told = counted(len(set(captions)), "different caption")
     print(f"{told}, told by {texts.name} in {texts.t5.length} tokens of T5", flush=True)
+    empty = [number for number, text in enumerate(captions) if not text.strip()]
+    if empty:
+        are = "is" if len(empty) == 1 else "are"
+        print(
+            f"note: {len(empty)} of {counted(len(captions), 'caption')} {are} empty, as dropped "
+            f"captions are; the first is of {source.describe(empty[0])}",
+            flush=True,
+        )
     for line in texts.cut_captions(captions, source.describe):
         print(line, flush=True)
 

@@ -47,8 +47,8 @@ def open_captioned_shards(
     """Open tar shards of images with captions.
 
     A .json holds an object whose "caption", or else "text", is the caption; where there is a .txt
-    too, that counts. Images keep the order of shards and of their files in them. The shards'
-    headers are read once, here.
+    too, that counts, and those that say something else are counted in a warning. Images keep the
+    order of shards and of their files in them. The shards' headers are read once, here.
 
     Args:
         split: "train" or "test".
@@ -88,12 +88,14 @@ class _Content:
         captions: theirs.
         without: names of images that have none.
         others: names of files of neither kind.
+        contradicted: names of captions beside which there is another, in a .json.
     """
 
     images: list[TarEntry] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
     without: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
+    contradicted: list[str] = field(default_factory=list)
 
 
 def _read_shards(shards: Sequence[Path]) -> tuple[ShardFiles, list[str]]:
@@ -111,6 +113,14 @@ def _read_shards(shards: Sequence[Path]) -> tuple[ShardFiles, list[str]]:
     if others:
         what = counted(len(others), "file")
         logger.warning("%s neither of images nor captions left out, as %s", what, others[0])
+    contradicted = _named(shards, [content.contradicted for content in contents])
+    if contradicted:
+        what = counted(len(contradicted), "caption")
+        logger.warning(
+            "%s of a .txt beside a .json that says something else: the .txt counts, as %s",
+            what,
+            contradicted[0],
+        )
     entries = [entry for content in contents for entry in content.images]
     if not entries:
         raise FileNotFoundError(
@@ -164,9 +174,11 @@ def _read_shard(shard: Path) -> _Content:
 def _add(content: _Content, shard: Path, key: str, sample: dict[str, TarEntry], file) -> None:
     texts = [sample[kind] for kind in _CAPTIONS if kind in sample]
     if "image" not in sample:
+        near = next((name for name in content.others if name.startswith(f"{key}.")), None)
+        hint = f"; {shown(near)} is none, as keys end at the first dot" if near else ""
         raise FileNotFoundError(
             f"{shard}: {shown(texts[0].name)} is the caption of no image: expected {key}.jpg or "
-            f"another of {', '.join(SUFFIXES)} in the same shard"
+            f"another of {', '.join(SUFFIXES)} in the same shard{hint}"
         )
     image = sample["image"]
     if image.size > _MAX_IMAGE:
@@ -178,6 +190,16 @@ def _add(content: _Content, shard: Path, key: str, sample: dict[str, TarEntry], 
         return
     content.images.append(image)
     content.captions.append(_caption(shard, texts[0], file))
+    if any(_says_otherwise(shard, other, file, content.captions[-1]) for other in texts[1:]):
+        content.contradicted.append(texts[0].name)
+
+
+def _says_otherwise(shard: Path, entry: TarEntry, file, caption: str) -> bool:
+    """Whether a .json that does not count has another caption; of its own it need have none."""
+    try:
+        return _caption(shard, entry, file).strip() != caption
+    except ValueError:
+        return False
 
 
 def _caption(shard: Path, entry: TarEntry, file) -> str:

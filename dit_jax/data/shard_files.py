@@ -91,7 +91,9 @@ def _expanded(pattern: str) -> list[str]:
 def _choices(inside: str) -> list[str]:
     if found := _RANGE.fullmatch(inside):
         first, last = found.groups()
-        if int(first) <= int(last) < int(first) + _MAX_SHARDS:
+        if int(last) - int(first) >= _MAX_SHARDS:
+            raise ValueError(f"{{{inside}}} stands for more than {_MAX_SHARDS} shards")
+        if int(first) <= int(last):
             padded = any(end.startswith("0") and len(end) > 1 for end in (first, last))
             width = max(len(first), len(last)) if padded else 0
             return [f"{number:0{width}}" for number in range(int(first), int(last) + 1)]

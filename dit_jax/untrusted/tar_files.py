@@ -14,6 +14,7 @@ _BLOCK = tarfile.BLOCKSIZE
 _MAX_NAME = 4096  # bytes, of a path on Linux
 _MAX_EXTENDED = 2**20  # bytes, of a header of a file's further properties
 _MAX_PADDING = 2**20  # bytes, of what tar fills an archive up with
+_ANEW = ". Write or fetch it anew"
 _REFUSED = {
     tarfile.LNKTYPE: "a link",
     tarfile.SYMTYPE: "a symbolic link",
@@ -94,7 +95,7 @@ class _Reader:
             # Forwards by at least a block: reading ends, whatever sizes say.
             position = data + -(-size // _BLOCK) * _BLOCK
         if extended:
-            raise self._refusal("is damaged: it ends between a header and its file")
+            raise self._refusal(f"is damaged: it ends between a header and its file{_ANEW}")
 
     def _header(self, position: int) -> tarfile.TarInfo | None:
         """The header at a position, None at the archive's end."""
@@ -105,7 +106,7 @@ class _Reader:
                 raise self._refusal("is empty: expected a tar archive")
             raise self._refusal(
                 f"is truncated: after {position} of at least {position + 2 * _BLOCK} bytes it ends "
-                "without the two blocks of zeros of a complete tar archive. Write or fetch it anew"
+                f"without the two blocks of zeros of a complete tar archive{_ANEW}"
             )
         try:
             return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
@@ -131,7 +132,9 @@ class _Reader:
                 "or damaged. Write it anew, or give its parts as files of their own"
             )
         if self._total - position < 2 * _BLOCK:
-            raise self._refusal("is truncated: it ends within its last two blocks, of zeros")
+            raise self._refusal(
+                f"is truncated: it ends within its last two blocks, of zeros{_ANEW}"
+            )
 
     def _check(self, kind: bytes, name: str, size: int, data: int) -> None:
         label = shown(name)
@@ -146,12 +149,12 @@ class _Reader:
         if not 0 <= size <= self._total:
             raise self._refusal(
                 f"is truncated or damaged: {label} is to have {size} bytes, the archive has "
-                f"{self._total}"
+                f"{self._total}{_ANEW}"
             )
         if data + size > self._total:
             raise self._refusal(
                 f"is truncated: it ends within {label}, {data + size - self._total} bytes of which "
-                "are missing. Write or fetch it anew"
+                f"are missing{_ANEW}"
             )
         if len(os.fsencode(name)) > _MAX_NAME:
             raise self._refusal(f"holds a name of more than {_MAX_NAME} bytes, {label}")

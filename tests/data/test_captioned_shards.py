@@ -84,6 +84,14 @@ def test_shards_read_as_the_folder_of_the_same_images_does(shards, tmp_path):
     assert source.describe(0) == f"{shards}/s-01.tar: d.x/{'n' * 150}.png"
 
 
+def test_a_txt_counts_and_jsons_that_say_something_else_are_told(shards, caplog):
+    open_captioned_shards("train", path=str(shards))
+    told = "1 caption of a .txt beside a .json that says something else: the .txt counts, as "
+    assert [r.getMessage() for r in caplog.records if "beside" in r.getMessage()] == [
+        f"{told}{shards}/s-02.tar: 0005.txt"
+    ]
+
+
 def test_order_is_that_of_seed_and_batch_and_workers_read_the_same(shards):
     path = str(shards / "s-{00..02}.tar")
     copy = pickle.loads(pickle.dumps(open_captioned_shards("train", path=path)))
@@ -143,6 +151,7 @@ PNG = picture(9)
     [
         ([("a.png", PNG)], r"1 image without a caption: .*x\.tar: a\.png\. Put a \.txt"),
         ([("a.txt", b"x")], r"x\.tar: 'a\.txt' is the caption of no image: expected a\.jpg"),
+        ([("a.seg.png", PNG), ("a.txt", b"x")], r"'a\.seg\.png' is none, as keys end at the first"),
         ([*sample(0), ("0000.jpg", PNG)], r"two files of one key, '0000\.png' and '0000\.jpg'"),
         ([*sample(0), *sample(0)], r"two files of one key, '0000\.png' and '0000\.png'"),
         ([("a.png", PNG), ("a.txt", b"\xff\xfe")], r"x\.tar: a\.txt is no text"),
@@ -192,7 +201,7 @@ def extended(record):
         (lambda whole: whole + whole, r"goes on after its end .* joined by cat"),
         (lambda whole: b"\x1f\x8b" + whole, r"is compressed \(gzip\)"),
         (lambda whole: b"x" * 600, "is no tar archive"),
-        (lambda whole: header(size=2**62) + bytes(1024), "is to have 4611686018427387904 bytes"),
+        (lambda whole: header(size=2**62) + bytes(1024), "387904 bytes, .*1536. Write or fetch it"),
         (lambda whole: header(size=-512) + bytes(1024), "is to have -512 bytes"),
         (lambda whole: extended(b"9999 size=1\n") + bytes(1024), "the extended header at byte 512"),
         (lambda whole: extended(b"11 size=-9\n") + bytes(1024), "a size is '-9'"),
@@ -218,6 +227,7 @@ def test_damaged_archives_are_refused(tmp_path, content, message):
         ("x-{0..2.tar", "braces that are not closed"),
         ("x-{name}.tar", r"\{name\}: expected a range"),
         ("x-{0..9999}{0..9999}.tar", "stands for more than 100000 shards"),
+        ("x-{0..999999}.tar", r"\{0\.\.999999\} stands for more than 100000 shards"),
         ("{s-00,s-00}.tar", r"names .*s-00\.tar more than once"),
         ("s-00.zip", r"s-00\.zip is no \.tar file"),
         ("empty", r"empty holds no \.tar files"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from dit_jax.interop.parameters import flatten
 from dit_jax.interop.pixel_autoencoder import pixel_autoencoder
 from dit_jax.interop.text_encoders import load_text_encoder
 from dit_jax.interop.tokenizer_files import load_tokenizer
-from dit_jax.launch import extract_features, training
+from dit_jax.launch import extract_features, extraction, training
 from dit_jax.models import FluxConfig, Network
 from dit_jax.pipelines.small_text import write_text_encoders
 from tests.compilations import compilations
@@ -90,6 +91,17 @@ def test_batches_hold_the_embeddings_of_their_captions(features, pipeline, image
     assert header.fields["latents"].versions == ("plain",)
     settings = header.provenance["settings"]
     assert settings["text_length"] == 8 and len(settings["text_sha256"]) == 64
+
+
+def test_empty_captions_are_told(capsys):
+    source = types.SimpleNamespace(captions=("a cat", " \n", ""), describe=lambda i: f"{i}.png")
+    source.used = np.array([0, 2])
+    texts = types.SimpleNamespace(name="tiny", t5=types.SimpleNamespace(length=8))
+    texts.cut_captions = lambda *arguments: ()
+    extraction.tell_of_captions(texts, source)
+    assert "note: 1 of 2 captions is empty, as dropped captions are; the first is of 1.png" in (
+        capsys.readouterr().out
+    )
 
 
 def test_captions_that_are_too_long_are_told_and_shards_are_as_folders(
