@@ -44,6 +44,15 @@ def blocks(language):
                 yield f"{path.relative_to(ROOT)}:{line}", match[2]
 
 
+def test_the_table_of_experiments_has_them_all():
+    rows = re.findall(r"^\| (`[^|]*\.py`) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    listed = []
+    for name in re.findall(r"`([\w{},]+)\.py`", " ".join(rows)):
+        start, *choices = re.split("[{},]", name)
+        listed += [f"{start}{choice}" for choice in choices if choice] or [name]
+    assert sorted(listed) == experiments()
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder with small models under the names that the documents use."""
