@@ -9,6 +9,7 @@ rematerialisation), and the time that is predicted. Nothing is measured.
 """
 
 import argparse
+import itertools
 import json
 import shlex
 import subprocess
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 COLUMNS = (
     "devices",
     "policy",
+    "averages",
     "arguments, GiB",
     "temporaries, GiB",
     "in all, GiB",
@@ -36,12 +38,13 @@ COLUMNS = (
 )
 
 
-def plan(config: str, devices: int, remat: str) -> dict[str, Any]:
+def plan(config: str, devices: int, remat: str, averages: str) -> dict[str, Any]:
     """The plan of one update, as launch/plan.py writes it."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "plan.json")
         options = [f"--config={config}", f"--devices={devices}", f"--out={out}"]
         options += ["--accelerator=h100", f"--config.model.remat={remat}"]
+        options += [f"--config.ema.dtype={averages}"]
         command = [sys.executable, str(ROOT / "launch/plan.py"), *options]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -49,7 +52,7 @@ def plan(config: str, devices: int, remat: str) -> dict[str, Any]:
         return json.loads(out.read_text())
 
 
-def row_of(found: dict[str, Any], remat: str) -> dict[str, Any]:
+def row_of(found: dict[str, Any], remat: str, averages: str) -> dict[str, Any]:
     """What the table says of a plan."""
     program = found["programs"]["train"]
     kernels = program["predicted"]["kernels"]
@@ -60,6 +63,7 @@ def row_of(found: dict[str, Any], remat: str) -> dict[str, Any]:
     return {
         "devices": found["devices"],
         "policy": remat,
+        "averages": averages,
         "arguments_bytes": program["memory"]["arguments"],
         "temporary_bytes": program["memory"]["temporaries"],
         "total_bytes": found["memory"]["total_bytes"],
@@ -86,6 +90,7 @@ def table_of(rows: list[dict[str, Any]]) -> str:
             (
                 str(row["devices"]),
                 f"`{row['policy']}`",
+                row["averages"],
                 f"{sizes[0]:.1f}",
                 f"{sizes[1]:.1f}",
                 f"{sizes[2]:.1f}" + ("" if row["fits"] else " (too much)"),
@@ -105,14 +110,23 @@ def main() -> None:
     parser.add_argument("--config", default="configs/dit_xl2.py", help="The experiment.")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 8], help="H100s.")
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=POLICIES)
+    parser.add_argument(
+        "--averages",
+        nargs="+",
+        default=["float32", "bfloat16"],
+        choices=("float32", "bfloat16"),
+        help="What weights' averages are stored in (config.ema.dtype).",
+    )
     options = parser.parse_args()
     if reason := missing_plugin():
         parser.error(f"compiles for GPUs: {reason}")
     rows = []
-    for devices in options.devices:
-        for remat in options.policies:
-            rows.append(row_of(plan(options.config, devices, remat), remat))
-            print(table_of(rows[-1:]).splitlines()[-1], flush=True)
+    for devices, averages, remat in itertools.product(
+        options.devices, options.averages, options.policies
+    ):
+        found = plan(options.config, devices, remat, averages)
+        rows.append(row_of(found, remat, averages))
+        print(table_of(rows[-1:]).splitlines()[-1], flush=True)
     save_json(options.out.with_suffix(".json"), {"rows": rows}, overwrite=True)
     command = f"python benchmarks/training_memory.py --out={options.out}"
     text = (
