@@ -238,6 +238,8 @@ def test_every_experiment_resolves_and_initialises(name):
     # Traced faster; scanned layers are accelerators' choice besides.
     own = resolved.model[resolved.model.name]
     own.update({"layer_loop": "scan"} if "layer_loop" in own else {"num_blocks": 1})
+    if "single_depth" in own:
+        own.update({"hidden_size": 256, "num_heads": 2})  # a CPU's attention is traced by heads
     adversarial = "feature_indices" in resolved.method.get(resolved.method.name, {})
     if "channel_mult" in own and not adversarial:  # adversaries read the maps of all resolutions
         own.channel_mult = own.channel_mult[:2]

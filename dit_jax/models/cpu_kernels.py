@@ -148,6 +148,8 @@ def _scale(q, scale):
     return q.shape[-1] ** -0.5 if scale is None else scale
 
 
+# Traced once for all heads and parts of the same shapes, and then written out as if it were not.
+@functools.partial(jax.jit, inline=True, static_argnames="scale")
 def _attend(q, k, v, allowed, bias, scale):
     q, k, v = map(_heads_first, (q * _scale(q, scale), k, v))
     weights, _ = score_weights(q, k, allowed, bias)

@@ -306,12 +306,12 @@ class Flux(nnx.Module):
         """What modulates every block: time, guidance and the whole text, through SiLU."""
         condition = self.t_embedder(t) + self.pooled_embedder(conditions["pooled"])
         if self.config.guidance_embedding:
-            told = _told_guidance(conditions["guidance"], resolve_dtype(self.config.dtype))
+            told = told_guidance(conditions["guidance"], resolve_dtype(self.config.dtype))
             condition = condition + self.guidance_embedder(told)
         return jax.nn.silu(condition).astype(resolve_dtype(self.config.dtype))
 
 
-def _told_guidance(guidance: Float[Array, " b"], dtype: jnp.dtype) -> Float[Array, " b"]:
+def told_guidance(guidance: Float[Array, " b"], dtype: jnp.dtype) -> Float[Array, " b"]:
     """1000 times the scale, as of time.
 
     In bfloat16 rounded as the published implementations round it (3.5 becomes 3504), which is what

@@ -14,6 +14,7 @@ from dit_jax.experiment import build_method, resolve_config
 from dit_jax.models import Request
 from tests.distill import few_step_bench as few
 from tests.distill.test_dmd2 import draw, small_config
+from tests.long import only_long
 
 STEPS = 2400
 
@@ -65,6 +66,7 @@ def test_same_noise_draws_no_other():
     assert jnp.isfinite(loss)
 
 
+@only_long  # its adversary is that of DMD2 and f-distill, which learn in every run of the tests
 def test_learns_the_mixture():
     distance, metrics = few.reached(create(), steps=STEPS, batch_size=256)
     assert distance < 0.105

@@ -114,6 +114,7 @@ def test_what_is_said_of_missing_latents_works(capsys, tmp_path):
         {key: value if key == "data.name" else int(value) for key, value in values.items()}
     )
     config.training.update(num_steps=1, batch_size=8, tensorboard=False)
+    config.model.dit.layer_loop = "scan"  # compiled sooner
     assert train.run(config, tmp_path / "run").step == 1
     # A path that names nothing: the command that fills it, for a shell.
     config = dit_xl2.get_config()

@@ -18,6 +18,7 @@ from dit_jax.launch import extract_features, extraction, pairs, recording, train
 from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from tests.launch.conftest import ROOT, environment, tiny_config
 from tests.launch.test_processes import finish, free_port
+from tests.long import only_long
 
 HEADER = Header("squares", {"x": Field((2,), "float32")}, {}, shard_size=6)
 TOTAL = 23
@@ -125,6 +126,7 @@ def finished(processes):
     return texts
 
 
+@only_long  # as latents are extracted, below
 def test_two_processes_write_the_pairs_of_one(tmp_path):
     teacher = tmp_path / "teacher"
     train.run(tiny_config(**{"training.num_steps": 2}), teacher)

@@ -12,7 +12,7 @@ from dit_jax.diffusion import RectifiedFlow, make_solver, schedule
 from dit_jax.interop.flux_files import load_flux
 from dit_jax.models import FluxConfig, Network, Request
 from dit_jax.models.apart import Apart, is_apart
-from dit_jax.models.flux import Flux
+from dit_jax.models.flux import Flux, told_guidance
 from dit_jax.models.flux_ahead import MOST_ROWS
 from dit_jax.models.network import is_quantized
 from dit_jax.models.step_cache import CachedNetwork, StepCache
@@ -32,7 +32,8 @@ def random_request(config, size, *, reference=None, features=(), seed=1):
 
     told = {"text": draw(batch, 5, config.text_dim), "pooled": draw(batch, config.pooled_dim)}
     if config.guidance_embedding:
-        told["guidance"] = jnp.asarray([3.5, 1.0], jnp.float32)
+        # 1000 times these are numbers of bfloat16, to which they would be rounded in it.
+        told["guidance"] = jnp.asarray([4.0, 1.0], jnp.float32)
     if reference:
         told["reference"] = draw(batch, *reference, config.in_channels)
     t = jnp.asarray([875.0, 125.0], jnp.float32)
@@ -192,6 +193,12 @@ def test_bfloat16_is_close_and_parameters_can_be_stored_in_it(dev):
     assert out.dtype == jnp.float32
     error = np.abs(out - expected).mean() / np.abs(expected).mean()
     assert 1e-4 < error < 0.1
+
+
+def test_in_bfloat16_the_guidance_scale_is_rounded_as_published():
+    scales = jnp.asarray([3.5, 4.0])
+    np.testing.assert_array_equal(told_guidance(scales, jnp.dtype("bfloat16")), [3504, 4000])
+    np.testing.assert_array_equal(told_guidance(scales, jnp.dtype("float32")), [3500, 4000])
 
 
 def test_only_products_of_blocks_are_quantised():

@@ -127,7 +127,7 @@ CASES = [
     ("dit", DIT, {"fsdp": 8}),
     ("dit", DIT, {"fsdp": 4, "tensor": 2}),
     ("dit", DIT, {"fsdp": 1, "tensor": 2}),
-    ("song_unet", UNET, {"fsdp": 4, "tensor": 2}),
+    long("song_unet", UNET, {"fsdp": 4, "tensor": 2}),
     ("dmd2", DMD2, {"fsdp": 4, "tensor": 2}),
     long("song_unet", UNET, {"fsdp": 8}),
     long("song_unet", UNET, {"fsdp": 1, "tensor": 2}),

@@ -20,6 +20,7 @@ from dit_jax.parallel.network import BATCH_AXES, PATCH_AXES
 from dit_jax.parallel.sampling import ImageParallel
 from dit_jax.parallel.unet import UNET_MODES, ParallelUNet
 from dit_jax.sampling import Sampler, image_keys
+from tests.long import long
 from tests.models.conftest import random_params
 from tests.parallel.device_loop import DeviceLoop
 
@@ -88,8 +89,8 @@ def three_evaluations(parallel, params):
 @pytest.mark.parametrize(
     ("name", "mode", "devices"),
     [
-        *(("tiny", mode, 3) for mode in UNET_MODES[1:] if mode != "corrected_async_gn"),
-        ("NCSN++", "corrected_async_gn", 2),
+        *(("tiny", mode, 3) for mode in UNET_MODES[1:]),
+        long("NCSN++", "corrected_async_gn", 2),
     ],
 )
 def test_stale_modes_equal_a_loop_over_devices(name, mode, devices):
