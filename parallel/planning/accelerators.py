@@ -141,7 +141,11 @@ class Limits:
 
 
 def limits(
-    device: Accelerator, flops: float, memory_bytes: float, collectives: Iterable[Collective]
+    device: Accelerator,
+    flops: float,
+    memory_bytes: float,
+    collectives: Iterable[Collective],
+    precision: str = "",
 ) -> Limits:
     """The limits of a program on `device`.
 
@@ -150,9 +154,10 @@ def limits(
         flops: of one device.
         memory_bytes: that one device must read and write at least.
         collectives: with their counts.
+        precision: of the fastest products, a key of `Accelerator.peaks`; '': bfloat16.
     """
     return Limits(
-        arithmetic=flops / device.peak_flops,
+        arithmetic=flops / device.peak(precision),
         memory=memory_bytes / device.memory_bandwidth,
         communication=math.fsum(device.seconds_of(c) for c in collectives),
     )

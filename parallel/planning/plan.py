@@ -125,7 +125,9 @@ def _plan(
         "memory": memory,
         "model_flops": needs.model_flops,
         "programs": {
-            planned.name: _describe(planned, compiled[planned.name], device, share)
+            planned.name: _describe(
+                planned, compiled[planned.name], device, share, config.model.quantization
+            )
             for planned in needs.programs
         },
     }
@@ -195,13 +197,22 @@ def _memory(
     }
 
 
+# What 8-bit products run as on a GPU. Which products these are is not asked: bounds stay bounds.
+_UNITS = {"fp8": "f8", "fp8_rowwise": "f8", "te": "f8", "int8": "s8"}
+
+
 def _describe(
-    planned: Planned, compiled: Compiled, device: Accelerator, computed_share: float
+    planned: Planned,
+    compiled: Compiled,
+    device: Accelerator,
+    computed_share: float,
+    quantization: str,
 ) -> dict[str, Any]:
     """One program as plain values."""
     work = compiled.program.work()
     traffic = planned.least_traffic * computed_share
-    bound = limits(device, work.flops, traffic, work.collectives)
+    unit = _UNITS.get(quantization, "")
+    bound = limits(device, work.flops, traffic, work.collectives, unit)
     kinds = collections.defaultdict(lambda: {"count": 0, "bytes_sent": 0.0, "seconds": 0.0})
     for collective in work.collectives:
         kind = "reduce-scatter" if collective.keeps_part else collective.kind

@@ -132,10 +132,11 @@ def _bounds(plan: dict[str, Any]) -> str:
     if cache:  # decides when the program runs; a bound needs an assumption
         share = f"{cache['computed_share']:.1%} of the" if cache["is_stated"] else "all"
         when = f" if {share} evaluations are computed in full"
+    peak = " of bfloat16's peak" if bounds["mfu"] > 1 else ""  # of 8-bit products
     return (
         f"the model's own formula: {plan['model_flops']:.4g} FLOP a run\n"
         f"upper bound{when}: {rate:.3g} {run}/s, {rate * plan['batch_size']:.4g} images/s, MFU "
-        f"{bounds['mfu']:.1%} if communication hides behind arithmetic;\n"
+        f"{bounds['mfu']:.1%}{peak} if communication hides behind arithmetic;\n"
         f"             {1 / bounds['seconds_in_turn']:.3g} {run}/s, MFU "
         f"{bounds['mfu_in_turn']:.1%} if it does not. Real programs stay below: no kernel reaches "
         "the peak."

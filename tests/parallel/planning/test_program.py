@@ -205,6 +205,7 @@ def test_time_on_links_and_between_nodes():
     found = limits(device, 989e12, 0.335e12, [gather_of([range(8)])])
     assert (found.arithmetic, found.memory) == (1.0, pytest.approx(0.1))
     assert found.bottleneck == "arithmetic" and found.in_turn == pytest.approx(1 + within)
+    assert limits(device, 989e12, 0, [], "f8").arithmetic == pytest.approx(989 / 1979)
     assert accelerator("tpu_v5p").seconds_of(gather_of([range(64)])) == pytest.approx(
         8e9 * 63 / 64 / 600e9
     )
