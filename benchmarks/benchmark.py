@@ -405,6 +405,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         elif name not in TAKEN[args.case]:
             case = f"--case={args.case}" if args.case else "the published cases: give --case"
             parser.error(f"--{name} would do nothing with {case}")
+    if args.fastgen:
+        try:
+            benchmark_fastgen.require_checkout(args.fastgen)
+        except FileNotFoundError as error:
+            parser.error(f"--fastgen: {error}")
     return args
 
 

@@ -66,16 +66,21 @@ class _Placeholders(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """Nothing."""
 
 
+def require_checkout(checkout: Path) -> None:
+    """Raises a FileNotFoundError where there is no checkout of FastGen."""
+    if not (Path(checkout) / "fastgen" / "methods").is_dir():
+        raise FileNotFoundError(
+            f"{checkout} is no checkout of FastGen: git clone https://github.com/NVlabs/FastGen"
+        )
+
+
 def make_importable(checkout: Path) -> None:
     """Lets `import fastgen` find a checkout, and placeholders for what it imports and lacks.
 
     Raises:
         FileNotFoundError: it is no checkout of FastGen.
     """
-    if not (Path(checkout) / "fastgen" / "methods").is_dir():
-        raise FileNotFoundError(
-            f"{checkout} is no checkout of FastGen: git clone https://github.com/NVlabs/FastGen"
-        )
+    require_checkout(checkout)
     sys.meta_path.append(_Placeholders())
     sys.path.append(str(checkout))
 

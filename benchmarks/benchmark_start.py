@@ -76,7 +76,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=argument_types.solver_steps, default=4)
     parser.add_argument("--rounds", type=int, default=5, help="0: make only what is needed before")
     parser.add_argument("--folder", type=Path, default=Path("runs/start"))
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/start"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/start/start"), help="default: %(default)s"
+    )
     parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
     args = parser.parse_args(argv)
     needed = {"digits": "workdir", "FLUX": "pretrained"}.get(args.sampler, "")

@@ -68,7 +68,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--solver", default="euler")
     parser.add_argument("--steps", type=argument_types.solver_steps, default=28)
     parser.add_argument("--batch_size", type=argument_types.count, default=16)
-    parser.add_argument("--guidance_scale", type=argument_types.guidance_scale, default=1.5)
+    parser.add_argument(
+        "--guidance_scale",
+        type=argument_types.guidance_scale,
+        help="by two evaluations; default: 1.5, of FLUX 1",
+    )
     parser.add_argument(
         "--quantization", choices=QUANTIZATIONS[1:], help="default: fp8, on a CPU int8"
     )
@@ -146,12 +150,19 @@ def workload(args: argparse.Namespace, programs: str) -> rungs.Workload:
         solver=args.solver,
         steps=args.steps,
         batch_size=args.batch_size,
-        guidance_scale=args.guidance_scale,
+        guidance_scale=args.guidance_scale or 1.0,
         quantization=args.quantization or ("int8" if on_cpu else "fp8"),
         threshold=args.threshold,
         programs=programs,
     )
-    return dataclasses.replace(work, network=rungs.source_config(work).model.name)
+    network = rungs.source_config(work).model.name
+    if network == "flux" and work.guidance_scale != 1:
+        raise ValueError(
+            f"--guidance_scale={work.guidance_scale:g}: the ladder guides by two evaluations, for "
+            "which FLUX is not trained (dev is told its scale): leave it out"
+        )
+    scale = args.guidance_scale or (1.0 if network == "flux" else 1.5)
+    return dataclasses.replace(work, network=network, guidance_scale=scale)
 
 
 def serve(description: str) -> None:

@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument(
         "--averages",
         nargs="+",
-        default=["float32", "bfloat16"],
+        default=["float32"],
         choices=("float32", "bfloat16"),
         help="What weights' averages are stored in (config.ema.dtype).",
     )
@@ -128,7 +128,7 @@ def main() -> None:
         rows.append(row_of(found, remat, averages))
         print(table_of(rows[-1:]).splitlines()[-1], flush=True)
     save_json(options.out.with_suffix(".json"), {"rows": rows}, overwrite=True)
-    command = f"python benchmarks/training_memory.py --out={options.out}"
+    command = shlex.join(["python", "benchmarks/training_memory.py", *sys.argv[1:]])
     text = (
         f"# Memory of training, by what is kept for the backward pass\n\n`{command}`\n"
         f"({Path(options.config).stem}, compiled for H100 without one by jax {rows[0]['jax']}; "

@@ -124,7 +124,9 @@ def load_loras(
     file = open_tensors(path, keep_names=True)
     scales = {name: Scales.of(file, _METADATA[name]) for name in networks}
     modules = _modules(file, networks, ignore_text_encoders)
-    _check_shapes(file, [module for own in modules.values() for module in own])
+    for owner, own in modules.items():
+        _check_once(file, own)
+        _check_shapes(file, own, _TITLES.get(owner, "the transformer"))
     seen = Finiteness(allow_nonfinite)
     watched = WatchedFile(file, seen)
     factors = {
@@ -143,10 +145,11 @@ def _modules(
     found: dict[str, dict[str, dict[str, str]]] = {name: {} for name in networks}
     unknown: dict[str, list[str]] = {name: [] for name in networks}
     others: dict[str, list[str]] = {}
-    strangers, half, modules = [], [], {}
+    strangers, half, modules, ignored = [], [], {}, 0
     for name in file.specs:
         part = part_of(name)
         if part.owner != TRANSFORMER and ignore_text_encoders:
+            ignored += 1
             continue
         if part.kind == "other":
             others.setdefault(part.module, []).append(name)
@@ -174,6 +177,11 @@ def _modules(
             else:
                 made = _Module(module, places, names["a"], names["b"], names.get("alpha"))
                 modules.setdefault(owner, []).append(made)
+    if ignored and ignored == len(file.specs):
+        raise InteropError(
+            f"{file.path} changes nothing but text encoders, which ignore_text_encoders=True "
+            "(--lora_ignore_text_encoders) leaves as they are"
+        )
     _require_known(file, networks[TRANSFORMER], modules, unknown, half)
     _require_encoders(file, networks, strangers)
     return modules
@@ -237,7 +245,20 @@ def _require_encoders(file: TensorFile, networks: Collection[str], strangers: li
     )
 
 
-def _check_shapes(file: TensorFile, modules: list[_Module]) -> None:
+def _check_once(file: TensorFile, modules: list[_Module]) -> None:
+    """Refuses two changes of one module, under the names of two tools."""
+    first: dict[str, str] = {}
+    for module in modules:
+        for target in module.targets:
+            other = first.setdefault(target.module, module.name)
+            if other != module.name:
+                raise InteropError(
+                    f"{file.path} changes {target.module} twice, as {other} and as {module.name}: "
+                    "expected one pair of factors; give the adapters as files of their own"
+                )
+
+
+def _check_shapes(file: TensorFile, modules: list[_Module], title: str) -> None:
     """Refuses factors that do not go with each other, or with the module."""
     problems = []
     for module in modules:
@@ -258,7 +279,7 @@ def _check_shapes(file: TensorFile, modules: list[_Module]) -> None:
             )
     if problems:
         raise InteropError(
-            f"{file.path} has factors of other shapes, so it is for another network "
+            f"{file.path} has factors of other shapes than {title}, so it is for another network "
             f"({counted(len(problems), 'difference')}):\n" + "\n".join(problems)
         )
 

@@ -97,7 +97,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--steps", type=argument_types.solver_steps, help="solver steps")
     group.add_argument("--spacing", help="of the solver's times, see dit_jax.diffusion.schedules")
     group.add_argument(
-        "--guidance_scale", type=argument_types.guidance_scale, help="1 for no guidance"
+        "--guidance_scale",
+        type=argument_types.guidance_scale,
+        help="1 for no guidance (of FLUX.1 dev: what it is told)",
     )
     group.add_argument(
         "--guidance_interval",
@@ -149,7 +151,9 @@ def add_samples_arguments(parser: argparse.ArgumentParser) -> None:
     add_parallel_arguments(parser)
     add_vae_devices_argument(parser)
     parser.add_argument(
-        "--num_images", type=argument_types.count, help="default: 64, or one a label of --labels"
+        "--num_images",
+        type=argument_types.count,
+        help="default: 64, or one a label of --labels or a prompt",
     )
     parser.add_argument(
         "--labels",

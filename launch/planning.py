@@ -88,7 +88,7 @@ def xla_options(given: Sequence[str]) -> dict[str, str | bool]:
         name, equals, value = option.removeprefix("--").partition("=")
         if not equals or not name.startswith("xla_"):
             raise ValueError(
-                f"--xla={option}: expected NAME=VALUE, for instance "
+                f"--xla={option}: expected NAME=VALUE, where names begin with xla_, for instance "
                 "--xla=xla_gpu_enable_triton_gemm=true"
             )
         found[name] = _TRUTHS.get(value.lower(), value)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from dit_jax import evaluation
 from dit_jax.data.images import DECODE_ERRORS, decode_image
 from dit_jax.interop.lora_runs import open_adapter
+from dit_jax.interop.lora_scales import PEFT_CONFIG
 from dit_jax.interop.models import FoundModel, open_model
 from dit_jax.interop.parameters import parameter_shapes
 from dit_jax.interop.tensor_file import sha256_of
@@ -364,9 +365,28 @@ def record_of(args: argparse.Namespace, prompts: list[str]) -> dict[str, Any]:
     if args.image is not None:
         record["image"] = sha256_of(args.image)
         record["keep_image_size"] = args.keep_image_size
+    if args.workdir and args.step is None:
+        record["step"] = _newest_step(args.workdir)
     if args.lora:
-        record["lora"] = [f"{path}:{weight:g}" for path, weight in args.lora]
+        record["lora"] = [
+            {"path": str(path), "sha256": _contents(Path(path)), "weight": weight}
+            for path, weight in args.lora
+        ]
+        record["lora_ignore_text_encoders"] = args.lora_ignore_text_encoders
     return record
+
+
+def _newest_step(run: Path) -> int:
+    """Of a run's checkpoints: what is sampled where no step is given."""
+    names = (path.name for path in (run / workdir.CHECKPOINTS).glob("*"))
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def _contents(path: Path) -> list[str]:
+    """Of a LoRA's file, or of those of its folder, and of PEFT's configuration beside it."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    beside = (path if path.is_dir() else path.parent) / PEFT_CONFIG
+    return [sha256_of(file) for file in (*files, beside) if file.is_file()]
 
 
 def _write(args: argparse.Namespace, pictures: Pictures) -> None:

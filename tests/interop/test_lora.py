@@ -464,3 +464,29 @@ def test_what_no_text_encoder_has_is_an_error(models, tmp_path, name, message):
     assert message in str(caught.value)
     ignoring = {"ignore_text_encoders": True}
     assert load_loras(tmp_path / "x.safetensors", networks, **ignoring).keys() == {"transformer"}
+
+
+def test_one_change_of_a_module_is_all_that_a_file_may_have(models, tmp_path):
+    networks = {
+        "transformer": models.network,
+        "clip": TextEncoder(CLIPTextConfig(70, 32, 48, 2, 4, 12)),
+    }
+    theirs, kohyas = (
+        {
+            f"{module}.{ending}.weight": np.ones(shape, "f")
+            for ending, shape in zip(endings, ((2, 32), (48, 2)), strict=True)
+        }
+        for module, endings in (
+            ("text_encoder.text_model.encoder.layers.0.mlp.fc1", ("lora_A", "lora_B")),
+            ("lora_te1_text_model_encoder_layers_0_mlp_fc1", ("lora_down", "lora_up")),
+        )
+    )
+    file = tmp_path / "x.safetensors"
+    for tensors in (theirs, kohyas):
+        save_file(tensors, file)
+        assert load_loras(file, networks).keys() == {"clip"}
+        with pytest.raises(InteropError, match="changes nothing but text encoders"):
+            load_loras(file, networks, ignore_text_encoders=True)
+    save_file(theirs | kohyas, file)
+    with pytest.raises(InteropError, match=r"changes .*fc1 twice, as .*fc1 and as .*fc1"):
+        load_loras(file, networks)

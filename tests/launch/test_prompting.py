@@ -175,6 +175,25 @@ def test_whatever_decides_pictures_is_in_their_record():
         assert changed == {way.partition("=")[0]}
 
 
+def test_a_changed_lora_or_run_is_seen_in_the_record(tmp_path):
+    def record(*options):
+        arguments = ["--pretrained=x", "--prompt=a", "--out=made", *options]
+        return prompting.record_of(sample.parse_arguments(arguments), ["a"])
+
+    file, run = tmp_path / "a.safetensors", tmp_path / "run"
+    file.write_bytes(b"one")
+    (run / "checkpoints" / "5").mkdir(parents=True)
+    options = (f"--lora={file}:0.5", f"--workdir={run}")
+    first = record(*options)
+    assert first == record(*options) and first["step"] == 5
+    assert first != record(*options, "--lora_ignore_text_encoders")
+    file.write_bytes(b"two")
+    second = record(*options)
+    assert first != second
+    (run / "checkpoints" / "10").mkdir()
+    assert second != record(*options)
+
+
 def test_grey_pictures_stay_grey(tmp_path, monkeypatch):
     class Grey(Painter):
         channels = 1
